@@ -1,0 +1,1 @@
+"""The workflows: one page each, read from top to bottom."""

@@ -1,0 +1,285 @@
+"""`posttrain clean`: a noisy data set and a model in, a clean data set and a better model out.
+
+Read from top to bottom: open the run, read the data into buckets, get the model, go round, write the results.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from rich.console import Console
+
+from posttrain import rounds
+from posttrain.config import RunFile, dump
+from posttrain.errors import ConfigError
+from posttrain.report.progress import Steps as Progress
+from posttrain.report.summary import print_summary
+from posttrain.store.folder import RunFolder
+from posttrain.store.ledger import Ledger
+
+if TYPE_CHECKING:
+    from pipelines.inputs import Inputs
+    from pipelines.steps import CleaningRun
+    from posttrain.cluster.workers import Network
+    from posttrain.store.tracking import Tracking
+
+
+def clean(config: RunFile, *, verbose: bool = False, quiet: bool = False) -> dict[str, Any]:
+    """The summary of the run in `run.path`, begun, gone on with, or finished already.
+
+    Progress goes to standard error; the summary table to standard output unless `quiet`. Raises PosttrainError.
+    """
+    began = time.perf_counter()
+    progress = Progress(Console(stderr=True))
+    ledger = Ledger(RunFolder(config.run.path))
+    summary = finished_already(ledger, config, progress)
+    if summary is None:
+        with opened(config, progress, verbose=verbose) as run:
+            state = begun(run) or run.begin(first_model(run))
+            outcome = rounds.clean(
+                state,
+                rounds.Steps(
+                    run.embed, run.fit, run.score, run.select, run.count, run.refine, run.evaluate, run.commit
+                ),
+                rounds.Limits(config.removal.max_rounds, config.removal.minimum, config.removal.patience),
+            )
+            progress.say(f"stopped: {outcome.reason}")
+            summary = finish(run, outcome, began)
+    if not quiet:
+        print_summary(Console(), summary)
+    return summary
+
+
+def finished_already(ledger: Ledger, config: RunFile, progress: Progress) -> dict[str, Any] | None:
+    """The summary of a finished run; None where there is work. Refuses a folder of another run."""
+    if not ledger.folder.is_local and config.tracking.uri is None:
+        raise ConfigError(
+            f"run.path = {config.run.path} is not on this machine, and SQLite cannot live there: "
+            "set tracking.uri to an MLflow server"
+        )
+    started = ledger.started()
+    if started is None:
+        return None
+    ledger.refuse_other_settings(started, config)
+    summary = ledger.finished()
+    if summary is not None:
+        from pipelines.inputs import list_files
+
+        ledger.refuse_other_data(started, {"files": list_files(config)})
+        progress.say(
+            f"{config.run.path}: this run is finished; nothing to do. For another, set run.path to a new folder."
+        )
+    return summary
+
+
+@contextmanager
+def opened(config: RunFile, progress: Progress, *, verbose: bool) -> Iterator[CleaningRun]:
+    """The run with its data read and its tracking open; closes what it opened."""
+    with progress.step("check the inputs"):
+        from pipelines.inputs import prepare
+
+        inputs = prepare(config)
+    folder = RunFolder(config.run.path)
+    with progress.step("start Ray"):
+        from posttrain.cluster.session import session
+
+        rays = config.ray
+        address = None if rays.address == "local" else rays.address
+        ray_session = session(
+            address=address, num_cpus=rays.num_cpus, object_store_gb=rays.object_store_gb, verbose=verbose
+        )
+        ray_session.__enter__()
+    try:
+        from pipelines.steps import CleaningRun
+        from posttrain.cluster import reading
+        from posttrain.cluster.workers import Workers
+
+        with progress.step("read") as tell:
+            splits = reading.read(
+                inputs.sources,
+                classes=inputs.classes,
+                held_out_share=inputs.held_out_share,
+                noise=inputs.noise,
+                seed=config.run.seed,
+                progress=tell,
+            )
+        fingerprint = {"files": inputs.listing, **{name: split.digest for name, split in splits.items()}}
+        ledger = Ledger(folder)
+        started = ledger.started()
+        if started is None:
+            ledger.start(config, fingerprint)
+        else:
+            ledger.refuse_other_data(started, fingerprint)
+        workers = Workers(
+            count=rays.workers,
+            cpus=rays.cpus_per_worker,
+            gpus=rays.gpus_per_worker,
+            on_cluster=address is not None,
+        )
+        if (rays.train_workers or 0) == 0 and address is None:
+            workers.start()  # they import torch while MLflow makes its tables
+        with progress.step("open MLflow"):
+            tracking = open_tracking(config, inputs, folder, fingerprint)
+        with tracking:
+            yield CleaningRun(config, inputs, splits, folder, workers, tracking, progress)
+    finally:
+        ray_session.__exit__(None, None, None)
+
+
+def open_tracking(
+    config: RunFile, inputs: Inputs, folder: RunFolder, fingerprint: dict[str, str]
+) -> Tracking:
+    """The run's parent in MLflow; the one that it has already where it goes on."""
+    from posttrain.store.tracking import Tracking
+
+    path = folder.path("tracking.json")
+    known = folder.read_json(path) if folder.exists(path) else {}
+    tracking = Tracking.open(
+        config.tracking.uri,
+        run_folder=folder.local if folder.is_local else Path("."),
+        experiment=config.tracking.experiment,
+        run_name=config.run.path.rstrip("/").rsplit("/", 1)[-1],
+        run_id=known.get("run_id"),
+        params=yaml.safe_load(dump(config)),
+        tags={"posttrain.run": config.run.path},
+    )
+    if not tracking.resumed:
+        folder.write_json(path, {"uri": tracking.uri, "run_id": tracking.run_id})
+        for name in inputs.sources:
+            tracking.log_dataset(
+                f"{config.data.source}/{name}",
+                fingerprint[name],
+                str(getattr(config.data, name) or name),
+                {"classes": len(inputs.classes), "digest": fingerprint[name]},
+            )
+    return tracking
+
+
+def begun(run: CleaningRun) -> Any:
+    """The state to go on from; None where no round is committed yet."""
+    committed = run.ledger.rounds()
+    if not committed:
+        return None
+    run.progress.say(f"{run.config.run.path}: going on after round {committed[-1].number}")
+    return run.resume(committed)
+
+
+def first_model(run: CleaningRun) -> Network:
+    """The model to clean with: the given weights, or the network trained on the given labels first."""
+    if run.inputs.weights is not None:
+        return run.network(run.inputs.weights)
+    path = run.folder.path("pretrained", "model.safetensors")
+    if run.folder.exists(path):
+        run.progress.say(f"pre-trained already: {path}")
+        return run.network(run.folder.read_bytes(path))
+    run.progress.say("no model.weights given: training the network on the given labels first")
+    from pipelines.inputs import untrained
+
+    model = run.train(
+        run.network(untrained(run.config, run.inputs)),
+        run.config.pretrain,
+        {},
+        name="pretrain",
+        seed=run.config.run.seed,
+    )
+    run.folder.write_bytes(path, model.weights)
+    return model
+
+
+def finish(run: CleaningRun, outcome: rounds.Outcome[Network], began: float) -> dict[str, Any]:
+    """Write what the run leaves behind; return its summary, which is written last."""
+    from posttrain.store import results
+
+    folder, state, classes = run.folder, outcome.state, run.inputs.classes
+    numbers = [r.number for r in state.history if r.removed]
+    # the scores of a last round that removed nothing are the latest word on what is kept
+    candidates = [folder.round(number, "scores.parquet") for number in (state.number + 1, state.number)]
+    last_scores = next((path for path in candidates if folder.exists(path)), None)
+    files: dict[str, str] = {}
+    with run.progress.step("results") as tell:
+        folder.write_bytes(folder.path("model.safetensors"), state.model.weights)
+        removed = results.write_removed(folder, numbers, classes)
+        results.write_issues(folder, numbers, last_scores, run.excluded, classes)
+        kept = state.live
+        if run.config.results.cleaned in ("both", "parquet"):
+            from posttrain.cluster.writing import write_cleaned
+
+            kept = write_cleaned(run.splits["train"], run.excluded, folder, classes, tell)
+            files["clean data set"] = folder.path("cleaned")
+        if run.config.results.cleaned in ("both", "manifest"):
+            kept = results.write_manifest(folder, last_scores, run.excluded)
+            files["its ids"] = folder.path("cleaned", "manifest.parquet")
+        files |= {
+            "what was removed": folder.path("removed.parquet"),
+            "issues": folder.path("issues.csv"),
+            "refined weights": folder.path("model.safetensors"),
+        }
+    quarantined = sum(len(rows) for rows in run.quarantined.values())
+    check_counts(run.splits["train"].rows, kept, removed, quarantined)
+    first, last = state.history[0].metrics, state.history[-1].metrics
+    if run.tracking is not None:
+        with run.progress.step("log the model"):
+            files["MLflow"] = log_results(run, outcome)
+    summary = {
+        "run": run.config.run.path,
+        "rounds": state.number,
+        "ended": outcome.reason,
+        "live": kept,
+        "removed": removed,
+        "quarantined": quarantined,
+        **{
+            f"{split}_accuracy_{when}": metrics.get(f"{split}_accuracy")
+            for split in ("validation", "test")
+            for when, metrics in (("before", first), ("after", last))
+        },
+        "removal_precision": last.get("removal_precision"),
+        "removal_recall": last.get("removal_recall"),
+        "seconds": round(time.perf_counter() - began, 1),
+        "steps": {name: round(seconds, 2) for name, seconds in run.progress.seconds.items()},
+        "files": files,
+    }
+    run.ledger.finish(summary)
+    return summary
+
+
+def check_counts(samples: int, kept: int, removed: int, quarantined: int) -> None:
+    """Every input sample is in exactly one of kept, removed, quarantined."""
+    if kept + removed + quarantined != samples:
+        from posttrain.errors import StepError
+
+        raise StepError(
+            f"the counts do not add up: {kept} kept + {removed} removed + {quarantined} quarantined is not "
+            f"{samples}; the run folder is left as it is, please report this with its rounds/*/round.json"
+        )
+
+
+def log_results(run: CleaningRun, outcome: rounds.Outcome[Network]) -> str:
+    """Artifacts and the final model in MLflow; where to look at them."""
+    tracking = run.tracking
+    assert tracking is not None
+    if run.folder.is_local:
+        for name in ("run.yaml", "removed.parquet", "issues.csv"):
+            tracking.log_artifact(run.folder.local / name)
+        if run.config.tracking.log_model:
+            spec = run.inputs.spec
+            tracking.log_model(
+                run.folder.local / "model.safetensors",
+                factory=spec.factory,
+                arguments=spec.arguments,
+                classes=spec.classes,
+                head=spec.head,
+                image={
+                    "channels": spec.image.channels,
+                    "size": spec.image.size,
+                    "mean": spec.image.mean,
+                    "std": spec.image.std,
+                    "shape": spec.image.shape,
+                },
+            )
+    tracking.log_metrics({"rounds": outcome.state.number}, step=outcome.state.number)
+    return f"mlflow ui --backend-store-uri {tracking.uri}" if "sqlite" in tracking.uri else tracking.uri

@@ -1,0 +1,167 @@
+"""From the run file to what the steps take: sources, classes, the model's recipe and its first weights."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from posttrain.config import Data, RunFile
+from posttrain.errors import DataError, LabelRangeError, ModelError
+from posttrain.schema import ImageSpec, ModelSpec
+
+if TYPE_CHECKING:
+    from posttrain.cluster.reading import Listing, Noise, Source
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything of a run that is known before Ray starts."""
+
+    sources: dict[str, Source]
+    classes: tuple[str, ...]
+    spec: ModelSpec
+    weights: bytes | None
+    """Weights to start from; None where posttrain has to pre-train."""
+    held_out_share: float | None
+    noise: Noise | None
+    listing: str
+    """SHA-256 over names and sizes of all files, 16 hexadecimal digits."""
+
+
+def prepare(config: RunFile) -> Inputs:
+    """Check the data and the model as far as that goes without reading images, and describe them.
+
+    Raises DataError, LabelRangeError or ModelError.
+    """
+    from posttrain.cluster import reading
+    from posttrain.vision import models
+
+    sources = _sources(config.data, config.run.seed)
+    listings = {name: reading.list_source(source) for name, source in sources.items()}
+    classes = _classes(config.data, sources["train"], listings["train"])
+    if len(classes) < 2:
+        raise LabelRangeError(
+            f"data.train = {config.data.train}: only one class ({classes[0] if classes else 'none'}); "
+            "at least two are needed: is data.label the right column?"
+        )
+    model = models.build(config.model.factory, classes=len(classes), arguments=config.model.arguments)
+    weights = None
+    if config.model.weights is not None:
+        path = config.model.weights
+        with tempfile.TemporaryDirectory() as folder:
+            if path.startswith(("models:/", "runs:/")):
+                from posttrain.store.tracking import fetch_weights
+
+                local = fetch_weights(path, config.tracking.uri, Path(folder))
+            else:
+                local = Path(path).expanduser()
+                if not local.is_file():
+                    raise ModelError(f"{path}: no such weights file; check model.weights")
+            models.load_weights(model, local)
+            weights = models.to_bytes(model)
+        if "validation" not in sources:
+            raise DataError(
+                "model.weights is set, but the data have no validation set that this model has not seen; "
+                "set data.validation (sources parquet and folder), or leave model.weights out"
+            )
+    head = models.find_head(model, classes=len(classes), name=config.model.head)
+    side = config.model.image_size
+    channels = config.model.channels
+    image = ImageSpec(
+        channels,
+        (side, side) if isinstance(side, int) else side,
+        _per_channel(config.model.mean, channels),
+        _per_channel(config.model.std, channels),
+        config.data.image_shape or listings["train"].image_shape,
+    )
+    noise = config.data.noise
+    return Inputs(
+        sources,
+        classes,
+        ModelSpec(config.model.factory, dict(config.model.arguments), len(classes), head, image),
+        weights,
+        None if "validation" in sources else config.data.validation_share,
+        reading.Noise(noise.rate, noise.seed) if noise else None,
+        _digest(listings),
+    )
+
+
+def list_files(config: RunFile) -> str:
+    """The digest `Inputs.listing` of the data as they are now, without building a model."""
+    from posttrain.cluster import reading
+
+    sources = _sources(config.data, config.run.seed)
+    return _digest({name: reading.list_source(source) for name, source in sources.items()})
+
+
+def _digest(listings: dict[str, Listing]) -> str:
+    files = hashlib.sha256()
+    for name, listing in listings.items():
+        for path, size in listing.files:
+            files.update(f"{name}\t{path.rsplit('/', 1)[-1]}\t{size}\n".encode())
+    return files.hexdigest()[:16]
+
+
+def untrained(config: RunFile, inputs: Inputs) -> bytes:
+    """First weights of the network, drawn from the run's seed."""
+    import torch
+
+    from posttrain.vision import models
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        model = models.build(
+            inputs.spec.factory, classes=inputs.spec.classes, arguments=inputs.spec.arguments
+        )
+    return models.to_bytes(model)
+
+
+def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    return values if len(values) == channels else values * channels
+
+
+def _sources(data: Data, seed: int) -> dict[str, Source]:
+    from posttrain.cluster.reading import FolderSource, ParquetSource, TableSource
+    from posttrain.vision import datasets
+
+    if data.source == "digits":
+        return {name: TableSource(table, f"digits/{name}") for name, table in datasets.digits(seed).items()}
+    if data.source == "torchvision":
+        assert data.name is not None
+        tables = datasets.torchvision_tables(data.name, Path(data.root).expanduser())
+        return {name: TableSource(table, f"{data.name}/{name}") for name, table in tables.items()}
+    sources: dict[str, Source] = {}
+    for name in ("train", "validation", "test"):
+        given = getattr(data, name)
+        if given is None:
+            continue
+        locations = (given,) if isinstance(given, str) else tuple(given)
+        if data.source == "folder":
+            if len(locations) > 1:
+                raise DataError(
+                    f"data.{name} names {len(locations)} folders; for data.source = folder name one"
+                )
+            sources[name] = FolderSource(locations[0])
+        else:
+            label = (data.test_label or data.label) if name == "test" else data.label
+            true_label = data.true_label if name == "train" else None
+            sources[name] = ParquetSource(locations, data.id, data.image, label, true_label)
+    return sources
+
+
+def _classes(data: Data, train: Source, listing: Listing) -> tuple[str, ...]:
+    from posttrain.cluster.reading import ParquetSource, highest_label, string_labels
+
+    if isinstance(data.classes, int):
+        return tuple(str(c) for c in range(data.classes))
+    if data.classes is not None:
+        return data.classes
+    if listing.classes is not None:
+        return listing.classes
+    if isinstance(train, ParquetSource):
+        names = string_labels(train)
+        return names if names is not None else tuple(str(c) for c in range(highest_label(train) + 1))
+    raise DataError("the classes are not known; set data.classes")

@@ -1,0 +1,62 @@
+"""Against labels known to be right, where there are such: for measuring only, after everything is decided."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from posttrain.cluster.reading import Split
+from posttrain.schema import LABEL, TRUE_LABEL, Excluded
+
+
+@dataclass(frozen=True)
+class Detection:
+    """How the removals compare with the samples whose given label is wrong."""
+
+    wrong: int
+    removed: int
+    removed_wrong: int
+
+    @property
+    def precision(self) -> float | None:
+        return self.removed_wrong / self.removed if self.removed else None
+
+    @property
+    def recall(self) -> float | None:
+        return self.removed_wrong / self.wrong if self.wrong else None
+
+
+@ray.remote
+def _count(block: pa.Table, removed: np.ndarray) -> tuple[int, int]:
+    wrong = is_wrong(block)
+    return int(wrong.sum()), int(wrong[removed].sum())
+
+
+@ray.remote
+def _wrong_rows(block: pa.Table) -> np.ndarray:
+    return is_wrong(block)
+
+
+def is_wrong(block: pa.Table) -> np.ndarray:
+    """[rows] bool: the given label is not the true one."""
+    return block[LABEL].to_numpy() != block[TRUE_LABEL].to_numpy()
+
+
+def detection(split: Split, removed: Excluded) -> Detection:
+    """Counts over all of the split's samples; `removed` without the quarantined."""
+    nothing = np.empty(0, np.int32)
+    counts = ray.get([_count.remote(b.block, removed.get(b.index, nothing)) for b in split.buckets])
+    return Detection(
+        sum(wrong for wrong, _ in counts),
+        sum(len(rows) for rows in removed.values()),
+        sum(found for _, found in counts),
+    )
+
+
+def wrong_rows(split: Split) -> dict[int, np.ndarray]:
+    """bucket -> [rows] bool, the given label is wrong: one bit per sample, for benchmarks."""
+    found = ray.get([_wrong_rows.remote(b.block) for b in split.buckets])
+    return {b.index: wrong for b, wrong in zip(split.buckets, found, strict=True)}

@@ -1,0 +1,592 @@
+"""Reading a data set into buckets: canonical blocks that depend on the samples alone, not on their files.
+
+Ray Data reads and normalises every split, sorts all rows by `split * 2^60 + hash(sample_id)` with fixed
+boundaries, and keeps the blocks in the object store (which spills to disk). From here on a sample is
+(bucket, row), and nothing can depend on how files, blocks or workers were laid out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any, NoReturn
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
+import ray
+import ray.data
+from pyarrow import fs
+
+from posttrain.errors import DataError, DuplicateIdError, LabelRangeError, PosttrainError
+from posttrain.schema import (
+    FILE,
+    IMAGE,
+    LABEL,
+    ORDER,
+    ORDER_BITS,
+    SAMPLE_ID,
+    SPLITS,
+    TRUE_LABEL,
+    bucket_boundaries,
+    bucket_count,
+    order_key,
+    uniform,
+)
+from posttrain.store.folder import resolve
+from posttrain.vision.noise import symmetric
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total)."""
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+
+# seeds of the draws that decide per sample id; any three different numbers
+_HELD_OUT_DRAW = 1
+_NOISE_DRAW = 2
+
+
+@dataclass(frozen=True)
+class ParquetSource:
+    """Parquet files; columns by name."""
+
+    locations: tuple[str, ...]
+    id: str
+    image: str
+    label: str
+    true_label: str | None = None
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """Class folders: `<location>/<class>/**/<image>`; the id is the path from `location` on."""
+
+    location: str
+
+
+@dataclass(frozen=True)
+class TableSource:
+    """A table in memory with columns `id`, `image`, `label`."""
+
+    table: pa.Table = field(repr=False)
+    name: str
+
+
+Source = ParquetSource | FolderSource | TableSource
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What is known of a source before anything is read."""
+
+    rows: int
+    classes: tuple[str, ...] | None
+    image_shape: tuple[int, ...] | None
+    files: tuple[tuple[str, int], ...]
+    """(path, size in bytes) of every file."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """One canonical block, in the object store."""
+
+    index: int
+    rows: int
+    block: ray.ObjectRef[pa.Table] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Split:
+    """The samples of one split, in buckets sorted by the hash of their ids."""
+
+    name: str
+    buckets: tuple[Bucket, ...]
+    class_counts: np.ndarray
+    digest: str
+    """SHA-256 over all ids and labels in canonical order, 16 hexadecimal digits."""
+
+    @property
+    def rows(self) -> int:
+        return sum(bucket.rows for bucket in self.buckets)
+
+
+# -- before anything is read ----------------------------------------------------------------------------
+
+
+def list_source(source: Source) -> Listing:
+    """What a source holds, from names and footers alone. Raises DataError where it cannot be read."""
+    if isinstance(source, TableSource):
+        metadata = source.table.schema.metadata or {}
+        shape = metadata.get(b"image_shape")
+        return Listing(
+            source.table.num_rows,
+            _class_names(metadata),
+            tuple(json.loads(shape)) if shape else None,
+            ((source.name, source.table.nbytes),),
+        )
+    if isinstance(source, FolderSource):
+        return _list_folder(source)
+    dataset = _dataset(source)
+    missing = {source.id, source.image, source.label, source.true_label} - {None, *dataset.schema.names}
+    if missing:
+        raise DataError(
+            f"{source.locations[0]}: no column {', '.join(sorted(map(repr, filter(None, missing))))}; the file "
+            f"has {', '.join(dataset.schema.names)}; set data.id, data.image and data.label"
+        )
+    rows = dataset.count_rows()
+    if rows == 0:
+        raise DataError(f"{source.locations[0]}: holds no samples; name a location with at least one row")
+    metadata = dataset.schema.metadata or {}
+    shape = metadata.get(b"image_shape")
+    return Listing(rows, _class_names(metadata), tuple(json.loads(shape)) if shape else None, _sizes(dataset))
+
+
+def _class_names(metadata: Mapping[bytes, bytes]) -> tuple[str, ...] | None:
+    """From the schema's metadata: `class_names` as JSON or comma-separated, or a Hugging Face ClassLabel."""
+    if raw := metadata.get(b"class_names"):
+        text = raw.decode()
+        return tuple(json.loads(text)) if text.lstrip().startswith("[") else tuple(text.split(","))
+    return None
+
+
+def _dataset(source: ParquetSource) -> pads.FileSystemDataset:
+    parts: list[str] = []
+    files: fs.FileSystem | None = None
+    for location in source.locations:
+        files, path = resolve(location)
+        info = files.get_file_info(path)
+        if info.type == fs.FileType.NotFound:
+            raise DataError(
+                f"{location}: no such file or folder; check data.train, data.validation, data.test"
+            )
+        if info.type == fs.FileType.File:
+            parts.append(path)
+            continue
+        found = files.get_file_info(fs.FileSelector(path, recursive=True))
+        inside = sorted(f.path for f in found if f.path.endswith((".parquet", ".pq")))
+        if not inside:
+            raise DataError(
+                f"{location}: holds no .parquet file; name a folder that does, or set data.source"
+            )
+        parts.extend(inside)
+    try:
+        return pads.dataset(parts, format="parquet", filesystem=files)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{source.locations[0]}: not readable as Parquet ({_first_line(error)})") from None
+
+
+def _sizes(dataset: pads.FileSystemDataset) -> tuple[tuple[str, int], ...]:
+    infos = dataset.filesystem.get_file_info(sorted(dataset.files))
+    return tuple((info.path, info.size) for info in infos)
+
+
+def _list_folder(source: FolderSource) -> Listing:
+    files, root = resolve(source.location)
+    if files.get_file_info(root).type != fs.FileType.Directory:
+        raise DataError(f"{source.location}: no such folder; check data.train, data.validation, data.test")
+    found = files.get_file_info(fs.FileSelector(root, recursive=True))
+    images = sorted(
+        (f for f in found if f.type == fs.FileType.File and f.path.lower().endswith(IMAGE_SUFFIXES)),
+        key=lambda f: f.path,
+    )
+    relative = [PurePosixPath(f.path).relative_to(root) for f in images]
+    if not images:
+        raise DataError(
+            f"{source.location}: holds no image; expected <class>/<image> with one of {', '.join(IMAGE_SUFFIXES)}"
+        )
+    loose = next((path for path in relative if len(path.parts) < 2), None)
+    if loose is not None:
+        raise DataError(f"{source.location}/{loose}: lies in no class folder; expected <class>/<image>")
+    classes = tuple(sorted({path.parts[0] for path in relative}))
+    return Listing(len(images), classes, None, tuple((f.path, f.size) for f in images))
+
+
+def string_labels(source: ParquetSource) -> tuple[str, ...] | None:
+    """The distinct names where the label column holds text, sorted; None where it holds numbers."""
+    dataset = _dataset(source)
+    kind = dataset.schema.field(source.label).type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        return None
+    names: set[str] = set()
+    for batch in dataset.to_batches(columns=[source.label]):
+        names.update(name for name in pc.unique(batch.column(0)).to_pylist() if name is not None)
+    return tuple(sorted(names))
+
+
+def highest_label(source: ParquetSource) -> int:
+    """The largest label of a numeric label column."""
+    highest = -1
+    for batch in _dataset(source).to_batches(columns=[source.label]):
+        value = pc.max(batch.column(0)).as_py()
+        highest = max(highest, -1 if value is None else int(value))
+    return highest
+
+
+# -- reading ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Labels of the training and validation data that are flipped on purpose, for measuring."""
+
+    rate: float
+    seed: int
+
+
+def read(
+    sources: Mapping[str, Source],
+    *,
+    classes: Sequence[str],
+    held_out_share: float | None,
+    noise: Noise | None,
+    seed: int,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Split]:
+    """Every split in buckets. `held_out_share` splits a validation set off the training data, by id.
+
+    Raises DataError, LabelRangeError or DuplicateIdError, naming file and value.
+    """
+    train_rows = list_source(sources["train"]).rows
+    rows = {name: list_source(source).rows for name, source in sources.items()}
+    if held_out_share is not None:
+        rows["validation"] = max(1, round(train_rows * held_out_share))
+    names = [name for name in SPLITS if name in rows]
+    boundaries: list[int] = []
+    owners: list[str] = []
+    for name in names:
+        base = SPLITS.index(name) << ORDER_BITS
+        boundaries += [base] if owners else []
+        boundaries += [base + edge for edge in bucket_boundaries(bucket_count(rows[name]))]
+        owners += [name] * bucket_count(rows[name])
+    parts = [
+        _dataset_of(source).map_batches(
+            normalise,
+            batch_format="pyarrow",
+            batch_size=None,
+            fn_kwargs={
+                "split": name,
+                "source": _without_data(source),
+                "classes": tuple(classes),
+                "held_out": (held_out_share, seed) if name == "train" else None,
+                "noise": noise if name != "test" else None,
+            },
+        )
+        for name, source in sources.items()
+    ]
+    whole = parts[0].union(*parts[1:]) if len(parts) > 1 else parts[0]
+    try:
+        blocks = whole.sort(ORDER, boundaries=boundaries).materialize().to_arrow_refs()
+        inspections: list[Inspection] = []
+        pending = [_inspect.remote(block, len(classes)) for block in blocks]
+        for done, reference in enumerate(pending, start=1):
+            inspections.append(ray.get(reference))
+            progress(done, len(pending))
+    except Exception as error:
+        explain(error)
+    if len(blocks) != len(owners):
+        raise PosttrainError(f"Ray Data sorted into {len(blocks)} blocks where {len(owners)} were asked for")
+    splits = {}
+    for name in names:
+        mine = [i for i, owner in enumerate(owners) if owner == name]
+        splits[name] = _split(name, [blocks[i] for i in mine], [inspections[i] for i in mine], classes)
+    _refuse_shared_ids(splits, sources)
+    total = sum(split.rows for split in splits.values())
+    expected = sum(
+        list_rows for name, list_rows in rows.items() if name != "validation" or held_out_share is None
+    )
+    if total != expected:
+        raise PosttrainError(
+            f"{expected} samples were listed but {total} were read; did the files change meanwhile?"
+        )
+    return splits
+
+
+def true_labels_are_known(sources: Mapping[str, Source], noise: Noise | None) -> bool:
+    """Whether the removals can be measured against labels known to be right."""
+    train = sources["train"]
+    return noise is not None or (isinstance(train, ParquetSource) and train.true_label is not None)
+
+
+def _without_data(source: Source) -> Source:
+    return TableSource(source.table.slice(0, 0), source.name) if isinstance(source, TableSource) else source
+
+
+def _dataset_of(source: Source) -> ray.data.Dataset:
+    if isinstance(source, TableSource):
+        return ray.data.from_arrow(source.table)
+    if isinstance(source, FolderSource):
+        files, _ = resolve(source.location)
+        paths = [path for path, _ in _list_folder(source).files]
+        return ray.data.read_binary_files(paths, filesystem=files, include_paths=True)
+    dataset = _dataset(source)
+    columns = [c for c in (source.id, source.image, source.label, source.true_label) if c]
+    read = ray.data.read_parquet(
+        list(dataset.files),
+        filesystem=dataset.filesystem,
+        columns=list(dict.fromkeys(columns)),
+        include_paths=True,
+    )
+    return read
+
+
+def normalise(
+    table: pa.Table,
+    *,
+    split: str,
+    source: Source,
+    classes: tuple[str, ...],
+    held_out: tuple[float | None, int] | None,
+    noise: Noise | None,
+) -> pa.Table:
+    """A block in the project's columns: order, sample_id, image, label (-1: none), file, true_label."""
+    true_labels: np.ndarray | None = None
+    if isinstance(source, FolderSource):
+        _, root = resolve(source.location)
+        relative = [
+            str(PurePosixPath("/" + p.lstrip("/")).relative_to("/" + root.lstrip("/")))
+            for p in table["path"].to_pylist()
+        ]
+        ids = pa.array(relative, pa.string())
+        position = {name: index for index, name in enumerate(classes)}
+        labels = np.array([position.get(path.split("/", 1)[0], -2) for path in relative], np.int32)
+        if (labels == -2).any():
+            path = relative[int(np.argmax(labels == -2))]
+            raise LabelRangeError(
+                f"{source.location}/{path}: its class folder is not among the {len(classes)} classes "
+                f"of the training data; rename it, or name all classes in data.classes"
+            )
+        images, files = table["bytes"], ids
+    else:
+        parquet = isinstance(source, ParquetSource)
+        id_column, image_column, label_column = (
+            (source.id, source.image, source.label) if parquet else ("id", IMAGE, LABEL)
+        )
+        where = table["path"][0].as_py() if parquet and table.num_rows else getattr(source, "name", "")
+        ids = _ids(table[id_column], where, id_column)
+        labels = _labels(table[label_column], classes, where, label_column, ids)
+        images = table[image_column]
+        files = table["path"] if parquet else pa.array([source.name] * table.num_rows, pa.string())
+        if parquet and source.true_label:
+            true_labels = _labels(table[source.true_label], classes, where, source.true_label, ids)
+    keys = ids.to_numpy(zero_copy_only=False)
+    if noise is not None:
+        true_labels = labels if true_labels is None else true_labels
+        given = labels >= 0
+        labels = labels.copy()
+        labels[given] = symmetric(
+            labels[given], keys[given], classes=len(classes), rate=noise.rate, seed=noise.seed + _NOISE_DRAW
+        )
+    splits = np.full(table.num_rows, SPLITS.index(split), np.int64)
+    if held_out is not None and held_out[0] is not None:
+        drawn = uniform(keys, held_out[1] + _HELD_OUT_DRAW * 1_000_003) < held_out[0]
+        splits[drawn] = SPLITS.index("validation")
+    order = order_key(keys) + (splits << ORDER_BITS)
+    if _is_binary(images.type):
+        # 32-bit offsets end at 2 GiB, which a bucket of large images can pass
+        images = pc.cast(images, pa.large_binary())
+    columns = {
+        ORDER: pa.array(order, pa.int64()),
+        SAMPLE_ID: ids,
+        IMAGE: images,
+        LABEL: pa.array(labels, pa.int32()),
+        FILE: pc.cast(files, pa.string()),
+        TRUE_LABEL: pa.array(labels if true_labels is None else true_labels, pa.int32()),
+    }
+    return pa.table(columns)
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_fixed_size_binary(kind)
+
+
+def _ids(column: pa.ChunkedArray, where: str, name: str) -> pa.Array:
+    if column.null_count:
+        raise DataError(f"{where}: column {name!r} has {column.null_count} empty ids; every sample needs one")
+    kind = column.type
+    if pa.types.is_integer(kind):
+        target = pa.int64()
+    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        target = pa.string()
+    else:
+        raise DataError(f"{where}: column {name!r} is {kind}; ids have to be integers or strings (data.id)")
+    cast = pc.cast(column, target)
+    return cast.combine_chunks() if isinstance(cast, pa.ChunkedArray) else cast
+
+
+def _labels(
+    column: pa.ChunkedArray, classes: tuple[str, ...], where: str, name: str, ids: pa.Array
+) -> np.ndarray:
+    """int32 class indices; -1 where the label is empty. Out-of-range labels are kept: `inspect` names them."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        column = pc.cast(column, kind.value_type)
+        kind = kind.value_type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        known = pa.array(classes, kind)
+        index = pc.index_in(column, known)
+        unknown = pc.and_(pc.is_null(index), pc.is_valid(column))
+        if pc.any(unknown).as_py():
+            at = pc.index(unknown, True).as_py()
+            raise LabelRangeError(
+                f"{where}: label {column[at].as_py()!r} at sample_id {ids[at].as_py()} is not among the "
+                f"{len(classes)} classes; set data.classes or correct the label"
+            )
+        return pc.fill_null(index, -1).to_numpy().astype(np.int32)
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+        raise DataError(
+            f"{where}: column {name!r} is {kind}; labels have to be integers or class names (data.label)"
+        )
+    values = column.to_numpy().astype(np.float64)
+    absent = np.isnan(values)
+    broken = ~absent & (values != np.floor(values))
+    if broken.any():
+        at = int(np.argmax(broken))
+        raise DataError(f"{where}: label {values[at]} at sample_id {ids[at].as_py()} is not a whole number")
+    outside = ~absent & ((values < 0) | (values >= len(classes)))
+    if outside.any():
+        at = int(np.argmax(outside))
+        raise LabelRangeError(
+            f"{where}: label {int(values[at])} at sample_id {ids[at].as_py()}, but there are {len(classes)} classes "
+            f"(0..{len(classes) - 1}); is data.label = {name!r} the right column, or data.classes too small?"
+        )
+    return np.where(absent, -1, values).astype(np.int32)
+
+
+# -- looking at the buckets ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What the driver needs to know of a bucket."""
+
+    rows: int
+    class_counts: np.ndarray
+    digest: bytes
+    duplicate: tuple[Any, str, str] | None
+    """(id, file, file) of a sample that occurs twice."""
+
+
+@ray.remote
+def _inspect(table: pa.Table, classes: int) -> Inspection:
+    return inspect(table, classes)
+
+
+def inspect(table: pa.Table, classes: int) -> Inspection:
+    """Counts and digest of a bucket, and the first id in it that occurs twice."""
+    labels = table[LABEL].to_numpy()
+    counts = np.bincount(labels[labels >= 0], minlength=classes)
+    digest = hashlib.sha256()
+    ids = table[SAMPLE_ID].to_pylist()
+    for identity, label in zip(ids, labels, strict=True):
+        digest.update(f"{identity!r}\t{label}\n".encode())
+    duplicate = None
+    if len(set(ids)) < len(ids):
+        seen: dict[Any, int] = {}
+        for at, identity in enumerate(ids):
+            if identity in seen:
+                first, second = table[FILE][seen[identity]].as_py(), table[FILE][at].as_py()
+                duplicate = (identity, first, second)
+                break
+            seen[identity] = at
+    return Inspection(table.num_rows, counts, digest.digest(), duplicate)
+
+
+def _split(
+    name: str, blocks: Sequence[Any], inspections: Sequence[Inspection], classes: Sequence[str]
+) -> Split:
+    digest = hashlib.sha256(f"{name} {list(classes)}".encode())
+    for inspection in inspections:
+        if inspection.duplicate is not None:
+            identity, first, second = inspection.duplicate
+            raise DuplicateIdError(
+                f"{first}: sample_id {identity!r} occurs twice in the {name} data (again in {second}); "
+                "ids have to be unique: is data.id the right column?"
+            )
+        digest.update(inspection.digest)
+    buckets = tuple(
+        Bucket(index, inspection.rows, block)
+        for index, (block, inspection) in enumerate(zip(blocks, inspections, strict=True))
+    )
+    counts = np.sum([inspection.class_counts for inspection in inspections], axis=0)
+    if sum(b.rows for b in buckets) == 0:
+        raise DataError(f"the {name} set is empty; name data.{name}, or raise data.validation_share")
+    return Split(name, buckets, counts, digest.hexdigest()[:16])
+
+
+@ray.remote
+def _shared_ids(mine: pa.Table, others: list[Any], other_names: list[str]) -> tuple[Any, str] | None:
+    ids = mine[SAMPLE_ID].combine_chunks()
+    for name, references in zip(other_names, others, strict=True):
+        for reference in references:
+            other = ray.get(reference)[SAMPLE_ID].combine_chunks()
+            if other.type != ids.type:
+                continue
+            both = ids.filter(pc.is_in(ids, other))
+            if len(both):
+                return both[0].as_py(), name
+    return None
+
+
+def _refuse_shared_ids(splits: Mapping[str, Split], sources: Mapping[str, Source]) -> None:
+    """The training data must share no id with what it is measured on.
+
+    The ids of class folders are relative to each folder, so that there the folders have to differ instead.
+    """
+    train = sources["train"]
+    held_back = {}
+    for name, split in splits.items():
+        source = sources.get(name)
+        if name == "train" or source is None:
+            continue
+        if isinstance(train, FolderSource) and isinstance(source, FolderSource):
+            if resolve(train.location)[1].rstrip("/") == resolve(source.location)[1].rstrip("/"):
+                raise DuplicateIdError(
+                    f"data.train and data.{name} are the same folder, {source.location}; what is measured on must "
+                    "not be trained on"
+                )
+            continue
+        held_back[name] = [bucket.block for bucket in split.buckets]
+    if not held_back:
+        return
+    names = list(held_back)
+    pending = [
+        _shared_ids.remote(bucket.block, [held_back[name] for name in names], names)
+        for bucket in splits["train"].buckets
+    ]
+    for shared in ray.get(pending):
+        if shared is not None:
+            identity, name = shared
+            raise DuplicateIdError(
+                f"sample_id {identity!r} is in both the train and the {name} set; what is measured on must not be "
+                f"trained on: take it out of one of them, or give the samples of data.{name} ids of their own"
+            )
+
+
+def explain(error: BaseException) -> NoReturn:
+    """Raise posttrain's own error out of the wrappings that Ray puts around it; else `error` as it is."""
+    for inner in _causes(error):
+        if isinstance(inner, PosttrainError):
+            raise inner from None
+    raise error
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    queue: list[BaseException | None] = [error]
+    while queue:
+        inner = queue.pop()
+        if inner is None or id(inner) in seen:
+            continue
+        seen.add(id(inner))
+        yield inner
+        queue += [getattr(inner, "cause", None), inner.__cause__, inner.__context__]
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,317 @@
+"""Training the whole network on the live images, through Ray Train.
+
+With `workers = 0` Ray Train's local mode runs the loop in the driver's process, which costs no start-up; with more
+it is distributed data-parallel training. The loop draws every random number from (seed, epoch), and walks through
+buckets, so that its result does not depend on files or blocks.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import ray
+import ray.train
+import torch
+from ray.train.torch import TorchTrainer
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from posttrain.cluster.reading import Bucket, Progress, Split, explain
+from posttrain.cluster.workers import Network, load_network
+from posttrain.errors import StepError
+from posttrain.schema import IMAGE, LABEL, Excluded, ImageSpec
+from posttrain.vision import models
+from posttrain.vision.images import augmentation, decode_column, normalize
+
+WINDOW_BYTES = 2**30
+"""Decoded pixels that a training process holds: data that fit are decoded once, others once per epoch."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the network is trained; see the sections `pretrain` and `refine` of the run file."""
+
+    epochs: int
+    batch_size: int
+    optimizer: Literal["sgd", "adamw"]
+    learning_rate: float
+    momentum: float
+    weight_decay: float
+    schedule: Literal["constant", "cosine"]
+    augment: Literal["none", "crop", "crop_flip"]
+    until_train_accuracy: float | None = None
+    """Stop after the first epoch whose mean accuracy on the training data (as given, labels included) reaches this."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The trained weights and what the last epoch was like."""
+
+    weights: bytes = field(repr=False)
+    epochs: int
+    steps: int
+    train_accuracy: float
+    train_loss: float
+    seconds: float
+
+
+def train(
+    network: Network,
+    split: Split,
+    excluded: Excluded,
+    training: Training,
+    *,
+    seed: int,
+    workers: int,
+    gpus_per_worker: float,
+    storage: str | None,
+    run_name: str,
+    progress: Progress,
+) -> Trained:
+    """The network after training on the split's samples but the excluded ones.
+
+    `progress` counts samples; with `workers > 0` it is called once, at the end. Raises StepError where the loss is
+    not finite or training fails.
+    """
+    started = time.perf_counter()
+    config: dict[str, Any] = {
+        "network": network,
+        "buckets": split.buckets,
+        "excluded": excluded,
+        "training": training,
+        "seed": seed,
+        "threads": None if workers == 0 else 1,
+    }
+    if workers == 0:
+        config["progress"] = progress
+    logging.getLogger("ray.train").setLevel(logging.CRITICAL)
+    trainer = TorchTrainer(
+        _train_loop,
+        train_loop_config=config,
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers,
+            use_gpu=gpus_per_worker > 0 and workers > 0,
+            resources_per_worker={"CPU": 1, "GPU": gpus_per_worker} if gpus_per_worker and workers else None,
+        ),
+        run_config=None
+        if workers == 0
+        else ray.train.RunConfig(
+            name=run_name, storage_path=storage, failure_config=ray.train.FailureConfig(max_failures=2)
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except Exception as error:
+        explain(error)
+    found = result.return_value
+    if found is None:
+        raise StepError("training ended without a result; start the same command again to go on")
+    live = split.rows - sum(len(rows) for rows in excluded.values())
+    if workers:
+        progress(live * found["epochs"], live * found["epochs"])
+    return Trained(
+        found["weights"],
+        found["epochs"],
+        found["steps"],
+        found["accuracy"],
+        found["loss"],
+        time.perf_counter() - started,
+    )
+
+
+def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    if config["threads"]:
+        torch.set_num_threads(config["threads"])
+    network: Network = config["network"]
+    training: Training = config["training"]
+    device = ray.train.torch.get_device() if world > 1 or torch.cuda.is_available() else torch.device("cpu")
+    # the driver's own generator must not notice that training ran in its process
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config["seed"] * 1_000_003 + rank)
+        model = load_network(network).to(device).train()
+        parallel = ray.train.torch.prepare_model(model) if world > 1 else model
+        images = LiveImages(
+            config["buckets"][rank::world],
+            config["excluded"],
+            network.spec.image,
+            seed=config["seed"] + 7919 * rank,
+        )
+        live = sum(b.rows - len(config["excluded"].get(b.index, ())) for b in config["buckets"])
+        outcome = fit_network(
+            parallel,
+            images,
+            training,
+            spec=network.spec.image,
+            live=live,
+            world=world,
+            device=device,
+            seed=config["seed"],
+            progress=config.get("progress", lambda done, total: None),
+        )
+    return {"weights": models.to_bytes(model), **outcome}
+
+
+def fit_network(
+    model: torch.nn.Module,
+    images: LiveImages,
+    training: Training,
+    *,
+    spec: ImageSpec,
+    live: int,
+    world: int,
+    device: torch.device,
+    seed: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The training loop itself; every rank takes the same number of steps."""
+    per_rank = max(1, training.batch_size // world)
+    steps_per_epoch = max(1, math.ceil(live / (per_rank * world)))
+    optimizer = _optimizer(model, training)
+    total_steps = steps_per_epoch * training.epochs
+    augment = augmentation(training.augment, spec.size)
+    taken = 0
+    accuracy = loss_mean = 0.0
+    for epoch in range(training.epochs):
+        generator = torch.Generator().manual_seed((seed * 10_007 + epoch) * 2 + 1)
+        sums = torch.zeros(3, dtype=torch.float64, device=device)
+        for pixels, labels in images.batches(per_rank, steps_per_epoch, epoch):
+            if training.schedule == "cosine":
+                share = taken / total_steps
+                for group in optimizer.param_groups:
+                    group["lr"] = training.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+            inputs = normalize(augment(pixels, generator).to(device), spec.mean, spec.std)
+            targets = labels.to(device)
+            logits = model(inputs)
+            loss = cross_entropy(logits, targets)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            taken += 1
+            with torch.no_grad():
+                correct = (logits.argmax(dim=1) == targets).sum()
+                sums += torch.stack(
+                    [loss.detach() * len(targets), correct, correct.new_tensor(len(targets))]
+                ).double()
+            progress(min(taken * per_rank * world, live * training.epochs), live * training.epochs)
+        if world > 1:
+            torch.distributed.all_reduce(sums)
+        loss_mean, accuracy = float(sums[0] / sums[2]), float(sums[1] / sums[2])
+        if not math.isfinite(loss_mean):
+            raise StepError(
+                f"training diverged in epoch {epoch + 1} (loss {loss_mean}); lower the learning rate "
+                f"({training.learning_rate:g}) of this section of the run file"
+            )
+        if training.until_train_accuracy is not None and accuracy >= training.until_train_accuracy:
+            return {"epochs": epoch + 1, "steps": taken, "accuracy": accuracy, "loss": loss_mean}
+    return {"epochs": training.epochs, "steps": taken, "accuracy": accuracy, "loss": loss_mean}
+
+
+def _optimizer(model: torch.nn.Module, training: Training) -> torch.optim.Optimizer:
+    if training.optimizer == "adamw":
+        return torch.optim.AdamW(
+            model.parameters(), training.learning_rate, weight_decay=training.weight_decay
+        )
+    return torch.optim.SGD(
+        model.parameters(),
+        training.learning_rate,
+        training.momentum,
+        weight_decay=training.weight_decay,
+        nesterov=training.momentum > 0,
+    )
+
+
+class LiveImages:
+    """Decoded live images of some buckets in seeded random order.
+
+    Buckets are visited in a random order, as many at a time as fit `window_bytes`; within these the order is
+    random. What fits whole is decoded once.
+    """
+
+    def __init__(
+        self,
+        buckets: tuple[Bucket, ...],
+        excluded: Excluded,
+        spec: ImageSpec,
+        *,
+        seed: int,
+        window_bytes: int = WINDOW_BYTES,
+        get: Callable[[Any], Any] = ray.get,
+    ) -> None:
+        self._buckets, self._excluded, self._spec, self._seed, self._get = buckets, excluded, spec, seed, get
+        height, width = spec.size
+        rows = max((b.rows for b in buckets), default=1)
+        self._window = max(1, window_bytes // max(1, rows * spec.channels * height * width))
+        self._whole: tuple[Tensor, Tensor] | None = None
+
+    def batches(self, size: int, steps: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """`steps` batches (uint8 [n, c, h, w], labels [n]); begins again where the rank has fewer samples."""
+        taken, again = 0, 0
+        while taken < steps:
+            generator = np.random.default_rng([self._seed, epoch, again])
+            before = taken
+            rest: tuple[Tensor, Tensor] | None = None
+            for pixels, labels in self._windows(generator):
+                if rest is not None:
+                    pixels, labels = torch.cat([rest[0], pixels]), torch.cat([rest[1], labels])
+                whole = len(labels) // size * size
+                for start in range(0, whole, size):
+                    if taken == steps:
+                        return
+                    yield pixels[start : start + size], labels[start : start + size]
+                    taken += 1
+                rest = (pixels[whole:], labels[whole:]) if whole < len(labels) else None
+            # a batch of one would leave batch normalisation without a variance
+            if rest is not None and len(rest[1]) > 1 and taken < steps:
+                yield rest
+                taken += 1
+            elif rest is not None and taken == steps - 1:
+                return
+            if taken == before:
+                raise StepError("a training worker has fewer than two samples; use fewer ray.train_workers")
+            again += 1
+
+    def _windows(self, generator: np.random.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        if self._window >= len(self._buckets):
+            if self._whole is None:
+                self._whole = self._decode(self._buckets)
+            order = torch.from_numpy(generator.permutation(len(self._whole[1])))
+            # gathered batch by batch in `batches` would copy less at once, but a permuted copy is one line
+            yield self._whole[0][order], self._whole[1][order]
+            return
+        visit = generator.permutation(len(self._buckets))
+        for start in range(0, len(visit), self._window):
+            chosen = tuple(self._buckets[i] for i in visit[start : start + self._window])
+            pixels, labels = self._decode(chosen)
+            order = torch.from_numpy(generator.permutation(len(labels)))
+            yield pixels[order], labels[order]
+
+    def _decode(self, buckets: tuple[Bucket, ...]) -> tuple[Tensor, Tensor]:
+        pixels, labels = [], []
+        for bucket in buckets:
+            block = self._get(bucket.block)
+            rows = np.setdiff1d(
+                np.arange(block.num_rows), self._excluded.get(bucket.index, np.empty(0, np.int32))
+            )
+            block = block.take(rows)
+            decoded, readable, _ = decode_column(
+                block[IMAGE], channels=self._spec.channels, size=self._spec.size, shape=self._spec.shape
+            )
+            given = block[LABEL].to_numpy()
+            # before the first embedding nothing has been quarantined yet
+            kept = torch.from_numpy(given[readable] >= 0)
+            pixels.append(decoded[kept])
+            labels.append(torch.from_numpy(given[readable].astype(np.int64))[kept])
+        if not pixels:
+            height, width = self._spec.size
+            return torch.empty(0, self._spec.channels, height, width, dtype=torch.uint8), torch.empty(
+                0
+            ).long()
+        return torch.cat(pixels), torch.cat(labels)

@@ -1,0 +1,412 @@
+"""Actors that live through all rounds: each embeds, sums and scores the buckets it is given.
+
+An actor keeps the network of the current round and the features that it has read, so that neither a pass over
+the feature store nor a round pays for starting processes or for reading twice. What a call needs is named by its
+arguments alone: an actor that died is started again by Ray and goes on with the same call.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+from torch import Tensor
+
+from posttrain.cluster.reading import Bucket, Progress, explain
+from posttrain.errors import StepError
+from posttrain.influence import probe as probes
+from posttrain.influence.curvature import Curvature
+from posttrain.influence.probe import BlockFn, Standardizer
+from posttrain.influence.scores import SCORES, evidence, label_margin
+from posttrain.schema import BUCKET, FILE, IMAGE, LABEL, ROW, SAMPLE_ID, Excluded, ModelSpec, uniform
+from posttrain.store.features import Shard, ShardSummary, read_shard, summarise_shard, write_shard
+from posttrain.store.folder import RunFolder
+from posttrain.vision import models
+from posttrain.vision.images import decode_column, normalize
+
+REDUCTION_GROUPS = 32
+"""Sums are formed in this many groups of buckets, each by one actor, and added up in their order: the result
+depends neither on the number of actors nor on which of them was faster."""
+
+EMBEDDING_BATCH = 256
+
+_view_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class View:
+    """The live samples of one split in a feature store."""
+
+    folder: RunFolder
+    backbone: str
+    split: str
+    buckets: tuple[int, ...]
+    excluded: Excluded
+    standardizer: Standardizer | None
+    key: str = field(default_factory=lambda: f"{os.getpid()}-{next(_view_numbers)}")
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network by its recipe and weights; `key` tells one set of weights from another."""
+
+    spec: ModelSpec
+    weights: bytes = field(repr=False)
+    key: str
+
+
+def load_network(network: Network) -> torch.nn.Module:
+    model = models.build(network.spec.factory, classes=network.spec.classes, arguments=network.spec.arguments)
+    models.load_bytes(model, network.weights)
+    return model
+
+
+def probe_scores(
+    features: Tensor, labels: Tensor, sample_ids: np.ndarray, weights: Tensor, curvature: Curvature, seed: int
+) -> dict[str, np.ndarray]:
+    """Every score of a batch, and what the others would label it: columns of `scores.parquet`."""
+    draw = torch.from_numpy(uniform(sample_ids, seed)).to(features)
+    found = evidence(features, labels, weights.to(features), curvature, draw)
+    columns = {name: score(found) for name, score in SCORES.items()}
+    probabilities = found.loo_logits.double().softmax(dim=1)
+    others = probabilities.scatter(1, labels[:, None], -1.0)
+    confidence, suggested = others.max(dim=1)
+    columns |= {
+        "loo_margin": label_margin(found.loo_logits, labels),
+        "predicted_label": probabilities.argmax(dim=1).int(),
+        "self_confidence": probabilities.gather(1, labels[:, None])[:, 0].float(),
+        "suggested_label": suggested.int(),
+        "confidence": confidence.float(),
+    }
+    return {name: column.cpu().numpy() for name, column in columns.items()}
+
+
+class _Worker:
+    """One process of the pool; only ids, one bucket's scores and small matrices leave it."""
+
+    def __init__(self, threads: int, cache_bytes: int) -> None:
+        torch.set_num_threads(threads)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.network: tuple[str, torch.nn.Module] | None = None
+        self.views: OrderedDict[str, dict[int, tuple[Shard, Tensor, Tensor]]] = OrderedDict()
+        self.cache_bytes = cache_bytes
+        self.cached = 0
+
+    def ready(self) -> str:
+        return str(self.device)
+
+    def embed(
+        self,
+        network_in: list[Any],
+        block: pa.Table,
+        bucket: int,
+        folder: RunFolder,
+        path: str,
+        skip: np.ndarray,
+    ) -> ShardSummary:
+        network: Network = ray.get(network_in[0])
+        if self.network is None or self.network[0] != network.key:
+            self.network = (network.key, load_network(network).to(self.device).eval())
+        shard, quarantined = embed_block(self.network[1], network.spec, block, skip, self.device)
+        write_shard(folder, path, shard, quarantined)
+        return ShardSummary(bucket, len(shard.rows), shard.features.shape[1], quarantined)
+
+    def reduce(
+        self,
+        view_in: list[Any],
+        key: str,
+        groups: Sequence[Sequence[int]],
+        fn: BlockFn,
+        arguments_in: list[Any],
+    ) -> list[list[np.ndarray]]:
+        arguments = (
+            ray.get(arguments_in[0]) if isinstance(arguments_in[0], ray.ObjectRef) else arguments_in[0]
+        )
+        tensors = [torch.from_numpy(np.array(a)).to(self.device) for a in arguments]
+        sums = []
+        for group in groups:
+            total: list[Tensor] | None = None
+            for bucket in group:
+                _, features, labels = self._block(view_in, key, bucket)
+                part = [t.double() for t in fn(features, labels, *tensors)]
+                total = part if total is None else [a + b for a, b in zip(total, part, strict=True)]
+            sums.append([t.cpu().numpy() for t in total or []])
+        return sums
+
+    def score(self, view_in: list[Any], key: str, bucket: int, constants_in: list[Any]) -> pa.Table:
+        weights, curvature, seed = ray.get(constants_in[0])
+        shard, features, labels = self._block(view_in, key, bucket)
+        ids = shard.sample_ids.to_numpy(zero_copy_only=False)
+        columns = probe_scores(features, labels, ids, weights, curvature, seed)
+        return pa.table(
+            {
+                SAMPLE_ID: shard.sample_ids,
+                BUCKET: pa.array(np.full(len(ids), bucket), pa.int32()),
+                ROW: pa.array(shard.rows, pa.int32()),
+                LABEL: pa.array(shard.labels, pa.int32()),
+                **{name: pa.array(column) for name, column in columns.items()},
+            }
+        )
+
+    def _block(self, view_in: list[Any], key: str, bucket: int) -> tuple[Shard, Tensor, Tensor]:
+        """A bucket's live rows: the shard, features (standardised, 1 appended), labels; cached while they fit."""
+        if key not in self.views:
+            self.views[key] = {}
+            while len(self.views) > 4:
+                _, dropped = self.views.popitem(last=False)
+                self.cached -= sum(features.nbytes for _, features, _ in dropped.values())
+        blocks = self.views[key]
+        if bucket not in blocks:
+            view: View = ray.get(view_in[0])
+            shard = read_live(view, bucket)
+            features = torch.from_numpy(shard.features.copy()).to(self.device)
+            features = features.float() if view.standardizer is None else view.standardizer(features)
+            block = (shard, features, torch.from_numpy(shard.labels.astype(np.int64)).to(self.device))
+            if self.cached + features.nbytes > self.cache_bytes:
+                return block
+            self.cached += features.nbytes
+            blocks[bucket] = block
+        return blocks[bucket]
+
+
+def read_live(view: View, bucket: int) -> Shard:
+    """The live rows of a bucket, features as stored (float16)."""
+    shard = read_shard(view.folder, view.folder.features(view.backbone, view.split, bucket))
+    excluded = view.excluded.get(bucket)
+    if excluded is None or not len(excluded):
+        return shard
+    live = ~np.isin(shard.rows, excluded)
+    return Shard(
+        shard.rows[live], shard.sample_ids.filter(pa.array(live)), shard.labels[live], shard.features[live]
+    )
+
+
+def embed_block(
+    model: torch.nn.Module, spec: ModelSpec, block: pa.Table, skip: np.ndarray, device: torch.device
+) -> tuple[Shard, list[dict[str, object]]]:
+    """Features of a bucket's rows but `skip`, and what could not be read, with the reason."""
+    rows = np.setdiff1d(np.arange(block.num_rows), skip)
+    block = block.take(pa.array(rows))
+    image = spec.image
+    pixels, readable, reasons = decode_column(
+        block[IMAGE], channels=image.channels, size=image.size, shape=image.shape
+    )
+    labels = block[LABEL].to_numpy()
+    why = dict(zip(np.flatnonzero(~readable).tolist(), reasons, strict=True))
+    why |= {int(at): "no label" for at in np.flatnonzero(readable & (labels < 0))}
+    parts = []
+    with torch.inference_mode():
+        for batch in pixels.split(EMBEDDING_BATCH):
+            inputs = normalize(batch.to(device), image.mean, image.std)
+            features, _ = models.embed(model, spec.head, inputs)
+            parts.append(features.float().cpu())
+    dim = models.head_of(model, spec.head).in_features
+    embedded = torch.cat(parts) if parts else torch.empty(0, dim)
+    halves = embedded.half()
+    finite = torch.isfinite(halves).all(dim=1).numpy()
+    where_readable = np.flatnonzero(readable)
+    for at in where_readable[~finite]:
+        why.setdefault(
+            int(at), "features are not finite in float16 (an extreme image, or weights that overflow)"
+        )
+    good = np.array([at not in why for at in range(len(rows))], bool)
+    ids = block[SAMPLE_ID].combine_chunks()
+    files = block[FILE]
+    quarantined: list[dict[str, object]] = [
+        {ROW: int(rows[at]), SAMPLE_ID: ids[at].as_py(), FILE: files[at].as_py(), "reason": reason}
+        for at, reason in sorted(why.items())
+    ]
+    if isinstance(ids, pa.ChunkedArray):
+        ids = pa.concat_arrays(ids.chunks) if ids.num_chunks else pa.array([], ids.type)
+    kept = halves.numpy()[good[where_readable]]
+    return Shard(rows[good], ids.filter(pa.array(good)), labels[good], kept), quarantined
+
+
+class Workers:
+    """The pool, seen from the driver. Actors start at the first call."""
+
+    def __init__(self, *, count: int | None, cpus: float, gpus: float | None, on_cluster: bool) -> None:
+        resources = ray.cluster_resources()
+        available_gpus = resources.get("GPU", 0.0)
+        self.gpus_per_worker = (1.0 if available_gpus >= 1 else 0.0) if gpus is None else gpus
+        if self.gpus_per_worker > available_gpus and not on_cluster:
+            raise StepError(
+                f"ray.gpus_per_worker = {self.gpus_per_worker:g}, but this machine shows {available_gpus:g} GPUs; leave it out"
+            )
+        by_default = (
+            int(available_gpus / self.gpus_per_worker)
+            if self.gpus_per_worker
+            else int(resources.get("CPU", 1) / max(cpus, 1))
+        )
+        self.count = max(1, count or by_default)
+        # On one machine the steps never overlap, so that actors which reserve no CPU cannot starve Ray Data or
+        # Ray Train; on a cluster the reservation is what places them.
+        self._cpus = cpus if on_cluster else 0.0
+        self._threads = max(1, int(cpus))
+        self._actors: list[Any] = []
+
+    def start(self) -> None:
+        """Start the actors without waiting for them."""
+        if self._actors:
+            return
+        cache = int(0.3 * ray.cluster_resources().get("memory", 4 * 2**30) / self.count)
+        actor = ray.remote(_Worker).options(
+            num_cpus=self._cpus,
+            num_gpus=self.gpus_per_worker,
+            scheduling_strategy="SPREAD",
+            # a block that crashes its process for ever must end as an error, not as a loop
+            max_restarts=2,
+            max_task_retries=2,
+        )
+        self._actors = [actor.remote(self._threads, cache) for _ in range(self.count)]
+
+    def release(self) -> None:
+        """End the actors: their CPUs and GPUs are wanted elsewhere. The next call starts new ones."""
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = []
+
+    def each(self, calls: Sequence[Callable[[Any], Any]], *, ordered: bool = True) -> Iterator[Any]:
+        """Results of the calls (each given a free actor), in their order; at most two wait per actor.
+
+        The look-ahead is bounded: results that wait for an earlier one never pile up by the number of samples.
+        """
+        self.start()
+        waiting: dict[Any, int] = {}
+        load = dict.fromkeys(range(len(self._actors)), 0)
+        owner: dict[Any, int] = {}
+        results: dict[int, Any] = {}
+        following = iter(enumerate(calls))
+        next_out = 0
+        exhausted = False
+        while True:
+            while not exhausted and min(load.values()) < 2 and len(results) < 4 * len(self._actors):
+                item = next(following, None)
+                if item is None:
+                    exhausted = True
+                    break
+                free = min(load, key=lambda a: load[a])
+                reference = item[1](self._actors[free])
+                waiting[reference], owner[reference] = item[0], free
+                load[free] += 1
+            while next_out in results:
+                yield results.pop(next_out)
+                next_out += 1
+            if not waiting:
+                if exhausted:
+                    return
+                continue
+            done, _ = ray.wait(list(waiting), num_returns=1)
+            for reference in done:
+                load[owner.pop(reference)] -= 1
+                index = waiting.pop(reference)
+                try:
+                    results[index] = ray.get(reference)
+                except Exception as error:
+                    explain(error)
+
+    def reducer(self, view: View) -> _Reducer:
+        """Sums over the live samples of a view."""
+        self.start()
+        return _Reducer(self, view)
+
+    def embed(
+        self,
+        network: Network,
+        buckets: Sequence[Bucket],
+        folder: RunFolder,
+        *,
+        backbone: str,
+        split: str,
+        excluded: Excluded,
+        progress: Progress,
+    ) -> list[ShardSummary]:
+        """The shards of every bucket; those that are there already are kept. `progress` counts samples."""
+        found = {
+            b.index: summarise_shard(folder, folder.features(backbone, split, b.index), b.index)
+            for b in buckets
+        }
+        todo = [b for b in buckets if found[b.index] is None]
+        total = sum(b.rows for b in todo)
+        nothing = np.empty(0, np.int32)
+        reference = ray.put(network)
+        calls = [
+            lambda actor, b=b: actor.embed.remote(
+                [reference],
+                b.block,
+                b.index,
+                folder,
+                folder.features(backbone, split, b.index),
+                excluded.get(b.index, nothing),
+            )
+            for b in todo
+        ]
+        done = 0
+        for bucket, summary in zip(todo, self.each(calls), strict=True):
+            found[bucket.index] = summary
+            done += bucket.rows
+            progress(done, total)
+        return [summary for summary in (found[b.index] for b in buckets) if summary is not None]
+
+    def score(self, view: View, weights: Tensor, curvature: Curvature, seed: int) -> Iterator[pa.Table]:
+        """The score tables of all buckets, in their order."""
+        view_in = [ray.put(view)]
+        constants = [ray.put((weights.float(), curvature, seed))]
+        calls = [lambda actor, b=b: actor.score.remote(view_in, view.key, b, constants) for b in view.buckets]
+        yield from self.each(calls)
+
+
+class _Reducer:
+    """`influence.probe.Reduce` over the pool."""
+
+    # beyond this an argument travels once through the object store instead of with every call
+    _INLINE_BYTES = 1_000_000
+
+    def __init__(self, workers: Workers, view: View) -> None:
+        self._workers, self._view = workers, view
+        self._view_in = [ray.put(view)]
+        groups: list[list[int]] = [[] for _ in range(min(REDUCTION_GROUPS, len(view.buckets)))]
+        for position, bucket in enumerate(view.buckets):
+            groups[position % len(groups)].append(bucket)
+        self._groups = groups
+
+    def __call__(self, fn: BlockFn, *arguments: Tensor) -> tuple[Tensor, ...]:
+        actors = self._workers._actors
+        plain = [a.detach().cpu().numpy() for a in arguments]
+        large = sum(a.nbytes for a in plain) > self._INLINE_BYTES
+        arguments_in = [ray.put(plain)] if large else [plain]
+        owned = [list(range(i, len(self._groups), len(actors))) for i in range(len(actors))]
+        pending = [
+            actor.reduce.remote(
+                self._view_in, self._view.key, [self._groups[g] for g in mine], fn, arguments_in
+            )
+            for actor, mine in zip(actors, owned, strict=True)
+            if mine
+        ]
+        try:
+            parts = ray.get(pending)
+        except Exception as error:
+            explain(error)
+        by_group = {
+            g: sums
+            for mine, part in zip([m for m in owned if m], parts, strict=True)
+            for g, sums in zip(mine, part, strict=True)
+        }
+        total: list[Tensor] | None = None
+        for g in range(len(self._groups)):
+            part = [torch.from_numpy(np.array(a)) for a in by_group[g]]
+            total = part if total is None else [a + b for a, b in zip(total, part, strict=True)]
+        return tuple(total or [])
+
+
+def standardize(workers: Workers, view: View) -> Standardizer:
+    """The standardizer of a view's live samples (the view itself without one)."""
+    return Standardizer.from_moments(*workers.reducer(view)(probes.moments))

@@ -1,0 +1,47 @@
+"""The cleaned data set as Parquet, one file per bucket, written where the buckets are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from posttrain.cluster.reading import Progress, Split, explain
+from posttrain.schema import IMAGE, LABEL, SAMPLE_ID, Excluded
+from posttrain.store.folder import RunFolder
+
+
+@ray.remote
+def _write(block: pa.Table, skip: np.ndarray, folder: RunFolder, path: str, classes: tuple[str, ...]) -> int:
+    rows = np.setdiff1d(np.arange(block.num_rows), skip)
+    kept = block.take(pa.array(rows)).select([SAMPLE_ID, IMAGE, LABEL])
+    kept = kept.append_column("class_name", pa.array(classes).take(kept[LABEL]))
+    folder.write_table(path, kept)
+    return kept.num_rows
+
+
+def write_cleaned(
+    split: Split, excluded: Excluded, folder: RunFolder, classes: Sequence[str], progress: Progress
+) -> int:
+    """Writes `cleaned/part-*.parquet` with what is in no row of `excluded`; returns the number of samples."""
+    nothing = np.empty(0, np.int32)
+    kept = 0
+    pending = [
+        _write.remote(
+            b.block,
+            excluded.get(b.index, nothing),
+            folder,
+            folder.path("cleaned", f"part-{b.index:05d}.parquet"),
+            tuple(classes),
+        )
+        for b in split.buckets
+    ]
+    try:
+        for done, reference in enumerate(pending, start=1):
+            kept += ray.get(reference)
+            progress(done, len(pending))
+    except Exception as error:
+        explain(error)
+    return kept

@@ -1,0 +1,572 @@
+"""The run file: YAML in, frozen and validated sections out. `RunFile()` is the embedded digits run.
+
+`load` reads a run file with its overrides, `dump` writes one that `load` takes back unchanged, `schema` gives
+the JSON schema, `differences` says in which keys two runs differ.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from posttrain.errors import ConfigError
+
+Text = Annotated[str, Field(min_length=1)]
+Paths = Text | Annotated[tuple[Text, ...], Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """Settings that belong together: frozen, and a key that is not declared is an error."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, use_attribute_docstrings=True
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _a_boolean_is_no_number(cls, value: object, info: ValidationInfo) -> object:
+        # YAML reads yes, no, on and off as booleans, and Python would go on to take them for 1 and 0
+        field = cls.model_fields[str(info.field_name)]
+        if isinstance(value, bool) and field.annotation is not bool:
+            raise ValueError(
+                "should not be a boolean (put quotes around a yes, no, on or off that is meant as text)"
+            )
+        return value
+
+
+class Run(Section):
+    """Where the run is kept, and from where its chance starts."""
+
+    path: Text = "runs/digits"
+    """Run folder: a local path or a URI that pyarrow opens (s3://, gs://). The same folder again goes on."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Start of every random choice: weights, order of samples, splits. Same seed, same removed samples."""
+
+
+class Noise(Section):
+    """Labels flipped on purpose, to measure what is found again."""
+
+    kind: Literal["symmetric"] = "symmetric"
+    """symmetric: a flipped label becomes any of the other classes, all equally likely."""
+    rate: float = Field(default=0.2, ge=0, le=1)
+    """Share of the training and validation labels that are flipped; the test set stays as it is."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Which labels are flipped depends on this seed and the sample's id alone."""
+
+
+class Data(Section):
+    """The data set: its files, its columns, its classes."""
+
+    source: Literal["digits", "parquet", "folder", "torchvision"] = "digits"
+    """digits: the set embedded in scikit-learn. parquet: Parquet files. folder: one folder of images per
+    class. torchvision: one of its data sets, by name, downloaded where it is absent."""
+    name: Literal["CIFAR10", "CIFAR100", "FashionMNIST", "MNIST"] | None = None
+    """Data set of torchvision (source torchvision only)."""
+    root: Text = "~/.cache/posttrain"
+    """Folder that torchvision downloads to and reads from."""
+    train: Paths | None = None
+    """Path or URI of the training data, or several (sources parquet and folder only)."""
+    validation: Paths | None = None
+    """Data that the model has not been trained on; its labels may be as noisy as the rest."""
+    test: Paths | None = None
+    """Data for the final figures, with labels to be trusted. Optional."""
+    id: Text = "id"
+    """Column with the sample's id: unique, an integer or a string. For folders it is the relative path."""
+    image: Text = "image"
+    """Column with the image: an encoded file (PNG, JPEG, ...) or raw uint8 values."""
+    label: Text = "label"
+    """Column with the given label: the class's number, or its name."""
+    test_label: Text | None = None
+    """Label column of the test set, where it has another name than `label`."""
+    true_label: Text | None = None
+    """Column with the true label, for measuring only: nothing is decided by it."""
+    image_shape: (
+        Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=2, max_length=3)] | None
+    ) = None
+    """Height, width and, for colour, channels of images that are stored as raw uint8 bytes."""
+    classes: Annotated[int, Field(ge=2)] | Annotated[tuple[Text, ...], Field(min_length=2)] | None = None
+    """Number of classes, or their names in the order of their numbers. null: taken from the data."""
+    validation_share: float = Field(default=0.1, gt=0, lt=1)
+    """Share of the training data that is split off before posttrain itself pre-trains, where no validation
+    set is named."""
+    noise: Noise | None = None
+    """Labels flipped on purpose, for measuring. Left out, with source digits: rate 0.2; null: none."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _digits_are_noisy(cls, given: object) -> object:
+        # digits alone are clean: without flipped labels the embedded run would have nothing to show
+        if isinstance(given, Mapping) and "noise" not in given and given.get("source", "digits") == "digits":
+            return {**given, "noise": {}}
+        return given
+
+    @model_validator(mode="after")
+    def _keys_fit_the_source(self) -> Self:
+        files = ("parquet", "folder")
+        sources_of = {
+            "name": ("torchvision",),
+            "train": files,
+            "validation": files,
+            "test": files,
+            "test_label": ("parquet",),
+            "true_label": ("parquet",),
+            "image_shape": ("parquet",),
+        }
+        for key, sources in sources_of.items():
+            if self.source not in sources and getattr(self, key) is not None:
+                raise ValueError(
+                    f"data.{key} is for data.source = {' or '.join(sources)} only, "
+                    f"and data.source is {self.source}: remove one or change the other"
+                )
+        if self.source == "torchvision" and self.name is None:
+            raise ValueError(
+                "data.source = torchvision needs data.name (CIFAR10, CIFAR100, FashionMNIST or MNIST)"
+            )
+        if self.source in files and self.train is None:
+            raise ValueError(f"data.source = {self.source} needs data.train, the path of the training data")
+        if isinstance(self.classes, tuple) and len(set(self.classes)) < len(self.classes):
+            raise ValueError(f"data.classes names a class twice: {', '.join(self.classes)}")
+        return self
+
+
+class Model(Section):
+    """The model as it is: how to build it, its weights, and what its images look like."""
+
+    factory: Text = "posttrain.vision.models:mlp"
+    """A torchvision model by name (resnet18), or a function of your own (package.module:function) that is
+    called with classes=<number of classes> and the arguments below and returns the module."""
+    arguments: dict[str, JsonValue] = {}
+    """Further keyword arguments of the factory."""
+    weights: Text | None = None
+    """A state_dict (.pt, .pth), a safetensors file, or an MLflow model (models:/..., runs:/...). null:
+    posttrain trains the model first."""
+    head: Text | None = None
+    """Dotted name of the last Linear module. null: found by itself."""
+    channels: Literal[1, 3] = 1
+    """Channels that the model expects: 1 (grey) or 3 (RGB)."""
+    image_size: (
+        Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+    ) = 8
+    """Pixels that the model expects: one number for squares, or height and width."""
+    mean: tuple[float, ...] = (0.5,)
+    """Subtracted from pixels scaled to 0..1: one number, or one per channel."""
+    std: tuple[Annotated[float, Field(gt=0)], ...] = (0.5,)
+    """What the difference is divided by: one number, or one per channel."""
+
+    @field_validator("weights")
+    @classmethod
+    def _weights_of_a_known_kind(cls, weights: str | None) -> str | None:
+        known = weights is None or re.search(r"^(models|runs):/|\.(pt|pth|safetensors)$", weights)
+        if not known:
+            raise ValueError(
+                "should be a .pt, .pth or .safetensors file or an MLflow URI (models:/..., runs:/...)"
+            )
+        return weights
+
+    @model_validator(mode="after")
+    def _one_mean_per_channel(self) -> Self:
+        for key in ("mean", "std"):
+            given = len(getattr(self, key))
+            if given not in (1, self.channels):
+                raise ValueError(
+                    f"model.{key} has {given} values, and model.channels is {self.channels}: give one value"
+                    + (" per channel, or one for all" if self.channels > 1 else "")
+                )
+        return self
+
+
+class Training(Section):
+    """How a network is trained: what pre-training and refining have in common."""
+
+    epochs: int = Field(default=1, ge=1)
+    """Passes over the training data."""
+    batch_size: int = Field(default=128, ge=1)
+    """Samples per step, over all workers."""
+    learning_rate: float = Field(default=0.01, gt=0)
+    """Step size at the start."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Momentum of sgd; adamw has its own."""
+    weight_decay: float = Field(default=5e-4, ge=0)
+    """Weight decay of the optimizer."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """sgd (with Nesterov's momentum where momentum is above 0) or adamw."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """constant, or cosine: the learning rate falls to 0 over all steps."""
+    augment: Literal["none", "crop_flip", "crop"] = "crop_flip"
+    """Random change of the training images: none, crop (shifted crops), crop_flip (and mirrored)."""
+
+
+class Pretrain(Training):
+    """Training the model from scratch, where no weights are given."""
+
+    epochs: int = Field(default=200, ge=1)
+    """Passes over the training data, at most."""
+    batch_size: int = Field(default=64, ge=1)
+    """Samples per step, over all workers."""
+    learning_rate: float = Field(default=3e-3, gt=0)
+    """Step size at the start."""
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    """sgd (with Nesterov's momentum where momentum is above 0) or adamw."""
+    augment: Literal["none", "crop_flip", "crop"] = "none"
+    """Random change of the training images: none, crop (shifted crops), crop_flip (and mirrored)."""
+    until_train_accuracy: float | None = Field(default=0.995, gt=0, le=1)
+    """Stop after the epoch that reaches this accuracy on the given labels. null: all epochs."""
+
+
+class Refine(Training):
+    """Refining the boundary after each removal."""
+
+    scope: Literal["head", "network"] = "head"
+    """head: the probe fitted on what is left becomes the new head, and the other keys of this section have no
+    effect. network: the whole network is trained on the images that are left."""
+
+
+def _several(value: object) -> object:
+    return (value,) if isinstance(value, int | float | str) and not isinstance(value, bool) else value
+
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Probe(Section):
+    """The linear softmax head that is fitted on the frozen features."""
+
+    damping: Annotated[
+        tuple[Positive, ...],
+        Field(min_length=1),
+        BeforeValidator(_several, json_schema_input_type=Positive | tuple[Positive, ...]),
+    ] = (0.1,)
+    """The probe's L2 penalty lambda, on standardised features. Of several, the one with the lowest
+    cross-entropy on held-out data is taken."""
+    curvature: Literal["auto", "exact", "ekfac"] = "auto"
+    """exact: the full matrix. ekfac: Kronecker-factored, for any size. auto: exact up to `exact_limit`."""
+    exact_limit: int = Field(default=8192, ge=0)
+    """Largest number of probe parameters (features x classes) for which auto takes the exact curvature."""
+
+
+class Removal(Section):
+    """Which samples go, how many at a time, and when it is enough."""
+
+    score: Literal["loo_margin", "parameter", "data", "loss", "margin", "gradient_norm", "random"] = (
+        "loo_margin"
+    )
+    """What samples are ranked by. loo_margin: on which side of the boundary a sample falls when only the
+    others draw it. parameter, data: influence on the model, on the data. random: the control."""
+    threshold: float = 1.0
+    """A sample may go only if its leave-one-out margin, in logits, is above this: 1 means that the others give
+    it another label with odds of more than e to 1. It holds for every score but random."""
+    budget: float = Field(default=0.05, gt=0, lt=1)
+    """Largest share of the live samples removed in one round."""
+    class_floor: float = Field(default=0.1, ge=0, le=1)
+    """Smallest share of its initial live samples that each class keeps."""
+    max_rounds: int = Field(default=10, ge=1)
+    """Rounds after which the run stops in any case."""
+    minimum: float = Field(default=0.002, ge=0, lt=1)
+    """Share of the live samples below which a round's candidates no longer count, and the run stops."""
+    patience: int = Field(default=2, ge=1)
+    """Rounds in a row with a validation accuracy more than two standard errors below the best: then the run stops."""
+
+
+class Ray(Section):
+    """The machines: one by default, a cluster where an address is given."""
+
+    address: Text | None = None
+    """Address of a Ray cluster (auto, host:port, ray://...). null: a Ray of its own on this machine."""
+    workers: int | None = Field(default=None, ge=1)
+    """Workers that embed and score. null: one per GPU, or one per CPU where there is none."""
+    gpus_per_worker: float | None = Field(default=None, ge=0)
+    """GPUs of each such worker; a fraction shares one. null: 1 where there is a GPU."""
+    cpus_per_worker: float = Field(default=1, gt=0)
+    """CPUs of each such worker."""
+    train_workers: int | None = Field(default=None, ge=0)
+    """Workers of Ray Train; 0 trains in the driver's own process. null: 0, or 1 where an address is set."""
+    num_cpus: int | None = Field(default=None, ge=1)
+    """CPUs that a Ray of its own may use. null: all."""
+    object_store_gb: float | None = Field(default=None, gt=0)
+    """Memory of its object store in GB (10^9 bytes). null: Ray's default."""
+
+    @model_validator(mode="after")
+    def _a_cluster_has_its_size(self) -> Self:
+        for key in ("num_cpus", "object_store_gb"):
+            if self.address not in (None, "local") and getattr(self, key) is not None:
+                raise ValueError(
+                    f"ray.{key} is for a Ray that posttrain starts itself, and ray.address is "
+                    f"{self.address}: remove one of them"
+                )
+        return self
+
+
+class Tracking(Section):
+    """MLflow."""
+
+    uri: Text | None = None
+    """Tracking server or database. null: an SQLite file in the run folder."""
+    experiment: Text = "posttrain"
+    """Experiment under which the run is logged."""
+    log_model: bool = True
+    """Whether the refined model is logged at the end."""
+
+
+class Results(Section):
+    """What is written at the end."""
+
+    cleaned: Literal["both", "parquet", "manifest", "none"] = "both"
+    """The cleaned data set as Parquet (the kept samples), as a manifest (their ids), both, or not."""
+
+
+class RunFile(Section):
+    """A run of posttrain. Every key has a default; all defaults together are the embedded digits run."""
+
+    run: Run = Run()
+    data: Data = Data()
+    model: Model = Model()
+    pretrain: Pretrain = Pretrain()
+    probe: Probe = Probe()
+    removal: Removal = Removal()
+    refine: Refine = Refine()
+    ray: Ray = Ray()
+    tracking: Tracking = Tracking()
+    results: Results = Results()
+
+    @model_validator(mode="after")
+    def _model_fits_the_data(self) -> Self:
+        if self.data.source != "digits":
+            for key in ("factory", "channels", "image_size"):
+                if key not in self.model.model_fields_set:
+                    raise ValueError(
+                        f"model.{key} has to be set where data.source is {self.data.source}: "
+                        f"its default ({getattr(self.model, key)}) is made for digits"
+                    )
+        if (
+            self.model.weights is not None
+            and self.data.source in ("parquet", "folder")
+            and self.data.validation is None
+        ):
+            raise ValueError(
+                "model.weights is set without data.validation: "
+                "a validation set the model has not seen is required"
+            )
+        return self
+
+
+def load(path: str | Path | None, overrides: Sequence[str] = ()) -> RunFile:
+    """The validated run file at `path`, or the embedded digits run for None, with `overrides` applied.
+
+    An override is `section.key=value`, its value read as YAML. Raises ConfigError, with all that is wrong in
+    one sentence.
+    """
+    raw = {} if path is None else _read(Path(path))
+    for override in overrides:
+        _override(raw, override)
+    try:
+        return RunFile.model_validate(raw)
+    except ValidationError as error:
+        where = " and ".join([str(path)] * (path is not None) + ["--set"] * bool(overrides))
+        raise ConfigError(f"{where}: {'; '.join(_complaints(error, raw))}") from None
+
+
+def dump(runfile: RunFile) -> str:
+    """The run file as YAML with every key, which `load` takes back unchanged."""
+    return yaml.dump(runfile.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a run file, for editors and checks: types, bounds, defaults, meanings."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **RunFile.model_json_schema()}
+
+
+def differences(a: RunFile, b: RunFile) -> list[str]:
+    """The keys in which two run files differ, as `key: old -> new`; empty where they are the same."""
+    return list(_changes(a.model_dump(), b.model_dump()))
+
+
+# Reading and writing YAML -----------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data only; a key that is written twice is an error, not a silent choice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for position, key in enumerate(keys):
+            if any(key.value == earlier.value for earlier in keys[:position]):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value} is there twice", key.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Without anchors: a run file is read by people."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        # PyYAML takes these for line breaks or leaves them out, unless they are escaped
+        escaped = re.search("[\x85\u2028\u2029\ufeff]", data)
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style='"' if escaped else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
+# YAML 1.1 reads 1e-3 as text, since it has no dot; YAML 1.2 and everyone who writes it mean the number.
+_FLOAT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
+
+
+def _parse(text: str, where: str) -> object:
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        # deep: a node that contains itself is then an error of YAML's and no endless structure
+        return None if node is None else loader.construct_object(node, deep=True)
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
+        raise ConfigError(f"{where}{line}: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: nested too deeply to be a run file") from None
+    except ValueError as error:
+        raise ConfigError(f"{where}: a value cannot be read: {error}") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path}: there is no such run file; without one, the embedded digits run is taken"
+        ) from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: a run file is YAML in UTF-8, and this is not UTF-8 text") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: the run file cannot be read: {error.strerror}") from None
+    raw = _parse(text, str(path))
+    if not isinstance(raw, dict):
+        raise ConfigError(
+            f"{path}: a run file is a mapping with sections such as data: and model:, and this is not one"
+        )
+    return raw
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    """Set one key of the nested mapping `raw`, in place."""
+    key, sign, value = override.partition("=")
+    *sections, last = (part.strip() for part in key.split("."))
+    if not sign or not all([*sections, last]):
+        raise ConfigError(f"--set {override}: should be section.key=value, as in removal.budget=0.03")
+    target = raw
+    for section in sections:
+        if target.get(section) is None:
+            target[section] = {}
+        target = target[section]
+        if not isinstance(target, dict):
+            raise ConfigError(f"--set {override}: {section} is a value, it has no keys beneath it")
+    target[last] = _parse(value, f"--set {override}")
+
+
+# Saying what is wrong ---------------------------------------------------------------------------------------
+
+
+def _complaints(error: ValidationError, raw: dict[str, Any]) -> list[str]:
+    """What is wrong, once per key: `removal.budget = 3: should be less than 1`."""
+    found: dict[str, list[str]] = {}
+    for entry in error.errors(include_url=False):
+        key = _dotted(entry["loc"])
+        message = entry["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        if entry["type"] == "extra_forbidden":
+            found[_unknown(key)] = []
+        elif entry["type"] in ("model_type", "dict_type"):
+            found.setdefault(f"{key} = {_shown(entry['input'])}", []).append(
+                "should be a mapping with keys beneath it"
+            )
+        elif entry["type"] == "value_error" and isinstance(entry["input"], Mapping):
+            found[message] = []  # a check across keys, which names them itself
+        else:
+            found.setdefault(f"{key} = {_shown(_at(raw, key))}", []).append(message)
+    return [
+        ": ".join([what] + [" or ".join(dict.fromkeys(whys))] * bool(whys)) for what, whys in found.items()
+    ]
+
+
+def _dotted(location: tuple[int | str, ...]) -> str:
+    """The key of the run file that pydantic's location lies in, without branches of unions and indices."""
+    parts: list[str] = []
+    section: type[Section] | None = RunFile
+    for part in map(str, location):
+        parts.append(part)
+        if section is None or part not in section.model_fields:
+            break
+        section = _section(section.model_fields[part].annotation)
+        if section is None:
+            break
+    return ".".join(parts)
+
+
+def _section(annotation: Any) -> type[Section] | None:
+    """The section that a field of this type holds, if it holds one (`Noise` for `Noise | None`)."""
+    for kind in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(kind, type) and issubclass(kind, Section):
+            return kind
+    return None
+
+
+def _known(section: type[Section], prefix: str = "") -> Iterator[str]:
+    """All keys of a section, dotted, with those of the sections beneath it."""
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        if beneath := _section(field.annotation):
+            yield from _known(beneath, f"{prefix}{name}.")
+
+
+def _unknown(key: str) -> str:
+    """That a key is unknown, with the nearest known one: first in its own section, then anywhere."""
+    known = list(_known(RunFile))
+    parent, _, name = key.rpartition(".")
+    siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == parent}
+    anywhere = {k.rpartition(".")[2]: k for k in reversed(known)}
+    for names in (anywhere if name in anywhere else siblings, anywhere):
+        if near := difflib.get_close_matches(name, names, n=1):
+            return f"{key} is not a key of a run file; did you mean {names[near[0]]}?"
+    return f"{key} is not a key of a run file; there are {', '.join(siblings.values())}"
+
+
+def _at(raw: Any, key: str) -> object:
+    for part in key.split("."):
+        raw = raw.get(part) if isinstance(raw, Mapping) else None
+    return raw
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key in dict.fromkeys([*old, *new]):
+        before, after = (_shown(side[key]) if key in side else "(not set)" for side in (old, new))
+        if isinstance(old.get(key), Mapping) and isinstance(new.get(key), Mapping):
+            yield from _changes(old[key], new[key], f"{prefix}{key}.")
+        elif key not in old or key not in new or old[key] != new[key]:
+            yield f"{prefix}{key}: {before} -> {after}"
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

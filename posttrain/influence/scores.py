@@ -1,0 +1,162 @@
+"""How much each sample bends the decision boundary, each score in words and in symbols.
+
+Every score is larger for a sample that is more suspect. Notation as in `probe` and `curvature`; z_i are logits,
+K_i the leverage X_i (nH)^-1 X_i^T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from posttrain.influence.curvature import Curvature, Leverage
+from posttrain.influence.probe import residuals
+
+Score = Literal["loo_margin", "parameter", "data", "loss", "margin", "gradient_norm", "random"]
+
+_DIRECT_SOLVE_CLASSES = 64
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the scores of a batch are computed from."""
+
+    features: Float[Tensor, "batch dim"]
+    labels: Int[Tensor, " batch"]
+    logits: Float[Tensor, "batch classes"]
+    residual: Float[Tensor, "batch classes"]
+    loo_logits: Float[Tensor, "batch classes"]
+    leverage: Leverage
+    solved_norm: Float[Tensor, " batch"]
+    """||H^-1 g_i||^2."""
+    draw: Float[Tensor, " batch"]
+    """A number in [0, 1) that depends on the sample's id alone."""
+    damping: float
+    count: int
+
+
+def evidence(
+    features: Tensor, labels: Tensor, weights: Tensor, curvature: Curvature, draw: Tensor
+) -> Evidence:
+    """The evidence on a batch from the probe's weights [classes, d] and its curvature."""
+    logits, probabilities, residual = residuals(features, labels, weights)
+    leverage, solved_norm = curvature.influence(features, residual)
+    without = loo_logits(logits, probabilities, residual, leverage)
+    return Evidence(
+        features,
+        labels,
+        logits,
+        residual,
+        without,
+        leverage,
+        solved_norm,
+        draw,
+        curvature.damping,
+        curvature.count,
+    )
+
+
+def loo_logits(
+    logits: Float[Tensor, "batch classes"],
+    probabilities: Float[Tensor, "batch classes"],
+    residual: Float[Tensor, "batch classes"],
+    leverage: Leverage,
+) -> Float[Tensor, "batch classes"]:
+    """The logits of each sample, had the probe been fitted without it.
+
+        z_i^(-i) = z_i + K_i (I - S_i K_i)^-1 r_i      (one Newton step; approximate leave-one-out)
+
+    Up to 64 classes the systems are solved directly, beyond by x <- r + S K x, which converges since the
+    eigenvalues of S K are leverages, below 1.
+    """
+    p = probabilities
+
+    def s_product(x: Tensor) -> Tensor:
+        return p * x - p * (p * x).sum(dim=1, keepdim=True)
+
+    classes = logits.shape[1]
+    if classes <= _DIRECT_SOLVE_CLASSES:
+        k = leverage.matrix()
+        s = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+        system = torch.eye(classes, dtype=p.dtype, device=p.device) - s @ k
+        x = torch.linalg.solve(system, residual[:, :, None])[:, :, 0]
+        return logits + torch.einsum("bck,bk->bc", k, x)
+    x = residual
+    for _ in range(200):
+        following = residual + s_product(leverage.product(x))
+        change = float((following - x).abs().max())
+        x = following
+        if change <= 1e-5:
+            break
+    return logits + leverage.product(x)
+
+
+def label_margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """max over the other classes of z_c, minus z of the given label; above 0 another class wins."""
+    given = logits.gather(1, labels[:, None])[:, 0]
+    others = logits.scatter(1, labels[:, None], float("-inf"))
+    return others.max(dim=1).values - given
+
+
+def loo_margin(e: Evidence) -> Float[Tensor, " batch"]:
+    """On which side of the boundary the sample falls when only the others draw it.
+
+    max_{c != y} z_c^(-i) - z_y^(-i): above 0, the others give it another label.
+    """
+    return label_margin(e.loo_logits, e.labels)
+
+
+def parameter_influence(e: Evidence) -> Float[Tensor, " batch"]:
+    """How far the probe's weights would move without the sample.
+
+    ||H^-1 g_i|| / n,  g_i = r_i (x) h_i        (first order; Koh & Liang 2017)
+    """
+    return e.solved_norm.clamp_min(0).sqrt() / e.count
+
+
+def data_influence(e: Evidence) -> Float[Tensor, " batch"]:
+    """How much the predictions on all live samples would move without the sample.
+
+        1/(2 n^2) g^T H^-1 F H^-1 g,  F = H - damping I, the Fisher information of the live samples
+
+    which is the mean Kullback-Leibler divergence between their predictions with and without it, to second
+    order. Uses g^T H^-1 g = n r^T K r.
+    """
+    quadratic = e.count * (e.residual * e.leverage.product(e.residual)).sum(dim=1)
+    return (quadratic - e.damping * e.solved_norm).clamp_min(0) / (2 * e.count**2)
+
+
+def loss(e: Evidence) -> Float[Tensor, " batch"]:
+    """Cross-entropy of the given label under the probe (baseline)."""
+    return torch.nn.functional.cross_entropy(e.logits, e.labels, reduction="none")
+
+
+def margin(e: Evidence) -> Float[Tensor, " batch"]:
+    """Margin of the fitted probe, the sample itself included (baseline)."""
+    return label_margin(e.logits, e.labels)
+
+
+def gradient_norm(e: Evidence) -> Float[Tensor, " batch"]:
+    """||r_i|| ||h_i||, the norm of the loss gradient by the probe's weights (baseline)."""
+    return e.residual.norm(dim=1) * e.features.norm(dim=1)
+
+
+def at_random(e: Evidence) -> Float[Tensor, " batch"]:
+    """A draw that knows nothing of the sample (control)."""
+    return e.draw
+
+
+SCORES: dict[Score, Callable[[Evidence], Tensor]] = {
+    "loo_margin": loo_margin,
+    "parameter": parameter_influence,
+    "data": data_influence,
+    "loss": loss,
+    "margin": margin,
+    "gradient_norm": gradient_norm,
+    "random": at_random,
+}

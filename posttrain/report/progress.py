@@ -1,0 +1,86 @@
+"""One line per step: what, how many, how fast, how long still."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+
+_WORTH_A_LINE_S = 0.1
+"""A step that had nothing to do, such as embedding what is embedded already, gets no line."""
+
+
+class _Count(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        if not task.total:
+            return Text("")
+        return Text(f"{int(task.completed):,}/{int(task.total):,}")
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        elapsed = task.elapsed or 0.0
+        return Text(f"{task.completed / elapsed:,.0f}/s" if task.completed and elapsed > 0 else "")
+
+
+class Steps:
+    """Draws the steps on a console, and keeps how long each took.
+
+    On a terminal the running step is a bar with the remaining time; a finished one is one line, everywhere.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.seconds: dict[str, float] = {}
+        self._of_round: dict[str, float] = {}
+        self._round: int | None = None
+
+    def begin_round(self, number: int) -> None:
+        """The steps that follow belong to this round."""
+        self._round = number
+        self._of_round = {}
+
+    def seconds_of_round(self) -> dict[str, float]:
+        return {name: round(value, 3) for name, value in self._of_round.items()}
+
+    def say(self, text: str) -> None:
+        """A line that stays; brackets in it are text."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def step(self, name: str, unit: str = "samples") -> Iterator[Callable[[int, int], None]]:
+        """Times a step and shows it; yields the function to tell it (done, total)."""
+        label = name if self._round is None else f"round {self._round}  {name}"
+        started = time.perf_counter()
+        counted = [0, 0]
+        columns = (
+            TextColumn("{task.description:<20}"),
+            BarColumn(bar_width=24),
+            _Count(),
+            _Rate(),
+            TimeRemainingColumn(compact=True),
+        )
+        # a log file or a pipe gets the finished lines only
+        with Progress(
+            *columns, console=self.console, transient=True, disable=not self.console.is_terminal
+        ) as bar:
+            task = bar.add_task(label, total=None)
+
+            def tell(done: int, total: int) -> None:
+                counted[:] = done, total
+                bar.update(task, completed=done, total=total)
+
+            yield tell
+        took = time.perf_counter() - started
+        self.seconds[name] = self.seconds.get(name, 0.0) + took
+        self._of_round[name] = self._of_round.get(name, 0.0) + took
+        done = counted[0]
+        if not done and took < _WORTH_A_LINE_S:
+            return
+        what = f"{done:>9,} {unit:<8} {done / took:>9,.0f}/s" if done and took > 0 else " " * 30
+        self.say(f"  {label:<20} {what} {took:>8.1f} s")

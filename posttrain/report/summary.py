@@ -1,0 +1,59 @@
+"""The table at the end of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
+    """What the run came to; figures that are not known are left out."""
+    table = Table(title=f"posttrain  {summary['run']}", title_justify="left", show_header=False, box=None)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    rows: list[tuple[str, str | None, str]] = [
+        ("rounds", f"{summary['rounds']}", ""),
+        ("live", f"{summary['live']:,}", "samples kept: the clean data set"),
+        ("removed", f"{summary['removed']:,}", _share(summary)),
+        ("quarantined", f"{summary['quarantined']:,}", "unreadable; see quarantine.parquet"),
+        (
+            "validation accuracy",
+            _change(summary["validation_accuracy_before"], summary["validation_accuracy_after"]),
+            "labels as given, so noisy labels lower it",
+        ),
+        ("test accuracy", _change(summary["test_accuracy_before"], summary["test_accuracy_after"]), ""),
+        ("removal precision", _percent(summary["removal_precision"]), "of the removed, how many were wrong"),
+        ("removal recall", _percent(summary["removal_recall"]), "of the wrong, how many were removed"),
+        ("seconds", f"{summary['seconds']:.1f}", _longest(summary["steps"])),
+    ]
+    for name, value, remark in rows:
+        if value is not None:
+            table.add_row(name, value, remark)
+    console.print(table)
+    console.print(f"  ended because {summary['ended']}", markup=False, highlight=False, soft_wrap=True)
+    for name, what in summary["files"].items():
+        console.print(f"  {name:<20} {what}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _percent(value: float | None) -> str | None:
+    return None if value is None else f"{100 * value:.1f} %"
+
+
+def _change(before: float | None, after: float | None) -> str | None:
+    if before is None or after is None:
+        return None
+    return f"{100 * before:.1f} % -> {100 * after:.1f} %"
+
+
+def _share(summary: Mapping[str, Any]) -> str:
+    total = summary["live"] + summary["removed"]
+    return f"{100 * summary['removed'] / total:.1f} % of {total:,}" if total else ""
+
+
+def _longest(steps: Mapping[str, float]) -> str:
+    longest = sorted(steps.items(), key=lambda item: -item[1])[:4]
+    return ", ".join(f"{name} {seconds:.1f}" for name, seconds in longest)

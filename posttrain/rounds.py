@@ -1,0 +1,128 @@
+"""The loop: embed, fit, score, select, refine, evaluate, commit, until it stops helping.
+
+This page is the whole method. It knows neither Ray nor MLflow nor a disk: its steps are handed to it as functions,
+and only `commit` makes what a round did last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
+
+from posttrain.schema import Round
+
+Features = TypeVar("Features")
+Probe = TypeVar("Probe")
+Scores = TypeVar("Scores")
+Removal = TypeVar("Removal")
+Model = TypeVar("Model")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a run ends."""
+
+    max_rounds: int
+    minimum: float
+    """Share of the live samples: fewer candidates than this are what a clean set gives."""
+    patience: int
+    """Rounds in a row whose validation accuracy lies below the best by more than two standard errors."""
+
+
+@dataclass(frozen=True)
+class State(Generic[Model]):
+    """Where a run is: its rounds so far and the model after the last of them."""
+
+    history: tuple[Round, ...]
+    model: Model
+    validation_samples: int
+
+    @property
+    def number(self) -> int:
+        return self.history[-1].number
+
+    @property
+    def live(self) -> int:
+        return self.history[-1].live
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What `select` found: how many look wrong, how many of them go."""
+
+    candidates: int
+    removed: int
+
+
+@dataclass(frozen=True)
+class Steps(Generic[Features, Probe, Scores, Removal, Model]):
+    """The steps of a round, in their order."""
+
+    embed: Callable[[State[Model]], Features]
+    fit: Callable[[State[Model], Features], Probe]
+    score: Callable[[State[Model], Features, Probe], Scores]
+    select: Callable[[State[Model], Scores], Removal]
+    count: Callable[[Removal], Cut]
+    refine: Callable[[State[Model], Features, Removal, Probe], Model]
+    evaluate: Callable[[State[Model], Model], dict[str, float]]
+    commit: Callable[[State[Model], Removal, Model, Round], Round]
+    """Makes the round last; returns it with its timings."""
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[Model]):
+    """The last committed state, and why there was no further round."""
+
+    state: State[Model]
+    reason: str
+
+
+def clean(
+    start: State[Model], steps: Steps[Features, Probe, Scores, Removal, Model], limits: Limits
+) -> Outcome[Model]:
+    """Rounds from `start` on until one of the limits is reached."""
+    state = start
+    while (reason := limit_reached(state, limits)) is None:
+        features = steps.embed(state)
+        probe = steps.fit(state, features)
+        scores = steps.score(state, features, probe)
+        removal = steps.select(state, scores)
+        cut = steps.count(removal)
+        if cut.removed == 0 or cut.candidates < limits.minimum * state.live:
+            return Outcome(state, nothing_left(cut, state.live))
+        model = steps.refine(state, features, removal, probe)
+        metrics = steps.evaluate(state, model)
+        done = Round(state.number + 1, state.live - cut.removed, cut.candidates, cut.removed, metrics)
+        done = steps.commit(state, removal, model, done)
+        state = replace(state, history=(*state.history, done), model=model)
+    return Outcome(state, reason)
+
+
+def limit_reached(state: State[Model], limits: Limits) -> str | None:
+    """Why no round may follow; None where one may."""
+    if state.number >= limits.max_rounds:
+        return f"removal.max_rounds = {limits.max_rounds} reached"
+    accuracies = [r.metrics["validation_accuracy"] for r in state.history]
+    best = max(accuracies)
+    # one would be passed by chance every few rounds: the best of several is itself an extreme
+    error = 2 * math.sqrt(best * (1 - best) / state.validation_samples)
+    worse = 0
+    for accuracy in reversed(accuracies):
+        if accuracy >= best - error:
+            break
+        worse += 1
+    if worse >= limits.patience:
+        return (
+            f"validation accuracy lay more than two standard errors ({error:.4f}) below its best ({best:.4f}) "
+            f"for {worse} rounds"
+        )
+    return None
+
+
+def nothing_left(cut: Cut, live: int) -> str:
+    """The reason where what is left no longer looks wrong."""
+    if cut.candidates and not cut.removed:
+        return f"{cut.candidates} samples look wrong, but the budget or the class floors let none of them go"
+    return f"what is left no longer looks wrong: {cut.candidates} of {live} samples would be candidates"

@@ -1,0 +1,131 @@
+"""The columns that cross a boundary, and the order that all samples share.
+
+A sample is a row `sample_id` (int64 or string), `image`, `label`. Samples are put into *buckets* by a hash of
+their id: which bucket a sample is in, and where in it, depends on its id and on the number of samples alone, so
+that no result can depend on files, blocks or workers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas.util
+
+SAMPLE_ID = "sample_id"
+IMAGE = "image"
+LABEL = "label"
+FEATURES = "features"
+TRUE_LABEL = "true_label"
+FILE = "file"
+ORDER = "order"
+BUCKET = "bucket"
+ROW = "row"
+
+SPLITS = ("train", "validation", "test")
+
+BUCKET_ROWS = 2048
+"""Samples per bucket, on average: a few megabytes of features, a tenth of a second of work."""
+
+_WORD = 2**64 - 1
+ORDER_BITS = 60
+"""Order keys are below 2^60, so that the split fits above them in one int64."""
+
+
+def order_key(ids: np.ndarray, seed: int = 0) -> np.ndarray:
+    """A hash of each id (int64 or str), int64 in [0, 2^60); equal ids and seeds give equal numbers.
+
+    Order, files and shards play no part: pandas' stable hash of the id, mixed with the seed by the finaliser
+    of splitmix64 (Steele, Lea, Flood 2014).
+    """
+    # one width of integers, and objects for strings: pandas hashes int32 and int64 differently
+    ids = ids.astype(np.int64) if ids.dtype.kind in "iu" else ids.astype(object)
+    # pandas.util loads its names late, which hides their types
+    hashed = pandas.util.hash_array(ids, categorize=False)  # pyright: ignore[reportCallIssue]
+    seeded = _mixed(np.array([seed & _WORD], np.uint64))
+    return (_mixed(hashed ^ seeded) >> np.uint64(64 - ORDER_BITS)).astype(np.int64)
+
+
+def uniform(ids: np.ndarray, seed: int) -> np.ndarray:
+    """A number in [0, 1) for each id, float64: a function of (id, seed) alone."""
+    return (order_key(ids, seed) >> (ORDER_BITS - 53)) * 2.0**-53
+
+
+def _mixed(words: np.ndarray) -> np.ndarray:
+    words = words + np.uint64(0x9E3779B97F4A7C15)
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
+def bucket_count(samples: int) -> int:
+    """How many buckets `samples` are put into: a function of their number alone."""
+    return max(4, -(-samples // BUCKET_ROWS))
+
+
+def bucket_boundaries(buckets: int) -> list[int]:
+    """The `buckets - 1` order keys at which one bucket ends and the next begins."""
+    return [(2**ORDER_BITS * i) // buckets for i in range(1, buckets)]
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """How a cell of the image column becomes the network's input."""
+
+    channels: int
+    size: tuple[int, int]
+    """Height and width in pixels."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    shape: tuple[int, ...] | None = None
+    """(H, W) or (H, W, C) of cells that hold raw uint8 pixels instead of an encoded image."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What it takes to build the network anywhere; its weights travel apart."""
+
+    factory: str
+    arguments: dict[str, Any]
+    classes: int
+    head: str
+    image: ImageSpec
+
+
+Excluded = dict[int, np.ndarray]
+"""bucket -> rows in it (int32, sorted) that take no part: removed or quarantined."""
+
+
+def excluded_rows(buckets: np.ndarray, rows: np.ndarray, before: Excluded | None = None) -> Excluded:
+    """`before` with the rows of a table of (bucket, row) added."""
+    merged = dict(before or {})
+    for bucket in np.unique(buckets):
+        new = rows[buckets == bucket].astype(np.int32)
+        old = merged.get(int(bucket), np.empty(0, np.int32))
+        merged[int(bucket)] = np.union1d(old, new).astype(np.int32)
+    return merged
+
+
+def excluded_digest(excluded: Excluded) -> str:
+    """16 hexadecimal digits that tell one set of excluded rows from another."""
+    digest = hashlib.sha256()
+    for bucket in sorted(excluded):
+        digest.update(f"{bucket}:".encode() + excluded[bucket].astype(np.int32).tobytes())
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a committed round did. Round 0 is the model as it came."""
+
+    number: int
+    live: int
+    """Samples that take part after this round."""
+    candidates: int
+    removed: int
+    metrics: dict[str, float]
+    """`validation_accuracy` and more, of the model after this round."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """By step."""

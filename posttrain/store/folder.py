@@ -1,0 +1,132 @@
+"""The run folder: the one owner of every path in it, on a local disk or an object store."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from posttrain.errors import RunFolderError
+
+
+def resolve(location: str) -> tuple[fs.FileSystem, str]:
+    """(file system, path in it) of a local path or of any URI that pyarrow knows (s3://, gs://, file://)."""
+    if "://" in location:
+        try:
+            return fs.FileSystem.from_uri(location)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise RunFolderError(
+                f"{location}: {error}; use a local path or an s3://, gs:// or file:// URI"
+            ) from None
+    return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(location))
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run folder by its location. Picklable: workers open it for themselves."""
+
+    location: str
+
+    def path(self, *parts: str) -> str:
+        return "/".join((resolve(self.location)[1], *parts))
+
+    @property
+    def files(self) -> fs.FileSystem:
+        return resolve(self.location)[0]
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.files, fs.LocalFileSystem)
+
+    @property
+    def local(self) -> Path:
+        """The folder as a local path; only where `is_local`."""
+        return Path(self.path())
+
+    # -- the paths -------------------------------------------------------------------------------------
+
+    def features(self, backbone: str, split: str, bucket: int) -> str:
+        return self.path("features", backbone, split, f"{bucket:05d}.parquet")
+
+    def round(self, number: int, *parts: str) -> str:
+        return self.path("rounds", f"{number:04d}", *parts)
+
+    def checkpoint(self, number: int) -> str:
+        return self.round(number, "checkpoint", "model.safetensors")
+
+    # -- reading and writing ---------------------------------------------------------------------------
+
+    def exists(self, path: str) -> bool:
+        return self.files.get_file_info(path).type == fs.FileType.File
+
+    def is_empty(self) -> bool:
+        info = self.files.get_file_info(self.path())
+        if info.type == fs.FileType.NotFound:
+            return True
+        if info.type == fs.FileType.File:
+            raise RunFolderError(f"run.path = {self.location} is a file; name a folder")
+        return not self.files.get_file_info(fs.FileSelector(self.path()))
+
+    def read_bytes(self, path: str) -> bytes:
+        with self.files.open_input_stream(path) as stream:
+            return stream.read()
+
+    def read_json(self, path: str) -> Any:
+        return json.loads(self.read_bytes(path))
+
+    @contextmanager
+    def writing(self, path: str) -> Iterator[pa.NativeFile]:
+        """A stream whose content appears at `path` whole, or not at all.
+
+        On a local disk by a rename; an object store shows an object only when it is complete.
+        """
+        files = self.files
+        files.create_dir(path.rsplit("/", 1)[0], recursive=True)
+        if not self.is_local:
+            stream = files.open_output_stream(path)
+            try:
+                yield stream
+            except BaseException:
+                # closing would publish what is there; the upload is left to be aborted with the object
+                raise
+            stream.close()
+            return
+        temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+        try:
+            with files.open_output_stream(temporary) as stream:
+                yield stream
+            os.replace(temporary, path)
+        finally:
+            if os.path.exists(temporary):
+                os.unlink(temporary)
+
+    def write_bytes(self, path: str, content: bytes) -> None:
+        with self.writing(path) as stream:
+            stream.write(content)
+
+    def write_json(self, path: str, content: Any) -> None:
+        self.write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
+
+    def write_table(self, path: str, table: pa.Table) -> None:
+        with self.writing(path) as stream:
+            pq.write_table(table, stream, compression="zstd")
+
+    def read_table(self, path: str, columns: list[str] | None = None) -> pa.Table:
+        with self.files.open_input_file(path) as stream:
+            return pq.read_table(stream, columns=columns)
+
+    def row_groups(self, path: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """The row groups of a Parquet file one after another: never the whole of it in memory."""
+        with self.files.open_input_file(path) as stream:
+            file = pq.ParquetFile(stream)
+            for group in range(file.num_row_groups):
+                yield file.read_row_group(group, columns=columns)

@@ -1,0 +1,132 @@
+"""The ledger: what a run was started with, which rounds are committed, and how it ended.
+
+A round counts from the moment its `round.json`, written last, is there. Whatever lies beside it without one is
+half-done work and is written again.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+import yaml
+
+from posttrain.config import RunFile, differences, dump
+from posttrain.errors import RunFolderError
+from posttrain.schema import BUCKET, ROW, Excluded, Round, excluded_rows
+from posttrain.store.folder import RunFolder
+
+_PACKAGES = (
+    "posttrain",
+    "ray",
+    "torch",
+    "torchvision",
+    "pyarrow",
+    "mlflow",
+    "numpy",
+    "pandas",
+    "scikit-learn",
+)
+
+# what may differ when a run goes on: where it computes and where it tells of it, not what it computes
+_MAY_DIFFER = ("ray.", "tracking.", "run.path")
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The record of one run in its folder."""
+
+    folder: RunFolder
+
+    # -- what the run was started with -----------------------------------------------------------------
+
+    def started(self) -> dict[str, Any] | None:
+        """`run.yaml` as it was written; None for a new folder."""
+        path = self.folder.path("run.yaml")
+        if self.folder.exists(path):
+            return yaml.safe_load(self.folder.read_bytes(path))
+        if not self.folder.is_empty():
+            raise RunFolderError(
+                f"run.path = {self.folder.location} is not empty and holds no run (no run.yaml); "
+                "name a new folder, or empty this one"
+            )
+        return None
+
+    def start(self, config: RunFile, fingerprint: dict[str, str]) -> None:
+        """Write `run.yaml`: settings, versions, seeds and the fingerprint of the data."""
+        versions = {}
+        for name in _PACKAGES:
+            try:
+                versions[name] = importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                versions[name] = "not installed as a package"
+        record = {
+            "config": yaml.safe_load(dump(config)),
+            "data": fingerprint,
+            "versions": {"python": platform.python_version(), **versions},
+        }
+        text = "# Written by posttrain; the run goes on only with these settings and these data.\n"
+        text += yaml.safe_dump(record, sort_keys=False)
+        self.folder.write_bytes(self.folder.path("run.yaml"), text.encode())
+
+    def refuse_other_settings(self, started: dict[str, Any], config: RunFile) -> None:
+        """Raises RunFolderError where the run in the folder was made with other settings."""
+        before = RunFile.model_validate(started["config"])
+        changed = [line for line in differences(before, config) if not line.startswith(_MAY_DIFFER)]
+        if changed:
+            raise RunFolderError(
+                f"{self.folder.location} holds a run with other settings ({'; '.join(changed)}); "
+                "name another run.path, or go back to these settings"
+            )
+
+    def refuse_other_data(self, started: dict[str, Any], fingerprint: dict[str, str]) -> None:
+        """Raises RunFolderError where the run in the folder was made from other data."""
+        before = started["data"]
+        changed = [
+            f"{name}: {before.get(name)} -> {value}"
+            for name, value in fingerprint.items()
+            if name in before and before[name] != value
+        ]
+        if changed:
+            raise RunFolderError(
+                f"{self.folder.location} holds a run on other data (fingerprints {'; '.join(changed)}); "
+                "name another run.path for the data as they are now"
+            )
+
+    # -- rounds ----------------------------------------------------------------------------------------
+
+    def rounds(self) -> tuple[Round, ...]:
+        """The committed rounds, from 0 on without a gap."""
+        found: list[Round] = []
+        while self.folder.exists(path := self.folder.round(len(found), "round.json")):
+            found.append(Round(**self.folder.read_json(path)))
+        return tuple(found)
+
+    def commit(self, done: Round) -> None:
+        """Make a round last; everything else of it has been written by now."""
+        self.folder.write_json(self.folder.round(done.number, "round.json"), asdict(done))
+
+    def excluded(self, rounds: tuple[Round, ...]) -> Excluded:
+        """(bucket, row) of all that the committed rounds removed."""
+        excluded: Excluded = {}
+        for done in rounds:
+            if done.removed:
+                table = self.removed(done.number, [BUCKET, ROW])
+                excluded = excluded_rows(table[BUCKET].to_numpy(), table[ROW].to_numpy(), excluded)
+        return excluded
+
+    def removed(self, number: int, columns: list[str] | None = None) -> pa.Table:
+        return self.folder.read_table(self.folder.round(number, "removed.parquet"), columns)
+
+    # -- the end ---------------------------------------------------------------------------------------
+
+    def finished(self) -> dict[str, Any] | None:
+        """The summary of a run that came to its end."""
+        path = self.folder.path("summary.json")
+        return self.folder.read_json(path) if self.folder.exists(path) else None
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        self.folder.write_json(self.folder.path("summary.json"), summary)

@@ -1,0 +1,137 @@
+"""What a run leaves behind, written from its rounds: removed.parquet, issues.csv, the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from posttrain.schema import BUCKET, LABEL, ROW, SAMPLE_ID, Excluded
+from posttrain.store.folder import RunFolder
+
+# the columns that only the machinery needs
+_INNER = (BUCKET, ROW)
+
+
+def live_rows(table: pa.Table, excluded: Excluded) -> pa.Table:
+    """The rows of a table with (bucket, row) that are not excluded."""
+    if not table.num_rows:
+        return table
+    mask = np.ones(table.num_rows, bool)
+    buckets, rows = table[BUCKET].to_numpy(), table[ROW].to_numpy()
+    for bucket in np.unique(buckets):
+        if (gone := excluded.get(int(bucket))) is not None:
+            mine = buckets == bucket
+            mask[mine] = ~np.isin(rows[mine], gone)
+    return table.filter(pa.array(mask))
+
+
+def write_removed(folder: RunFolder, rounds: Sequence[int], classes: Sequence[str]) -> int:
+    """`removed.parquet`: all removed samples of the run in the order of their rounds; returns their number."""
+    count = 0
+    path = folder.path("removed.parquet")
+    with folder.writing(path) as stream:
+        writer: pq.ParquetWriter | None = None
+        for number in rounds:
+            table = folder.read_table(folder.round(number, "removed.parquet")).drop_columns(list(_INNER))
+            names = pa.array(classes)
+            for column, of in (("label_name", LABEL), ("suggested_name", "suggested_label")):
+                table = table.append_column(column, names.take(table[of]))
+            writer = writer or pq.ParquetWriter(stream, table.schema, compression="zstd")
+            writer.write_table(table)
+            count += table.num_rows
+        if writer is None:
+            pq.write_table(pa.table({SAMPLE_ID: pa.array([], pa.int64())}), stream)
+        else:
+            writer.close()
+    return count
+
+
+def write_issues(
+    folder: RunFolder,
+    rounds: Sequence[int],
+    last_scores: str | None,
+    excluded: Excluded,
+    classes: Sequence[str],
+) -> int:
+    """`issues.csv`: every scored sample in the columns of cleanlab; returns the number of rows.
+
+    `label_quality` (cleanlab's `find_label_issues`) and `label_score` (its Datalab) are the same number here: the
+    leave-one-out probability of the given label. The removed come first, in the order of their rounds.
+    """
+    count = 0
+    with folder.writing(folder.path("issues.csv")) as stream:
+        writer: pyarrow.csv.CSVWriter | None = None
+        for table, is_issue in _scored(folder, rounds, last_scores, excluded):
+            part = _issues(table, is_issue, classes)
+            if writer is None:
+                writer = pyarrow.csv.CSVWriter(stream, part.schema)
+            writer.write_table(part)
+            count += part.num_rows
+        if writer is not None:
+            writer.close()
+    return count
+
+
+def _scored(
+    folder: RunFolder, rounds: Sequence[int], last_scores: str | None, excluded: Excluded
+) -> Iterator[tuple[pa.Table, bool]]:
+    for number in rounds:
+        yield folder.read_table(folder.round(number, "removed.parquet")), True
+    if last_scores is not None:
+        for table in folder.row_groups(last_scores):
+            yield live_rows(table, excluded), False
+
+
+def _issues(table: pa.Table, is_issue: bool, classes: Sequence[str]) -> pa.Table:
+    names = pa.array(classes)
+    quality = table["self_confidence"]
+    predicted = table["suggested_label"] if is_issue else table["predicted_label"]
+    return pa.table(
+        {
+            SAMPLE_ID: table[SAMPLE_ID],
+            "is_label_issue": pa.array(np.full(table.num_rows, is_issue)),
+            "label_quality": quality,
+            "label_score": quality,
+            "given_label": names.take(table[LABEL]),
+            "predicted_label": names.take(predicted),
+        }
+    )
+
+
+def write_manifest(folder: RunFolder, last_scores: str | None, excluded: Excluded) -> int:
+    """`cleaned/manifest.parquet`: id and label of every kept sample; returns their number."""
+    count = 0
+    with folder.writing(folder.path("cleaned", "manifest.parquet")) as stream:
+        writer: pq.ParquetWriter | None = None
+        for table in folder.row_groups(last_scores, [SAMPLE_ID, LABEL, BUCKET, ROW]) if last_scores else ():
+            kept = live_rows(table, excluded).select([SAMPLE_ID, LABEL])
+            writer = writer or pq.ParquetWriter(stream, kept.schema, compression="zstd")
+            writer.write_table(kept)
+            count += kept.num_rows
+        if writer is not None:
+            writer.close()
+    return count
+
+
+def reason(table: pa.Table, score: str, number: int, classes: Sequence[str]) -> pa.Array:
+    """One sentence for each removed sample: why it went."""
+    names = pa.array(classes)
+    suggested = names.take(table["suggested_label"])
+    given = names.take(table[LABEL])
+    percent = pc.cast(pc.round(pc.multiply(table["confidence"], 100.0)), pa.int64())
+    if score == "random":
+        return pa.array([f"drawn at random in round {number} (control)"] * table.num_rows, pa.string())
+    return pc.binary_join_element_wise(
+        "the others label it",
+        suggested,
+        pc.binary_join_element_wise("(", pc.cast(percent, pa.string()), " %)", ""),
+        "not",
+        given,
+        pa.scalar(f"(among the highest {score} of round {number})"),
+        " ",
+    )

@@ -1,0 +1,1 @@
+"""Pure functions on images, models, label noise and data sets: tensors and tables in and out."""

@@ -1,0 +1,33 @@
+"""What every test may count on: one thread per process, shapes and types checked, skips that say why."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before anyone imports torch: worker processes share the cores, and threads of one steal from the others.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Seconds per test, read by pytest-timeout: a Ray that hangs must fail, not block.
+os.environ.setdefault("PYTEST_TIMEOUT", "300")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    needing = [item for item in items if item.get_closest_marker("gpu")]
+    if not needing:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in needing:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, torch.cuda sees none"))
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder with the data sets that are not in the repository (environment variable POSTTRAIN_DATA)."""
+    folder = os.environ.get("POSTTRAIN_DATA")
+    if folder is None:
+        pytest.skip("needs data sets that are not in the repository: set POSTTRAIN_DATA to their folder")
+    return Path(folder)

@@ -1,0 +1,276 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+
+import pipelines
+from posttrain.config import Data, Model, Noise, Removal, RunFile, Section, differences, dump, load, schema
+from posttrain.errors import ConfigError
+
+CONFIGS = Path(pipelines.__file__).parent / "configs"
+PARQUET = """
+data: {source: parquet, train: train.parquet}
+model: {factory: resnet18, channels: 3, image_size: 32}
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def write(text: str | bytes) -> Path:
+        path = tmp_path / "run.yaml"
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        return path
+
+    return write
+
+
+def complaint(path: Path | None, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(path, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_embedded_default_is_the_digits_run():
+    assert load(None) == RunFile() == load(CONFIGS / "digits.yaml")
+
+
+def test_the_written_out_default_has_every_key():
+    written = yaml.safe_load((CONFIGS / "digits.yaml").read_text())
+    assert {section: set(keys) for section, keys in written.items()} == {
+        section: set(keys) for section, keys in RunFile().model_dump().items()
+    }
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_run_file_that_is_shipped_is_valid(path: Path):
+    load(path)
+
+
+def test_what_dump_writes_load_takes_back_unchanged(write):
+    config = load(
+        write(PARQUET),
+        [
+            'model.arguments={norm: "1e-3", text: "no", rate: 1e-3, list: [1, [2.5, null]], empty: {}}',
+            "model.mean=[0.4914, 0.4822, 0.4465]",
+            "data.train=[a.parquet, 's3://b/ü c.parquet']",
+            "data.classes=[cat, 'no', '7']",
+            "probe.damping=[1e-5, 1]",
+        ],
+    )
+    again = load(write(dump(config)))
+    assert again == config
+    assert again.model.arguments["norm"] == "1e-3" and again.model.arguments["rate"] == 0.001
+
+
+@given(st.dictionaries(st.text(min_size=1), st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=6),
+    max_size=3))  # fmt: skip
+@settings(max_examples=50, deadline=None)
+def test_any_argument_of_the_factory_survives_writing_and_reading(tmp_path_factory, arguments):
+    config = RunFile(model=Model(arguments=arguments))
+    path = tmp_path_factory.getbasetemp() / "arguments.yaml"
+    path.write_text(dump(config), encoding="utf-8")
+    assert load(path) == config
+
+
+def test_digits_are_noisy_unless_the_user_says_otherwise(write):
+    assert RunFile().data.noise == Noise(rate=0.2)
+    assert load(None, ["data.noise.rate=0.4"]).data.noise == Noise(rate=0.4)
+    assert load(None, ["data.noise=null"]).data.noise is None
+    assert load(write("data: {noise: null}")).data.noise is None
+    assert load(write(PARQUET)).data.noise is None
+
+
+def test_sections_cannot_be_changed():
+    with pytest.raises(ValueError, match="frozen"):
+        RunFile().removal.budget = 0.5  # type: ignore[misc]
+
+
+def test_an_override_wins_over_the_run_file(write):
+    path = write("removal: {budget: 0.1, max_rounds: 3}")
+    assert load(path, ["removal.budget=3e-2"]).removal == Removal(budget=0.03, max_rounds=3)
+
+
+def test_of_two_overrides_the_last_wins():
+    assert load(None, ["run.seed=1", "run.seed=2"]).run.seed == 2
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.e-3", "0.001", "+1e-3"])
+def test_a_number_with_an_exponent_is_a_number_with_or_without_a_dot(write, text):
+    assert load(write(f"model: {{arguments: {{rate: {text}}}}}")).model.arguments == {"rate": 0.001}
+
+
+def test_one_damping_needs_no_list():
+    assert load(None, ["probe.damping=0.5"]).probe.damping == (0.5,)
+    assert load(None, ["probe.damping=[0.5, 1]"]).probe.damping == (0.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("removal.budget=3", "removal.budget = 3: should be less than 1"),
+        ("removal.budget=.nan", "removal.budget = NaN: should be a finite number"),
+        ("removal.max_rounds=yes", "removal.max_rounds = true: should not be a boolean"),
+        ("data.source=pq", "data.source = \"pq\": should be 'digits', 'parquet', 'folder' or 'torchvision'"),
+        ("model.image_size=big", 'model.image_size = "big": should be a valid integer'),
+        ("model.image_size=0", "model.image_size = 0: should be greater than or equal to 1"),
+        ("probe.damping=[0.1, 0]", "probe.damping = [0.1, 0]: should be greater than 0"),
+        ("probe.damping=[]", "probe.damping = []: "),
+        ("data.noise.rate=2", "data.noise.rate = 2: should be less than or equal to 1"),
+        ("removal=3", "removal = 3: should be a mapping"),
+        ("model.arguments=[1]", "model.arguments = [1]: should be a mapping"),
+        ("model.weights=model.bin", '= "model.bin": should be a .pt, .pth or .safetensors file'),
+        ("model.mean=[0.5, 0.5]", "model.mean has 2 values, and model.channels is 1"),
+        ("model.std=[0]", "model.std = [0]: should be greater than 0"),
+        ("data.classes=[cat, cat]", "data.classes names a class twice"),
+        ("data.train=x.parquet", "data.train is for data.source = parquet or folder only"),
+        ("data.image_shape=[8, 8]", "data.image_shape is for data.source = parquet only"),
+        ("data.name=MNIST", "data.name is for data.source = torchvision only"),
+        ("run.path=''", 'run.path = "": '),
+        ("run.path=5", "run.path = 5: should be a valid string"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_named_with_its_key_and_what_it_should_be(override, expected):
+    assert expected in complaint(None, override)
+
+
+def test_all_that_is_wrong_is_said_at_once(write):
+    text = complaint(write("removal: {budget: 3, patience: 0}"), "run.seed=x")
+    assert text.count("; ") == 2
+    assert all(
+        key in text for key in ("run.yaml", "removal.budget = 3", "removal.patience = 0", 'run.seed = "x"')
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("removal.budgt", "removal.budget"),
+        ("budget", "removal.budget"),
+        ("refine.budget", "removal.budget"),
+        ("remove", "removal"),
+        ("data.noise.rte", "data.noise.rate"),
+        ("pretrain.lerning_rate", "pretrain.learning_rate"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_known_one(key, nearest):
+    assert f"{key} is not a key of a run file; did you mean {nearest}?" in complaint(None, f"{key}=1")
+
+
+def test_an_unknown_key_that_is_near_to_nothing_comes_with_those_there_are():
+    assert "there are run.path, run.seed" in complaint(None, "run.xyzxyz=1")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("removal:\n  budget: 0.1\n  budget: 0.2\n", "line 3: the key budget is there twice"),
+        ("run:\n  path: x\nrun:\n  seed: 1\n", "line 3: the key run is there twice"),
+        ("removal: {budget: 0.1\n", "line 2: expected ',' or '}'"),
+        ("run:\n\tpath: x\n", "line 2: "),
+        ("- removal\n", "a run file is a mapping"),
+        ("", "a run file is a mapping"),
+        ("run: {path: a}\n---\nrun: {path: b}\n", "line 2: "),
+        ("model:\n  arguments: &a\n    self: *a\n", "line 2: found unconstructable recursive node"),
+        ("run: {path: !!python/object/apply:os.getcwd []}", "could not determine a constructor for the tag"),
+        ("model: {arguments: {when: 2020-13-45}}", "month must be in 1..12"),
+        ("model: {arguments: {when: 2020-01-01}}", "model.arguments"),
+        ("run: {path: *nowhere}", "found undefined alias 'nowhere'"),
+        ("run: {path: a\0b}", "special characters are not allowed"),
+        ("run: {path: " + "[" * 1500, "nested too deeply"),
+        (b"run: {path: \xff}", "not UTF-8"),
+    ],
+    ids=range(15),
+)  # fmt: skip
+def test_a_file_that_is_no_run_file_is_refused_with_the_place(write, text, expected):
+    assert expected in complaint(write(text))
+
+
+def test_a_missing_file_and_a_folder_are_refused_by_name(tmp_path):
+    assert "nowhere.yaml: there is no such run file" in complaint(tmp_path / "nowhere.yaml")
+    assert f"{tmp_path}: the run file cannot be read: Is a directory" in complaint(tmp_path)
+
+
+@pytest.mark.parametrize("override", ["removal.budget", "=3", ".budget=3", "removal.=3", "run.path.x=1"])
+def test_an_override_that_sets_nothing_is_refused(write, override):
+    assert f"--set {override}: " in complaint(write("run: {path: here}"), override)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("data: {source: parquet}", "needs data.train"),
+        ("data: {source: folder}", "needs data.train"),
+        ("data: {source: torchvision}", "needs data.name"),
+        (
+            "data: {source: folder, train: a, true_label: t}",
+            "data.true_label is for data.source = parquet only",
+        ),
+        (
+            "data: {source: parquet, train: a}\nmodel: {factory: f, channels: 3}",
+            "model.image_size has to be set",
+        ),
+        (
+            PARQUET.replace("factory", "weights: w.pt, factory"),
+            "a validation set the model has not seen is required",
+        ),
+        (
+            PARQUET + "ray: {address: auto, num_cpus: 2}",
+            "ray.num_cpus is for a Ray that posttrain starts itself",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(write, text, expected):
+    assert expected in complaint(write(text))
+
+
+def test_weights_with_a_validation_set_are_taken(write):
+    config = load(
+        write(PARQUET.replace("factory", "weights: models:/m/1, factory")), ["data.validation=v.parquet"]
+    )
+    assert config.model.weights == "models:/m/1" and config.data.validation == "v.parquet"
+
+
+def test_the_schema_takes_what_load_takes_and_refuses_what_it_refuses():
+    validator = Draft202012Validator(schema())
+    Draft202012Validator.check_schema(schema())
+    for path in CONFIGS.glob("*.yaml"):
+        assert validator.is_valid(yaml.load(path.read_text(), yaml.SafeLoader))
+    assert not validator.is_valid({"removal": {"budget": 3}})
+    assert not validator.is_valid({"removal": {"budgt": 0.1}})
+
+
+def test_every_key_says_in_the_schema_what_it_means():
+    sections = [kind for kind in schema()["$defs"].values() if "properties" in kind]
+    assert len(sections) == len(RunFile.model_fields) + 1  # and data.noise
+    for section in sections:
+        assert section["description"]
+        assert all(field.get("description") for field in section["properties"].values())
+
+
+def test_every_section_refuses_unknown_keys():
+    assert all(kind.model_config.get("extra") == "forbid" for kind in Section.__subclasses__())
+
+
+def test_differences_name_the_keys_with_old_and_new_value():
+    old = load(None, ["model.arguments={width: 16}"])
+    new = load(None, ["removal.budget=0.1", "data.noise=null", "model.arguments={depth: 2, width: 32}"])
+    assert differences(old, new) == [
+        'data.noise: {"kind": "symmetric", "rate": 0.2, "seed": 0} -> null',
+        "model.arguments.width: 16 -> 32",
+        "model.arguments.depth: (not set) -> 2",
+        "removal.budget: 0.05 -> 0.1",
+    ]
+    assert differences(old, old) == []
+
+
+def test_a_section_made_in_python_is_checked_like_one_from_a_file():
+    with pytest.raises(ValueError, match=r"needs data\.train"):
+        Data(source="parquet")
