@@ -106,6 +106,7 @@ def opened(config: RunFile, progress: Progress, *, verbose: bool) -> Iterator[Cl
                 held_out_share=inputs.held_out_share,
                 noise=inputs.noise,
                 seed=config.run.seed,
+                ids_span_sets=config.data.id_scope == "all",
                 progress=tell,
             )
         fingerprint = {"files": inputs.listing, **{name: split.digest for name, split in splits.items()}}
@@ -131,9 +132,7 @@ def opened(config: RunFile, progress: Progress, *, verbose: bool) -> Iterator[Cl
         ray_session.__exit__(None, None, None)
 
 
-def open_tracking(
-    config: RunFile, inputs: Inputs, folder: RunFolder, fingerprint: dict[str, str]
-) -> Tracking:
+def open_tracking(config: RunFile, inputs: Inputs, folder: RunFolder, fingerprint: dict[str, str]) -> Tracking:
     """The run's parent in MLflow; the one that it has already where it goes on."""
     from posttrain.store.tracking import Tracking
 

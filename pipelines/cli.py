@@ -32,18 +32,14 @@ app = typer.Typer(
 
 Runfile = Annotated[
     Path | None,
-    typer.Argument(
-        metavar="RUNFILE", help="YAML run file; without one, the embedded digits run.", show_default=False
-    ),
+    typer.Argument(metavar="RUNFILE", help="YAML run file; without one, the embedded digits run.", show_default=False),
 ]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as in removal.budget=0.03; repeatable."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object and nothing else.")]
-Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Show Ray's own messages, and tracebacks of errors.")
-]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Ray's own messages, and tracebacks of errors.")]
 
 
 def _print_version(wanted: bool) -> None:

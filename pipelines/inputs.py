@@ -113,9 +113,7 @@ def untrained(config: RunFile, inputs: Inputs) -> bytes:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
-        model = models.build(
-            inputs.spec.factory, classes=inputs.spec.classes, arguments=inputs.spec.arguments
-        )
+        model = models.build(inputs.spec.factory, classes=inputs.spec.classes, arguments=inputs.spec.arguments)
     return models.to_bytes(model)
 
 
@@ -141,9 +139,7 @@ def _sources(data: Data, seed: int) -> dict[str, Source]:
         locations = (given,) if isinstance(given, str) else tuple(given)
         if data.source == "folder":
             if len(locations) > 1:
-                raise DataError(
-                    f"data.{name} names {len(locations)} folders; for data.source = folder name one"
-                )
+                raise DataError(f"data.{name} names {len(locations)} folders; for data.source = folder name one")
             sources[name] = FolderSource(locations[0])
         else:
             label = (data.test_label or data.label) if name == "test" else data.label

@@ -282,9 +282,7 @@ class CleaningRun:
         models.load_bytes(model, weights)
         return Network(self.inputs.spec, weights, models.fingerprint(model))
 
-    def train(
-        self, model: Network, settings: TrainingSection, excluded: Excluded, *, name: str, seed: int
-    ) -> Network:
+    def train(self, model: Network, settings: TrainingSection, excluded: Excluded, *, name: str, seed: int) -> Network:
         """The network trained on the training samples that are not excluded, through Ray Train."""
         rays = self.config.ray
         on_cluster = rays.address not in (None, "local")
@@ -350,9 +348,7 @@ class CleaningRun:
             if table.num_rows:
                 tables.append(table.append_column("split", pa.array([name] * table.num_rows)))
             if table.num_rows and name == "train":
-                self.quarantined = excluded_rows(
-                    table[BUCKET].to_numpy(), table[ROW].to_numpy(), self.quarantined
-                )
+                self.quarantined = excluded_rows(table[BUCKET].to_numpy(), table[ROW].to_numpy(), self.quarantined)
         before = self.folder.read_table(path) if self.folder.exists(path) else None
         if before is None or tables:
             known = set() if before is None else _keys(before)
@@ -455,9 +451,7 @@ class CleaningRun:
         }
         settings = self.config.removal
         paths = ("removed.parquet",) if done.removed and self.folder.is_local else ()
-        artifacts = [
-            self.folder.local / "rounds" / f"{done.number:04d}" / name for name in (*paths, "round.json")
-        ]
+        artifacts = [self.folder.local / "rounds" / f"{done.number:04d}" / name for name in (*paths, "round.json")]
         self.tracking.log_round(
             done.number,
             params={"score": settings.score, "budget": settings.budget, "scope": self.config.refine.scope},
@@ -483,9 +477,7 @@ def _known(**metrics: float | None) -> dict[str, float]:
 def _keys_in_order(table: pa.Table) -> list[str]:
     return [
         json.dumps(key)
-        for key in zip(
-            table["split"].to_pylist(), table[BUCKET].to_pylist(), table[ROW].to_pylist(), strict=True
-        )
+        for key in zip(table["split"].to_pylist(), table[BUCKET].to_pylist(), table[ROW].to_pylist(), strict=True)
     ]
 
 

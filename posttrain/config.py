@@ -45,9 +45,7 @@ class Section(BaseModel):
         # YAML reads yes, no, on and off as booleans, and Python would go on to take them for 1 and 0
         field = cls.model_fields[str(info.field_name)]
         if isinstance(value, bool) and field.annotation is not bool:
-            raise ValueError(
-                "should not be a boolean (put quotes around a yes, no, on or off that is meant as text)"
-            )
+            raise ValueError("should not be a boolean (put quotes around a yes, no, on or off that is meant as text)")
         return value
 
 
@@ -89,6 +87,9 @@ class Data(Section):
     """Data for the final figures, with labels to be trusted. Optional."""
     id: Text = "id"
     """Column with the sample's id: unique, an integer or a string. For folders it is the relative path."""
+    id_scope: Literal["all", "set"] = "all"
+    """all: an id names the same sample in every set, so that one in two sets is refused. set: the ids begin anew
+    in each set (row numbers, as in CIFAR's own files), and say nothing across sets."""
     image: Text = "image"
     """Column with the image: an encoded file (PNG, JPEG, ...) or raw uint8 values."""
     label: Text = "label"
@@ -97,9 +98,7 @@ class Data(Section):
     """Label column of the test set, where it has another name than `label`."""
     true_label: Text | None = None
     """Column with the true label, for measuring only: nothing is decided by it."""
-    image_shape: (
-        Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=2, max_length=3)] | None
-    ) = None
+    image_shape: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=2, max_length=3)] | None = None
     """Height, width and, for colour, channels of images that are stored as raw uint8 bytes."""
     classes: Annotated[int, Field(ge=2)] | Annotated[tuple[Text, ...], Field(min_length=2)] | None = None
     """Number of classes, or their names in the order of their numbers. null: taken from the data."""
@@ -136,9 +135,7 @@ class Data(Section):
                     f"and data.source is {self.source}: remove one or change the other"
                 )
         if self.source == "torchvision" and self.name is None:
-            raise ValueError(
-                "data.source = torchvision needs data.name (CIFAR10, CIFAR100, FashionMNIST or MNIST)"
-            )
+            raise ValueError("data.source = torchvision needs data.name (CIFAR10, CIFAR100, FashionMNIST or MNIST)")
         if self.source in files and self.train is None:
             raise ValueError(f"data.source = {self.source} needs data.train, the path of the training data")
         if isinstance(self.classes, tuple) and len(set(self.classes)) < len(self.classes):
@@ -161,9 +158,7 @@ class Model(Section):
     """Dotted name of the last Linear module. null: found by itself."""
     channels: Literal[1, 3] = 1
     """Channels that the model expects: 1 (grey) or 3 (RGB)."""
-    image_size: (
-        Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
-    ) = 8
+    image_size: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = 8
     """Pixels that the model expects: one number for squares, or height and width."""
     mean: tuple[float, ...] = (0.5,)
     """Subtracted from pixels scaled to 0..1: one number, or one per channel."""
@@ -175,9 +170,7 @@ class Model(Section):
     def _weights_of_a_known_kind(cls, weights: str | None) -> str | None:
         known = weights is None or re.search(r"^(models|runs):/|\.(pt|pth|safetensors)$", weights)
         if not known:
-            raise ValueError(
-                "should be a .pt, .pth or .safetensors file or an MLflow URI (models:/..., runs:/...)"
-            )
+            raise ValueError("should be a .pt, .pth or .safetensors file or an MLflow URI (models:/..., runs:/...)")
         return weights
 
     @model_validator(mode="after")
@@ -264,9 +257,7 @@ class Probe(Section):
 class Removal(Section):
     """Which samples go, how many at a time, and when it is enough."""
 
-    score: Literal["loo_margin", "parameter", "data", "loss", "margin", "gradient_norm", "random"] = (
-        "loo_margin"
-    )
+    score: Literal["loo_margin", "parameter", "data", "loss", "margin", "gradient_norm", "random"] = "loo_margin"
     """What samples are ranked by. loo_margin: on which side of the boundary a sample falls when only the
     others draw it. parameter, data: influence on the model, on the data. random: the control."""
     threshold: float = 1.0
@@ -360,8 +351,7 @@ class RunFile(Section):
             and self.data.validation is None
         ):
             raise ValueError(
-                "model.weights is set without data.validation: "
-                "a validation set the model has not seen is required"
+                "model.weights is set without data.validation: a validation set the model has not seen is required"
             )
         return self
 
@@ -455,9 +445,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise ConfigError(
-            f"{path}: there is no such run file; without one, the embedded digits run is taken"
-        ) from None
+        raise ConfigError(f"{path}: there is no such run file; without one, the embedded digits run is taken") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: a run file is YAML in UTF-8, and this is not UTF-8 text") from None
     except OSError as error:
@@ -498,16 +486,12 @@ def _complaints(error: ValidationError, raw: dict[str, Any]) -> list[str]:
         if entry["type"] == "extra_forbidden":
             found[_unknown(key)] = []
         elif entry["type"] in ("model_type", "dict_type"):
-            found.setdefault(f"{key} = {_shown(entry['input'])}", []).append(
-                "should be a mapping with keys beneath it"
-            )
+            found.setdefault(f"{key} = {_shown(entry['input'])}", []).append("should be a mapping with keys beneath it")
         elif entry["type"] == "value_error" and isinstance(entry["input"], Mapping):
             found[message] = []  # a check across keys, which names them itself
         else:
             found.setdefault(f"{key} = {_shown(_at(raw, key))}", []).append(message)
-    return [
-        ": ".join([what] + [" or ".join(dict.fromkeys(whys))] * bool(whys)) for what, whys in found.items()
-    ]
+    return [": ".join([what] + [" or ".join(dict.fromkeys(whys))] * bool(whys)) for what, whys in found.items()]
 
 
 def _dotted(location: tuple[int | str, ...]) -> str:

@@ -79,9 +79,7 @@ class Outcome(Generic[Model]):
     reason: str
 
 
-def clean(
-    start: State[Model], steps: Steps[Features, Probe, Scores, Removal, Model], limits: Limits
-) -> Outcome[Model]:
+def clean(start: State[Model], steps: Steps[Features, Probe, Scores, Removal, Model], limits: Limits) -> Outcome[Model]:
     """Rounds from `start` on until one of the limits is reached."""
     state = start
     while (reason := limit_reached(state, limits)) is None:

@@ -150,9 +150,7 @@ def test_a_fault_of_our_own_keeps_its_traceback(pipeline):
 
 def test_a_missing_run_file_is_exit_code_2(tmp_path):
     result = CliRunner().invoke(app, ["clean", str(tmp_path / "nowhere.yaml")])
-    assert result.exit_code == 2 and re.fullmatch(
-        r"error: .*nowhere\.yaml: there is no such .*\n", result.stderr
-    )
+    assert result.exit_code == 2 and re.fullmatch(r"error: .*nowhere\.yaml: there is no such .*\n", result.stderr)
 
 
 def test_an_unknown_option_is_exit_code_2():

@@ -144,9 +144,7 @@ def test_a_wrong_value_is_named_with_its_key_and_what_it_should_be(override, exp
 def test_all_that_is_wrong_is_said_at_once(write):
     text = complaint(write("removal: {budget: 3, patience: 0}"), "run.seed=x")
     assert text.count("; ") == 2
-    assert all(
-        key in text for key in ("run.yaml", "removal.budget = 3", "removal.patience = 0", 'run.seed = "x"')
-    )
+    assert all(key in text for key in ("run.yaml", "removal.budget = 3", "removal.patience = 0", 'run.seed = "x"'))
 
 
 @pytest.mark.parametrize(
@@ -232,9 +230,7 @@ def test_settings_that_contradict_each_other_are_refused(write, text, expected):
 
 
 def test_weights_with_a_validation_set_are_taken(write):
-    config = load(
-        write(PARQUET.replace("factory", "weights: models:/m/1, factory")), ["data.validation=v.parquet"]
-    )
+    config = load(write(PARQUET.replace("factory", "weights: models:/m/1, factory")), ["data.validation=v.parquet"])
     assert config.model.weights == "models:/m/1" and config.data.validation == "v.parquet"
 
 

@@ -160,18 +160,14 @@ def _dataset(source: ParquetSource) -> pads.FileSystemDataset:
         files, path = resolve(location)
         info = files.get_file_info(path)
         if info.type == fs.FileType.NotFound:
-            raise DataError(
-                f"{location}: no such file or folder; check data.train, data.validation, data.test"
-            )
+            raise DataError(f"{location}: no such file or folder; check data.train, data.validation, data.test")
         if info.type == fs.FileType.File:
             parts.append(path)
             continue
         found = files.get_file_info(fs.FileSelector(path, recursive=True))
         inside = sorted(f.path for f in found if f.path.endswith((".parquet", ".pq")))
         if not inside:
-            raise DataError(
-                f"{location}: holds no .parquet file; name a folder that does, or set data.source"
-            )
+            raise DataError(f"{location}: holds no .parquet file; name a folder that does, or set data.source")
         parts.extend(inside)
     try:
         return pads.dataset(parts, format="parquet", filesystem=files)
@@ -246,10 +242,12 @@ def read(
     held_out_share: float | None,
     noise: Noise | None,
     seed: int,
+    ids_span_sets: bool = True,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Split]:
     """Every split in buckets. `held_out_share` splits a validation set off the training data, by id.
 
+    `ids_span_sets`: an id names the same sample in every source, so that one in two of them is refused.
     Raises DataError, LabelRangeError or DuplicateIdError, naming file and value.
     """
     train_rows = list_source(sources["train"]).rows
@@ -295,15 +293,12 @@ def read(
     for name in names:
         mine = [i for i, owner in enumerate(owners) if owner == name]
         splits[name] = _split(name, [blocks[i] for i in mine], [inspections[i] for i in mine], classes)
-    _refuse_shared_ids(splits, sources)
+    if ids_span_sets:
+        _refuse_shared_ids(splits, sources)
     total = sum(split.rows for split in splits.values())
-    expected = sum(
-        list_rows for name, list_rows in rows.items() if name != "validation" or held_out_share is None
-    )
+    expected = sum(list_rows for name, list_rows in rows.items() if name != "validation" or held_out_share is None)
     if total != expected:
-        raise PosttrainError(
-            f"{expected} samples were listed but {total} were read; did the files change meanwhile?"
-        )
+        raise PosttrainError(f"{expected} samples were listed but {total} were read; did the files change meanwhile?")
     return splits
 
 
@@ -419,9 +414,7 @@ def _ids(column: pa.ChunkedArray, where: str, name: str) -> pa.Array:
     return cast.combine_chunks() if isinstance(cast, pa.ChunkedArray) else cast
 
 
-def _labels(
-    column: pa.ChunkedArray, classes: tuple[str, ...], where: str, name: str, ids: pa.Array
-) -> np.ndarray:
+def _labels(column: pa.ChunkedArray, classes: tuple[str, ...], where: str, name: str, ids: pa.Array) -> np.ndarray:
     """int32 class indices; -1 where the label is empty. Out-of-range labels are kept: `inspect` names them."""
     kind = column.type
     if pa.types.is_dictionary(kind):
@@ -439,9 +432,7 @@ def _labels(
             )
         return pc.fill_null(index, -1).to_numpy().astype(np.int32)
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-        raise DataError(
-            f"{where}: column {name!r} is {kind}; labels have to be integers or class names (data.label)"
-        )
+        raise DataError(f"{where}: column {name!r} is {kind}; labels have to be integers or class names (data.label)")
     values = column.to_numpy().astype(np.float64)
     absent = np.isnan(values)
     broken = ~absent & (values != np.floor(values))
@@ -497,9 +488,7 @@ def inspect(table: pa.Table, classes: int) -> Inspection:
     return Inspection(table.num_rows, counts, digest.digest(), duplicate)
 
 
-def _split(
-    name: str, blocks: Sequence[Any], inspections: Sequence[Inspection], classes: Sequence[str]
-) -> Split:
+def _split(name: str, blocks: Sequence[Any], inspections: Sequence[Inspection], classes: Sequence[str]) -> Split:
     digest = hashlib.sha256(f"{name} {list(classes)}".encode())
     for inspection in inspections:
         if inspection.duplicate is not None:
@@ -564,7 +553,7 @@ def _refuse_shared_ids(splits: Mapping[str, Split], sources: Mapping[str, Source
             identity, name = shared
             raise DuplicateIdError(
                 f"sample_id {identity!r} is in both the train and the {name} set; what is measured on must not be "
-                f"trained on: take it out of one of them, or give the samples of data.{name} ids of their own"
+                f"trained on: take it out of one of them, or, where ids begin anew in each set, set data.id_scope to set"
             )
 
 

@@ -136,7 +136,8 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     # the driver's own generator must not notice that training ran in its process
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config["seed"] * 1_000_003 + rank)
-        model = load_network(network).to(device).train()
+        # convolutions on the CPU and on tensor cores take this layout; on two cores here it halved the time
+        model = load_network(network).to(device, memory_format=torch.channels_last).train()
         parallel = ray.train.torch.prepare_model(model) if world > 1 else model
         images = LiveImages(
             config["buckets"][rank::world],
@@ -188,6 +189,7 @@ def fit_network(
                 for group in optimizer.param_groups:
                     group["lr"] = training.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
             inputs = normalize(augment(pixels, generator).to(device), spec.mean, spec.std)
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
             targets = labels.to(device)
             logits = model(inputs)
             loss = cross_entropy(logits, targets)
@@ -197,9 +199,7 @@ def fit_network(
             taken += 1
             with torch.no_grad():
                 correct = (logits.argmax(dim=1) == targets).sum()
-                sums += torch.stack(
-                    [loss.detach() * len(targets), correct, correct.new_tensor(len(targets))]
-                ).double()
+                sums += torch.stack([loss.detach() * len(targets), correct, correct.new_tensor(len(targets))]).double()
             progress(min(taken * per_rank * world, live * training.epochs), live * training.epochs)
         if world > 1:
             torch.distributed.all_reduce(sums)
@@ -216,9 +216,7 @@ def fit_network(
 
 def _optimizer(model: torch.nn.Module, training: Training) -> torch.optim.Optimizer:
     if training.optimizer == "adamw":
-        return torch.optim.AdamW(
-            model.parameters(), training.learning_rate, weight_decay=training.weight_decay
-        )
+        return torch.optim.AdamW(model.parameters(), training.learning_rate, weight_decay=training.weight_decay)
     return torch.optim.SGD(
         model.parameters(),
         training.learning_rate,
@@ -297,9 +295,7 @@ class LiveImages:
         pixels, labels = [], []
         for bucket in buckets:
             block = self._get(bucket.block)
-            rows = np.setdiff1d(
-                np.arange(block.num_rows), self._excluded.get(bucket.index, np.empty(0, np.int32))
-            )
+            rows = np.setdiff1d(np.arange(block.num_rows), self._excluded.get(bucket.index, np.empty(0, np.int32)))
             block = block.take(rows)
             decoded, readable, _ = decode_column(
                 block[IMAGE], channels=self._spec.channels, size=self._spec.size, shape=self._spec.shape
@@ -311,7 +307,5 @@ class LiveImages:
             labels.append(torch.from_numpy(given[readable].astype(np.int64))[kept])
         if not pixels:
             height, width = self._spec.size
-            return torch.empty(0, self._spec.channels, height, width, dtype=torch.uint8), torch.empty(
-                0
-            ).long()
+            return torch.empty(0, self._spec.channels, height, width, dtype=torch.uint8), torch.empty(0).long()
         return torch.cat(pixels), torch.cat(labels)

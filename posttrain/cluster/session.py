@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +30,20 @@ _ENVIRONMENT = {
 def _packages() -> list[str]:
     here = Path(__file__).parents[1]
     return [str(here), str(here.with_name("pipelines"))]
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Ray's C++ side says at its start which log level it took; errors come as exceptions."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 @contextmanager
@@ -58,7 +74,8 @@ def session(
             options |= {"num_cpus": num_cpus, "include_dashboard": False}
             if object_store_gb:
                 options["object_store_memory"] = int(object_store_gb * 2**30)
-        ray.init(**options)
+        with contextlib.nullcontext() if verbose else _silent_stderr():
+            ray.init(**options)
     if not verbose:
         for name in ("ray.data", "ray.train", "ray.tune", "ray"):
             logging.getLogger(name).setLevel(logging.CRITICAL)

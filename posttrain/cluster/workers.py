@@ -69,6 +69,10 @@ def load_network(network: Network) -> torch.nn.Module:
     return model
 
 
+def _for_inference(network: Network, device: torch.device) -> torch.nn.Module:
+    return load_network(network).to(device, memory_format=torch.channels_last).eval()
+
+
 def probe_scores(
     features: Tensor, labels: Tensor, sample_ids: np.ndarray, weights: Tensor, curvature: Curvature, seed: int
 ) -> dict[str, np.ndarray]:
@@ -114,7 +118,7 @@ class _Worker:
     ) -> ShardSummary:
         network: Network = ray.get(network_in[0])
         if self.network is None or self.network[0] != network.key:
-            self.network = (network.key, load_network(network).to(self.device).eval())
+            self.network = (network.key, _for_inference(network, self.device))
         shard, quarantined = embed_block(self.network[1], network.spec, block, skip, self.device)
         write_shard(folder, path, shard, quarantined)
         return ShardSummary(bucket, len(shard.rows), shard.features.shape[1], quarantined)
@@ -127,9 +131,7 @@ class _Worker:
         fn: BlockFn,
         arguments_in: list[Any],
     ) -> list[list[np.ndarray]]:
-        arguments = (
-            ray.get(arguments_in[0]) if isinstance(arguments_in[0], ray.ObjectRef) else arguments_in[0]
-        )
+        arguments = ray.get(arguments_in[0]) if isinstance(arguments_in[0], ray.ObjectRef) else arguments_in[0]
         tensors = [torch.from_numpy(np.array(a)).to(self.device) for a in arguments]
         sums = []
         for group in groups:
@@ -184,9 +186,7 @@ def read_live(view: View, bucket: int) -> Shard:
     if excluded is None or not len(excluded):
         return shard
     live = ~np.isin(shard.rows, excluded)
-    return Shard(
-        shard.rows[live], shard.sample_ids.filter(pa.array(live)), shard.labels[live], shard.features[live]
-    )
+    return Shard(shard.rows[live], shard.sample_ids.filter(pa.array(live)), shard.labels[live], shard.features[live])
 
 
 def embed_block(
@@ -196,9 +196,7 @@ def embed_block(
     rows = np.setdiff1d(np.arange(block.num_rows), skip)
     block = block.take(pa.array(rows))
     image = spec.image
-    pixels, readable, reasons = decode_column(
-        block[IMAGE], channels=image.channels, size=image.size, shape=image.shape
-    )
+    pixels, readable, reasons = decode_column(block[IMAGE], channels=image.channels, size=image.size, shape=image.shape)
     labels = block[LABEL].to_numpy()
     why = dict(zip(np.flatnonzero(~readable).tolist(), reasons, strict=True))
     why |= {int(at): "no label" for at in np.flatnonzero(readable & (labels < 0))}
@@ -206,6 +204,7 @@ def embed_block(
     with torch.inference_mode():
         for batch in pixels.split(EMBEDDING_BATCH):
             inputs = normalize(batch.to(device), image.mean, image.std)
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
             features, _ = models.embed(model, spec.head, inputs)
             parts.append(features.float().cpu())
     dim = models.head_of(model, spec.head).in_features
@@ -214,9 +213,7 @@ def embed_block(
     finite = torch.isfinite(halves).all(dim=1).numpy()
     where_readable = np.flatnonzero(readable)
     for at in where_readable[~finite]:
-        why.setdefault(
-            int(at), "features are not finite in float16 (an extreme image, or weights that overflow)"
-        )
+        why.setdefault(int(at), "features are not finite in float16 (an extreme image, or weights that overflow)")
     good = np.array([at not in why for at in range(len(rows))], bool)
     ids = block[SAMPLE_ID].combine_chunks()
     files = block[FILE]
@@ -330,10 +327,7 @@ class Workers:
         progress: Progress,
     ) -> list[ShardSummary]:
         """The shards of every bucket; those that are there already are kept. `progress` counts samples."""
-        found = {
-            b.index: summarise_shard(folder, folder.features(backbone, split, b.index), b.index)
-            for b in buckets
-        }
+        found = {b.index: summarise_shard(folder, folder.features(backbone, split, b.index), b.index) for b in buckets}
         todo = [b for b in buckets if found[b.index] is None]
         total = sum(b.rows for b in todo)
         nothing = np.empty(0, np.int32)
@@ -385,9 +379,7 @@ class _Reducer:
         arguments_in = [ray.put(plain)] if large else [plain]
         owned = [list(range(i, len(self._groups), len(actors))) for i in range(len(actors))]
         pending = [
-            actor.reduce.remote(
-                self._view_in, self._view.key, [self._groups[g] for g in mine], fn, arguments_in
-            )
+            actor.reduce.remote(self._view_in, self._view.key, [self._groups[g] for g in mine], fn, arguments_in)
             for actor, mine in zip(actors, owned, strict=True)
             if mine
         ]

@@ -170,6 +170,4 @@ def measure(reduce: Reduce, probe: Probe, kind: Kind) -> Curvature:
     feature_basis = torch.linalg.eigh(second.double() / n).eigenvectors
     class_basis = torch.linalg.eigh(reduce(class_factor, probe.weights)[0].double() / n).eigenvectors
     eigenvalues = reduce(corrected_eigenvalues, probe.weights, feature_basis, class_basis)[0] / n
-    return EkfacCurvature(
-        feature_basis.float(), class_basis.float(), eigenvalues.clamp_min(0).float(), damping, n
-    )
+    return EkfacCurvature(feature_basis.float(), class_basis.float(), eigenvalues.clamp_min(0).float(), damping, n)

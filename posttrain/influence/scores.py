@@ -40,9 +40,7 @@ class Evidence:
     count: int
 
 
-def evidence(
-    features: Tensor, labels: Tensor, weights: Tensor, curvature: Curvature, draw: Tensor
-) -> Evidence:
+def evidence(features: Tensor, labels: Tensor, weights: Tensor, curvature: Curvature, draw: Tensor) -> Evidence:
     """The evidence on a batch from the probe's weights [classes, d] and its curvature."""
     logits, probabilities, residual = residuals(features, labels, weights)
     leverage, solved_norm = curvature.influence(features, residual)

@@ -62,9 +62,7 @@ class Histograms:
     those whose leading bits are their class's prefix. Histograms of parts of the data add up with `+`.
     """
 
-    def __init__(
-        self, shift: int, width: int, *, floor: int, classes: int, prefix: Counts | None = None
-    ) -> None:
+    def __init__(self, shift: int, width: int, *, floor: int, classes: int, prefix: Counts | None = None) -> None:
         self.shift, self.width, self.floor, self.classes, self.prefix = shift, width, floor, classes, prefix
         self.counts: Counts = np.zeros((classes, 1 << width), dtype=np.int64)
 
@@ -72,9 +70,7 @@ class Histograms:
         """Counts a block: scores [n], labels [n]. Raises ValueError on NaN and on unknown labels."""
         labels = np.asarray(labels)
         if labels.size and not 0 <= labels.min() <= labels.max() < self.classes:
-            raise ValueError(
-                f"labels run from {labels.min()} to {labels.max()}, but there are {self.classes} classes"
-            )
+            raise ValueError(f"labels run from {labels.min()} to {labels.max()}, but there are {self.classes} classes")
         bits = ordered_bits(scores)
         counted = bits > self.floor
         if self.prefix is not None:

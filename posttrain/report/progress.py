@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+
+_LOG_EVERY_S = 30.0
 
 _WORTH_A_LINE_S = 0.1
 """A step that had nothing to do, such as embedding what is embedded already, gets no line."""
@@ -58,6 +61,7 @@ class Steps:
         label = name if self._round is None else f"round {self._round}  {name}"
         started = time.perf_counter()
         counted = [0, 0]
+        said = started
         columns = (
             TextColumn("{task.description:<20}"),
             BarColumn(bar_width=24),
@@ -65,15 +69,20 @@ class Steps:
             _Rate(),
             TimeRemainingColumn(compact=True),
         )
-        # a log file or a pipe gets the finished lines only
-        with Progress(
-            *columns, console=self.console, transient=True, disable=not self.console.is_terminal
-        ) as bar:
+        # a log file or a pipe gets lines: one when the step ends, before it one every now and then
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
             task = bar.add_task(label, total=None)
 
             def tell(done: int, total: int) -> None:
+                nonlocal said
                 counted[:] = done, total
                 bar.update(task, completed=done, total=total)
+                now = time.perf_counter()
+                if not self.console.is_terminal and 0 < done < total and now - said >= _LOG_EVERY_S:
+                    said = now
+                    rate = done / (now - started)
+                    left = datetime.timedelta(seconds=round((total - done) / rate))
+                    self.say(f"  {label:<20} {done:>9,}/{total:,} {unit} {rate:>9,.0f}/s, {left} left")
 
             yield tell
         took = time.perf_counter() - started

@@ -86,9 +86,7 @@ def summarise_shard(folder: RunFolder, path: str, bucket: int) -> ShardSummary |
             schema = pq.ParquetFile(stream)
             arrow = schema.schema_arrow
             quarantined = json.loads((arrow.metadata or {})[_QUARANTINED])
-            return ShardSummary(
-                bucket, schema.metadata.num_rows, arrow.field(FEATURES).type.list_size, quarantined
-            )
+            return ShardSummary(bucket, schema.metadata.num_rows, arrow.field(FEATURES).type.list_size, quarantined)
     except (pa.ArrowInvalid, KeyError, OSError):
         return None
 

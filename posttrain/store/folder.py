@@ -24,9 +24,7 @@ def resolve(location: str) -> tuple[fs.FileSystem, str]:
         try:
             return fs.FileSystem.from_uri(location)
         except (pa.ArrowInvalid, OSError) as error:
-            raise RunFolderError(
-                f"{location}: {error}; use a local path or an s3://, gs:// or file:// URI"
-            ) from None
+            raise RunFolderError(f"{location}: {error}; use a local path or an s3://, gs:// or file:// URI") from None
     return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(location))
 
 

@@ -26,9 +26,7 @@ class PosttrainModel(PythonModel):
         from posttrain.vision.models import build, load_weights
 
         self.recipe: dict[str, Any] = context.model_config
-        self.model = build(
-            self.recipe["factory"], classes=self.recipe["classes"], arguments=self.recipe["arguments"]
-        )
+        self.model = build(self.recipe["factory"], classes=self.recipe["classes"], arguments=self.recipe["arguments"])
         load_weights(self.model, Path(context.artifacts["weights"]))
         self.model.eval()
 
@@ -56,9 +54,7 @@ class PosttrainModel(PythonModel):
             for row, cell in enumerate(cells[start : start + _BATCH], start):
                 try:
                     cell = base64.b64decode(cell, validate=True) if isinstance(cell, str) else cell
-                    pixels.append(
-                        decode(cell, channels=image["channels"], size=tuple(image["size"]), shape=shape)
-                    )
+                    pixels.append(decode(cell, channels=image["channels"], size=tuple(image["size"]), shape=shape))
                 except (UnreadableImage, ValueError) as error:
                     raise ValueError(f"image {row} cannot be read: {error}") from error
             with torch.inference_mode():

@@ -51,9 +51,7 @@ class Tracking:
     Once open, calls raise StepError where MLflow does not take what it is told: by then, work has been done.
     """
 
-    def __init__(
-        self, client: MlflowClient, uri: str, experiment_id: str, run_id: str, *, resumed: bool
-    ) -> None:
+    def __init__(self, client: MlflowClient, uri: str, experiment_id: str, run_id: str, *, resumed: bool) -> None:
         self._client = client
         self.uri = uri
         self.experiment_id = experiment_id
@@ -175,9 +173,7 @@ class Tracking:
             nested_id = nested.info.run_id
             # MLflow keeps one value per name, step and time: with the same time, none is doubled
             at = nested.info.start_time
-            self._log(
-                nested_id, params=params, known=nested.data.params, metrics=metrics, step=round, at_ms=at
-            )
+            self._log(nested_id, params=params, known=nested.data.params, metrics=metrics, step=round, at_ms=at)
             self._log_figures(nested_id, figures)
             for path in artifacts:
                 self._client.log_artifact(nested_id, str(path))
@@ -237,9 +233,7 @@ class Tracking:
                         model_config=json.loads(json.dumps(recipe)),
                         code_paths=[str(Path(__file__).parents[1])],
                         # named, or MLflow loads the model in another process to find them out
-                        pip_requirements=[
-                            f"{name}=={version(name).partition('+')[0]}" for name in _SERVED_WITH
-                        ],
+                        pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in _SERVED_WITH],
                         mlflow_model=Model(
                             artifact_path=logged.artifact_location,
                             run_id=self.run_id,
@@ -357,8 +351,7 @@ def fetch_weights(uri: str, tracking_uri: str | None, into: Path) -> Path:
         _prepare("")
         if not Path("mlflow.db").exists():
             raise ModelError(
-                f"{uri} is a model in MLflow, but no MLflow server is named; "
-                "set tracking.uri or MLFLOW_TRACKING_URI"
+                f"{uri} is a model in MLflow, but no MLflow server is named; set tracking.uri or MLFLOW_TRACKING_URI"
             )
     from mlflow import MlflowClient
     from mlflow.artifacts import download_artifacts
@@ -376,27 +369,30 @@ def fetch_weights(uri: str, tracking_uri: str | None, into: Path) -> Path:
         location = _location(client, uri)
         local = download_artifacts(artifact_uri=location, dst_path=str(into), tracking_uri=server)
     except Exception as error:  # whatever the artifact store raises
-        raise ModelError(
-            f"{uri} cannot be fetched from MLflow ({_reason(error)}); check model.weights"
-        ) from error
+        raise ModelError(f"{uri} cannot be fetched from MLflow ({_reason(error)}); check model.weights") from error
     return _weights_in(Path(local), uri)
 
 
 def _location(client: MlflowClient, uri: str) -> str:
-    """Where the artifacts of a models:/ URI lie; any other URI as it is.
+    """Where the artifacts of a models:/ or runs:/ URI lie; any other URI as it is.
 
-    By our client, because MLflow looks models up on the server that the process is set to, whatever it is told.
+    Asked of our client: MLflow by itself looks models up on the server that the process is set to.
     """
-    parts = re.fullmatch(r"models:/([^/@]+)(?:@([^/]+)|/([^/]+))?(/.*)?", uri)
-    if not parts:
-        return uri
-    name, alias, model_version, path = parts.groups()
-    if alias:
-        model_version = client.get_model_version_by_alias(name, alias).version
-    if model_version:
-        root = _location(client, client.get_model_version_download_uri(name, model_version))
+    if of_run := re.fullmatch(r"runs:/([^/]+)/([^/]+)(/.*)?", uri):
+        run_id, name, path = of_run.groups()
+        run = client.get_run(run_id)
+        models = [client.get_logged_model(m.model_id) for m in run.outputs.model_outputs] if run.outputs else []
+        roots = [model.artifact_location for model in models if model.name == name]
+        root = roots[-1] if roots else f"{run.info.artifact_uri}/{name}"
+    elif of_model := re.fullmatch(r"models:/(?:(m-[0-9a-f]{32})|([^/@]+)(?:@([^/]+)|/([^/]+)))(/.*)?", uri):
+        model_id, name, alias, number, path = of_model.groups()
+        if model_id:
+            root = client.get_logged_model(model_id).artifact_location
+        else:
+            number = client.get_model_version_by_alias(name, alias).version if alias else number
+            root = _location(client, client.get_model_version_download_uri(name, number))
     else:
-        root = client.get_logged_model(name).artifact_location
+        return uri
     return root.rstrip("/") + (path or "")
 
 
@@ -407,9 +403,7 @@ def _weights_in(folder: Path, uri: str) -> Path:
         fitting = [file for file in fitting if file.name == "model.safetensors"] or fitting
         if len(fitting) > 1:
             names = ", ".join(file.relative_to(folder).as_posix() for file in fitting[:5])
-            raise ModelError(
-                f"{uri} holds several weights files ({names}); name one of them as runs:/<run>/<path>"
-            )
+            raise ModelError(f"{uri} holds several weights files ({names}); name one of them as runs:/<run>/<path>")
         if fitting:
             [path] = fitting
             if path.suffix == ".pt2":
@@ -433,9 +427,7 @@ def _refuse_pickled(path: Path, uri: str) -> None:
             'log it with mlflow.pytorch.log_model(..., serialization_format="pt2"), or save its state_dict'
         ) from error
     if not isinstance(content, dict):
-        raise ModelError(
-            f"{path.name} of {uri} holds a {type(content).__name__}; save the model's state_dict"
-        )
+        raise ModelError(f"{path.name} of {uri} holds a {type(content).__name__}; save the model's state_dict")
 
 
 def _from_export(path: Path, uri: str) -> Path:
@@ -542,9 +534,8 @@ def _first_contact(uri: str) -> Iterator[None]:
     if scheme in ports and parts.hostname:
         socket.create_connection((parts.hostname, parts.port or ports[scheme]), timeout=8).close()
     brief = {
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "4",
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "9",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     }
     brief = {key: value for key, value in brief.items() if key not in os.environ}
     os.environ.update(brief)
@@ -582,8 +573,7 @@ def _experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
                 raise
     if experiment.lifecycle_stage != "active":
         raise TrackingError(
-            f"the MLflow experiment {name!r} has been deleted; "
-            "restore it, or name another as tracking.experiment"
+            f"the MLflow experiment {name!r} has been deleted; restore it, or name another as tracking.experiment"
         )
     return experiment.experiment_id
 

@@ -37,9 +37,7 @@ class UnreadableImage(ValueError):  # noqa: N818  a finding about a cell, no fai
     """An image cannot be had from this cell; the message is the short reason that goes into quarantine."""
 
 
-def decode(
-    cell: object, *, channels: int, size: tuple[int, int], shape: tuple[int, ...] | None = None
-) -> Tensor:
+def decode(cell: object, *, channels: int, size: tuple[int, int], shape: tuple[int, ...] | None = None) -> Tensor:
     """The image in one table cell, uint8 [channels, height, width].
 
     A cell holds an encoded image (bytes), raw pixels (bytes, where `shape` gives (H, W) or (H, W, C)), an

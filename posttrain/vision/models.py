@@ -89,9 +89,7 @@ def build(factory: str, *, classes: int, arguments: Mapping[str, Any]) -> nn.Mod
             f"model.factory {factory!r} called with {settings} failed: {_brief(error)}; check model.arguments"
         ) from error
     if not isinstance(model, nn.Module):
-        raise ModelError(
-            f"model.factory {factory!r} returned {type(model).__name__}; return a torch.nn.Module"
-        )
+        raise ModelError(f"model.factory {factory!r} returned {type(model).__name__}; return a torch.nn.Module")
     return model
 
 
@@ -151,9 +149,7 @@ def embed(model: nn.Module, head: str, batch: Tensor) -> tuple[Tensor, Tensor]:
     finally:
         hook.remove()
     if len(passes) != 1:
-        raise ModelError(
-            f"model.head {head!r} runs {len(passes)} times per forward pass; name one that runs once"
-        )
+        raise ModelError(f"model.head {head!r} runs {len(passes)} times per forward pass; name one that runs once")
     features, logits = passes[0]
     if features.ndim != 2 or len(features) != len(batch):
         raise ModelError(
@@ -201,9 +197,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         )
     broken = [key for key, tensor in state.items() if not tensor.isfinite().all()]
     if broken:
-        raise ModelError(
-            f"the weights in {path} are not finite in {', '.join(broken[:3])}; use other weights"
-        )
+        raise ModelError(f"the weights in {path} are not finite in {', '.join(broken[:3])}; use other weights")
     for key, linear in biases.items():
         linear.bias = nn.Parameter(state[key].to(linear.weight, copy=True))
     model.load_state_dict(state, strict=False)

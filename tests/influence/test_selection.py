@@ -51,9 +51,7 @@ def problems(draw):
     labels = draw(st.lists(st.integers(0, classes - 1), min_size=n, max_size=n))
     ids = np.array(draw(st.permutations(range(n))), dtype=np.int64) - n // 2
     if draw(st.booleans()):
-        ids = np.array(
-            [f"train/{i}.png" for i in ids.tolist()], dtype=draw(st.sampled_from([object, np.str_]))
-        )
+        ids = np.array([f"train/{i}.png" for i in ids.tolist()], dtype=draw(st.sampled_from([object, np.str_])))
     limits = {
         "at_most": draw(st.integers(0, n + 3)),
         "caps": np.array(draw(st.lists(st.integers(0, n + 1), min_size=classes, max_size=classes))),

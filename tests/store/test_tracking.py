@@ -65,9 +65,7 @@ def log_round(tracking: Tracking, round: int, **given) -> None:
 
 
 def test_without_a_uri_everything_lies_in_the_run_folder(run_folder, tmp_path):
-    with open_run(
-        run_folder, params={"run": {"seed": 0}, "score": "loo_margin"}, tags={"kind": "test"}
-    ) as tracking:
+    with open_run(run_folder, params={"run": {"seed": 0}, "score": "loo_margin"}, tags={"kind": "test"}) as tracking:
         (tmp_path / "note.txt").write_text("hello")
         tracking.log_artifact(tmp_path / "note.txt", "notes")
         tracking.log_metrics({"test_accuracy": 0.5}, step=2)
@@ -195,9 +193,7 @@ def test_a_server_that_refuses_is_named_within_seconds_and_its_password_is_not(r
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     start = time.perf_counter()
-    with pytest.raises(
-        TrackingError, match=rf"at http://\*\*\*@127.0.0.1:{port} .*check tracking.uri"
-    ) as refused:
+    with pytest.raises(TrackingError, match=rf"at http://\*\*\*@127.0.0.1:{port} .*check tracking.uri") as refused:
         open_run(run_folder, f"http://me:secret@127.0.0.1:{port}")
     assert time.perf_counter() - start < 10
     assert "secret" not in str(refused.value)
@@ -256,9 +252,7 @@ def log_network(tracking: Tracking, folder: Path) -> tuple[str, torch.nn.Module]
     return uri, network
 
 
-def test_the_logged_model_predicts_what_the_network_does_and_holds_no_pickle(
-    run_folder, tmp_path, monkeypatch
-):
+def test_the_logged_model_predicts_what_the_network_does_and_holds_no_pickle(run_folder, tmp_path, monkeypatch):
     with open_run(run_folder) as tracking:
         uri, network = log_network(tracking, tmp_path)
     assert not [p for p in run_folder.rglob("*") if p.suffix in (".pkl", ".pickle", ".pth", ".pt")]
@@ -352,15 +346,11 @@ def test_several_weights_files_are_named_unless_one_is_the_models(run_folder, tm
     with open_run(run_folder) as tracking:
         tracking.log_artifact(tmp_path / "first.safetensors", "w")
         tracking.log_artifact(tmp_path / "second.safetensors", "w")
-        with pytest.raises(
-            ModelError, match=r"several weights files \(first.safetensors, second.safetensors\)"
-        ):
+        with pytest.raises(ModelError, match=r"several weights files \(first.safetensors, second.safetensors\)"):
             fetch_weights(f"runs:/{tracking.run_id}/w", tracking.uri, tmp_path / "a")
         (tmp_path / "first.safetensors").rename(tmp_path / "model.safetensors")
         tracking.log_artifact(tmp_path / "model.safetensors", "w")
-    assert (
-        fetch_weights(f"runs:/{tracking.run_id}/w", tracking.uri, tmp_path / "b").name == "model.safetensors"
-    )
+    assert fetch_weights(f"runs:/{tracking.run_id}/w", tracking.uri, tmp_path / "b").name == "model.safetensors"
 
 
 def test_weights_in_mlflow_need_a_server_to_be_named(tmp_path, monkeypatch):

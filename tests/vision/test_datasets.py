@@ -96,9 +96,7 @@ def test_a_torchvision_data_set_becomes_tables(name: Any, colour: bool, monkeypa
 
 
 @pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100", "FashionMNIST", "MNIST"])
-def test_without_a_network_the_error_says_where_to_put_the_files(
-    name: Any, monkeypatch, tmp_path: Path, capfd
-):
+def test_without_a_network_the_error_says_where_to_put_the_files(name: Any, monkeypatch, tmp_path: Path, capfd):
     def unreachable(*_: object, **__: object) -> None:
         raise URLError("Name or service not known")
 

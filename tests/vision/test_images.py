@@ -74,9 +74,7 @@ def test_exif_rotation_is_applied(kind: str):
 
 def test_the_first_frame_of_an_animation_counts():
     frames = [np.full((4, 4), 10, np.uint8), np.full((4, 4), 200, np.uint8)]
-    data = encoded(
-        Image.fromarray(frames[0]), "GIF", save_all=True, append_images=[Image.fromarray(frames[1])]
-    )
+    data = encoded(Image.fromarray(frames[0]), "GIF", save_all=True, append_images=[Image.fromarray(frames[1])])
     assert decode(data, channels=1, size=(4, 4)).unique().tolist() == [10]
 
 
@@ -129,12 +127,7 @@ def png_that_declares(width: int, height: int) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b""))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 def jpeg_that_declares(width: int, height: int) -> bytes:
@@ -151,9 +144,7 @@ def bmp_that_declares(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("bomb", [png_that_declares, jpeg_that_declares, bmp_that_declares])
-def test_a_decompression_bomb_is_refused_before_its_pixels_are_allocated(
-    bomb, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_decompression_bomb_is_refused_before_its_pixels_are_allocated(bomb, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(images, "decode_image", lambda *_, **__: pytest.fail("was decoded"))
     with pytest.raises(UnreadableImage, match=r"(60000x50000|3000000000) pixels.* limit"):
         decode(bomb(60000, 50000), channels=3, size=SIZE)

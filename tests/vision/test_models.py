@@ -39,16 +39,14 @@ def parameters(model: nn.Module) -> int:
 
 def test_a_torchvision_name_gives_that_architecture_with_our_classes():
     model = build("resnet18", classes=7, arguments={"zero_init_residual": True})
-    assert (
-        parameters(model) == 11_689_512 - 1000 * 513 + 7 * 513
-    )  # torchvision's documented count, less its head
+    assert parameters(model) == 11_689_512 - 1000 * 513 + 7 * 513  # torchvision's documented count, less its head
     assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 7)
 
 
 @pytest.mark.parametrize("classes, arguments", [(3, {}), (5, {"inputs": 12, "width": 9})])
 def test_the_built_in_mlp_is_named_like_a_users_factory(classes: int, arguments: dict[str, int]):
     model = build("posttrain.vision.models:mlp", classes=classes, arguments=arguments)
-    inputs, width = arguments.get("inputs", 64), arguments.get("width", 512)
+    inputs, width = arguments.get("inputs", 64), arguments.get("width", 128)
     assert parameters(model) == (inputs + 1) * width + (width + 1) * classes
     assert model(torch.zeros(2, 1, inputs, 1)).shape == (2, classes)
 
@@ -103,9 +101,7 @@ def test_arguments_that_the_factory_does_not_take_are_shown():
 def test_a_module_in_the_current_folder_is_found_and_its_own_errors_are_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    (tmp_path / "own_zoo.py").write_text(
-        "from torch import nn\ndef net(classes): return nn.Linear(2, classes)\n"
-    )
+    (tmp_path / "own_zoo.py").write_text("from torch import nn\ndef net(classes): return nn.Linear(2, classes)\n")
     (tmp_path / "own_broken_zoo.py").write_text("1 / 0\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
@@ -126,9 +122,7 @@ def test_the_head_of_torchvision_models_is_found(name: str, head: str):
     assert find_head(model, classes=4096) == head
 
 
-NESTED = nn.Sequential(
-    nn.Flatten(), nn.Linear(4, 3), nn.Sequential(nn.Linear(3, 3), nn.ReLU()), nn.Linear(3, 2)
-)
+NESTED = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Sequential(nn.Linear(3, 3), nn.ReLU()), nn.Linear(3, 2))
 
 
 def test_the_last_linear_with_as_many_outputs_as_classes_is_the_head():
@@ -147,9 +141,7 @@ def test_the_last_linear_with_as_many_outputs_as_classes_is_the_head():
         (10, "3", r"'3' has 2 outputs for 10 classes; .*: 1 \(4 -> 3\)"),
     ],
 )
-def test_where_no_head_is_found_the_error_says_which_could_be_meant(
-    classes: int, name: str | None, message: str
-):
+def test_where_no_head_is_found_the_error_says_which_could_be_meant(classes: int, name: str | None, message: str):
     with pytest.raises(ModelError, match=message):
         find_head(NESTED, classes=classes, name=name)
 
@@ -234,9 +226,7 @@ def resnet(seed: int) -> nn.Module:
         lambda state: {"model": state, "optimizer": {"lr": 0.1}},
         lambda state: {f"module.{key}": tensor for key, tensor in state.items()},
         lambda state: {"state_dict": {f"module._orig_mod.{key}": tensor for key, tensor in state.items()}},
-        lambda state: {
-            key: tensor for key, tensor in state.items() if not key.endswith("num_batches_tracked")
-        },
+        lambda state: {key: tensor for key, tensor in state.items() if not key.endswith("num_batches_tracked")},
     ],
     ids=["bare", "state_dict", "model", "DataParallel", "compiled", "old BatchNorm"],
 )
@@ -302,9 +292,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path):
 
 def test_a_pickled_model_is_refused_and_not_run(tmp_path: Path):
     torch.save(mlp(3), tmp_path / "a.pt")
-    with pytest.raises(
-        ModelError, match=r"a\.pt holds pickled objects \(torch\.nn.*\).* save the model's state_dict"
-    ):
+    with pytest.raises(ModelError, match=r"a\.pt holds pickled objects \(torch\.nn.*\).* save the model's state_dict"):
         load_weights(mlp(3), tmp_path / "a.pt")
 
 

@@ -43,9 +43,7 @@ def test_the_draws_are_the_same_in_every_version():
     assert uniform(np.array([0, 1, 40312]), 7) == pytest.approx(
         [0.7215081806049702, 0.9509972403324563, 0.16436084552798924], abs=0
     )
-    assert uniform(np.array(["a/1.png", ""]), 7) == pytest.approx(
-        [0.5706923725044664, 0.2640020976892503], abs=0
-    )
+    assert uniform(np.array(["a/1.png", ""]), 7) == pytest.approx([0.5706923725044664, 0.2640020976892503], abs=0)
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.2, 0.6])

@@ -1,0 +1,264 @@
+"""Every score against its definition: what the probe does when it is fitted again without the sample.
+
+The refits keep the penalty and leave out the sample's term, for 200 samples from the lowest to the highest score.
+First-order influence (`parameter`, `data`) leaves out how the curvature changes with the sample; it is held
+against refits where a single sample weighs little (1,600 samples of 64 features) by its value, and where some
+weigh much (400 samples, rare pixels) by its order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from refits import CLASSES, Problem, digits, over_blocks, refits_without
+from scipy.stats import pearsonr, spearmanr
+from torch import Tensor
+
+from posttrain.influence import scores
+from posttrain.influence.curvature import DenseLeverage, EkfacCurvature, FactoredLeverage, Kind, measure
+from posttrain.influence.probe import Probe, Standardizer, fit, moments, residuals
+from posttrain.influence.scores import SCORES, Evidence, Score, evidence, label_margin, loo_logits
+
+DAMPING = 0.1
+INFORMED: tuple[Score, ...] = tuple(name for name in SCORES if name != "random")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A fitted probe, its scores, and the truth about some samples from refits without them."""
+
+    problem: Problem
+    probe: Probe
+    found: dict[Kind, Evidence]
+    rows: Tensor
+    loo_logits: Tensor
+    truth: dict[Score, Tensor]
+
+
+def fitted(problem: Problem) -> Probe:
+    dim = problem.features.shape[1]
+    return fit(problem.reduce, classes=CLASSES, dim=dim, damping=DAMPING, tolerance=1e-10)
+
+
+def evidence_of(problem: Problem, probe: Probe, kind: Kind) -> Evidence:
+    draw = torch.from_numpy(np.random.default_rng(9).random(len(problem.labels)))
+    curvature = measure(problem.reduce, probe, kind)
+    return evidence(problem.features, problem.labels, probe.weights, curvature, draw)
+
+
+def refitted(problem: Problem) -> Case:
+    probe = fitted(problem)
+    kinds: tuple[Kind, Kind] = ("exact", "ekfac")
+    found = {kind: evidence_of(problem, probe, kind) for kind in kinds}
+    ranked = SCORES["loo_margin"](found["exact"]).argsort()
+    rows = ranked[torch.linspace(0, len(ranked) - 1, 200).long()]
+    without = refits_without(problem.features, problem.labels, probe.weights, DAMPING, rows)
+    own = torch.einsum("bd,bcd->bc", problem.features[rows], without)
+    before = (problem.features @ probe.weights.T).log_softmax(dim=1)
+    after = torch.einsum("nd,bcd->bnc", problem.features, without).log_softmax(dim=2)
+    truth: dict[Score, Tensor] = {
+        "loo_margin": label_margin(own, problem.labels[rows]),
+        "parameter": (without - probe.weights).flatten(1).norm(dim=1),
+        "data": (before.exp() * (before - after)).sum(dim=2).mean(dim=1),
+    }
+    return Case(problem, probe, found, rows, own, truth)
+
+
+@pytest.fixture(scope="module")
+def many() -> Case:
+    """1,600 samples, 64 random ReLU units: the usual case, though small."""
+    return refitted(digits(1600, units=64))
+
+
+@pytest.fixture(scope="module")
+def few() -> Case:
+    """400 samples, 64 pixels, some of them lit in a handful of images: the hard case."""
+    return refitted(digits(400))
+
+
+@pytest.fixture(params=["many", "few"])
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.getfixturevalue(request.param)
+
+
+# -- against refitting without the sample ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "least"), [("exact", 0.99), ("ekfac", 0.95)])
+def test_the_loo_margin_ranks_as_refits_without_the_sample_do(case: Case, kind: Kind, least: float):
+    found = SCORES["loo_margin"](case.found[kind])[case.rows]
+    assert spearmanr(found, case.truth["loo_margin"]).statistic >= least
+
+
+def test_the_exact_loo_logits_are_those_of_the_refits(many: Case):
+    moved = case_movement(many)
+    wrong = (many.found["exact"].loo_logits[many.rows] - many.loo_logits).norm(dim=1)
+    assert float((wrong / moved).median()) <= 0.02
+    assert float(wrong.max()) <= 0.1 * float(moved.max())
+
+
+def case_movement(case: Case) -> Tensor:
+    """How far each sample's own logits move without it."""
+    return (case.loo_logits - case.found["exact"].logits[case.rows]).norm(dim=1)
+
+
+def test_the_loo_margin_says_on_which_side_the_sample_falls_in_the_refit(case: Case):
+    found, truth = SCORES["loo_margin"](case.found["exact"])[case.rows], case.truth["loo_margin"]
+    assert float(((found > 0) == (truth > 0)).double().mean()) >= 0.99
+
+
+@pytest.mark.parametrize("score", ["parameter", "data"])
+def test_influence_is_what_refits_without_the_sample_show(many: Case, score: Score):
+    found, truth = SCORES[score](many.found["exact"])[many.rows], many.truth[score]
+    assert pearsonr(found, truth).statistic >= 0.95
+    # in its own unit, not merely in proportion
+    assert float((found / truth).median()) == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("kind", ["exact", "ekfac"])
+@pytest.mark.parametrize("score", ["parameter", "data"])
+def test_influence_ranks_as_refits_without_the_sample_do(case: Case, score: Score, kind: Kind):
+    assert spearmanr(SCORES[score](case.found[kind])[case.rows], case.truth[score]).statistic >= 0.95
+
+
+# -- against what the name says ----------------------------------------------------------------------------
+
+
+def test_the_gradient_norm_is_that_of_autograd_sample_by_sample(few: Case):
+    found = SCORES["gradient_norm"](few.found["exact"])
+    for row in few.rows[::10].tolist():
+        weights = few.probe.weights.clone().requires_grad_()
+        logits = few.problem.features[row : row + 1] @ weights.T
+        torch.nn.functional.cross_entropy(logits, few.problem.labels[row : row + 1]).backward()
+        assert weights.grad is not None
+        assert float(found[row]) == pytest.approx(float(weights.grad.norm()), rel=1e-9)
+
+
+def test_loss_and_margin_are_those_of_the_fitted_probe(few: Case):
+    loss, margin = SCORES["loss"](few.found["exact"]), SCORES["margin"](few.found["exact"])
+    for row in few.rows[::10].tolist():
+        logits = (few.probe.weights @ few.problem.features[row]).tolist()
+        given = logits[int(few.problem.labels[row])]
+        others = [z for c, z in enumerate(logits) if c != int(few.problem.labels[row])]
+        assert float(loss[row]) == pytest.approx(np.log(np.sum(np.exp(logits))) - given, rel=1e-9)
+        assert float(margin[row]) == pytest.approx(max(others) - given, rel=1e-9)
+
+
+def test_the_data_influence_is_the_quadratic_form_of_its_formula():
+    problem = digits(60, units=4)
+    probe = fitted(problem)
+    found = SCORES["data"](evidence_of(problem, probe, "exact"))
+    _, p, r = residuals(problem.features, problem.labels, probe.weights)
+    fisher = torch.zeros(50, 50, dtype=torch.float64)
+    for h, q in zip(problem.features, p, strict=True):
+        fisher += torch.kron(torch.diag(q) - torch.outer(q, q), torch.outer(h, h)) / 60
+    inverse = torch.linalg.inv(fisher + DAMPING * torch.eye(50).double())
+    gradients = torch.einsum("bc,bd->bcd", r, problem.features).flatten(1)
+    plain = ((gradients @ inverse) @ fisher * (gradients @ inverse)).sum(dim=1) / (2 * 60**2)
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-9)
+
+
+def test_random_depends_on_the_draw_alone(few: Case, many: Case):
+    draw = torch.rand(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for problem in (few.problem, digits(400, units=64, seed=3)):
+        curvature = measure(problem.reduce, few.probe, "ekfac")
+        found = evidence(problem.features, problem.labels, few.probe.weights, curvature, draw)
+        assert torch.equal(SCORES["random"](found), draw)
+
+
+@pytest.mark.parametrize("kind", ["exact", "ekfac"])
+@pytest.mark.parametrize("score", INFORMED)
+def test_flipped_labels_score_higher_than_clean_ones(case: Case, score: Score, kind: Kind):
+    found, flipped = SCORES[score](case.found[kind]), case.problem.flipped
+    assert float(found[flipped].mean()) > float(found[~flipped].mean())
+
+
+def test_the_loo_margin_finds_flipped_labels_that_the_loss_does_not(many: Case):
+    # what the method is for: the probe has fitted its wrong labels, and knows better without them
+    def hits(score: Score) -> float:
+        highest = SCORES[score](many.found["exact"]).argsort(descending=True)[: int(many.problem.flipped.sum())]
+        return float(many.problem.flipped[highest].double().mean())
+
+    assert hits("loo_margin") > max(hits("loss"), hits("random"))
+
+
+def test_scores_do_not_depend_on_the_batch_that_a_sample_is_in(few: Case):
+    curvature = measure(few.problem.reduce, few.probe, "exact")
+    whole = few.found["exact"]
+    part = slice(100, 137)
+    again = evidence(
+        few.problem.features[part], few.problem.labels[part], few.probe.weights, curvature, whole.draw[part]
+    )
+    for name, score in SCORES.items():
+        torch.testing.assert_close(score(again), score(whole)[part], msg=name)
+
+
+@pytest.mark.parametrize("kind", ["exact", "ekfac"])
+def test_features_stored_as_float16_leave_every_ranking_as_it_was(kind: Kind):
+    precise = digits(400, units=64)
+    halves = precise.raw.half()
+    # as they are read back: float16 in the store, float32 in the sums
+    standardizer = Standardizer.from_moments(*moments(halves, precise.labels))
+    stored = Problem(halves, standardizer(halves), precise.labels, precise.flipped)
+    probe = fit(stored.reduce, classes=CLASSES, dim=65, damping=DAMPING)
+    curvature = measure(stored.reduce, probe, kind)
+    rough = evidence(stored.features, stored.labels, probe.weights.float(), curvature, torch.zeros(400))
+    exact = evidence_of(precise, fitted(precise), kind)
+    for name in INFORMED:
+        assert spearmanr(SCORES[name](rough), SCORES[name](exact)).statistic >= 0.995, name
+
+
+# -- leave-one-out for many classes ------------------------------------------------------------------------
+
+
+def random_system(classes: int, highest: float) -> tuple[Tensor, Tensor, Tensor, FactoredLeverage]:
+    """(z, p, r, K) whose S K has eigenvalues up to about `highest`."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(20, classes, generator=generator, dtype=torch.float64)
+    p = logits.softmax(dim=1)
+    residual = p - torch.nn.functional.one_hot(torch.arange(20) % classes, classes)
+    basis = torch.linalg.qr(torch.randn(classes, classes, generator=generator, dtype=torch.float64)).Q
+    k = FactoredLeverage(basis, torch.rand(20, classes, generator=generator, dtype=torch.float64))
+    s = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    largest = torch.linalg.eigvals(s @ k.matrix()).real.amax(dim=1)
+    return logits, p, residual, FactoredLeverage(basis, k.diagonal * (highest / largest)[:, None])
+
+
+@pytest.mark.parametrize("highest", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("kind", ["factored", "dense"])
+def test_many_classes_solved_step_by_step_give_what_the_direct_solution_gives(
+    highest: float, kind: str, monkeypatch: pytest.MonkeyPatch
+):
+    logits, p, residual, factored = random_system(80, highest)
+    leverage = factored if kind == "factored" else DenseLeverage(factored.matrix())
+    stepwise = loo_logits(logits, p, residual, leverage)
+    monkeypatch.setattr(scores, "_DIRECT_SOLVE_CLASSES", 80)
+    direct = loo_logits(logits, p, residual, leverage)
+    assert float((direct - logits).abs().max()) > 0.1  # there is something to solve
+    torch.testing.assert_close(stepwise, direct, rtol=1e-3, atol=1e-3)
+
+
+def test_the_loo_logits_are_a_plain_newton_step(few: Case):
+    found = few.found["exact"]
+    p = found.logits.softmax(dim=1)
+    for row in few.rows[::20].tolist():
+        k, s = found.leverage.matrix()[row], torch.diag(p[row]) - torch.outer(p[row], p[row])
+        plain = found.logits[row] + k @ torch.linalg.inv(torch.eye(CLASSES).double() - s @ k) @ found.residual[row]
+        torch.testing.assert_close(found.loo_logits[row], plain)
+
+
+@pytest.mark.parametrize("classes", [10, 80])
+def test_a_bucket_without_live_samples_has_no_scores_and_is_no_error(classes: int):
+    curvature = EkfacCurvature(torch.eye(5), torch.eye(classes), torch.ones(classes, 5), DAMPING, 100)
+    labels = torch.empty(0, dtype=torch.long)
+    nothing = evidence(torch.empty(0, 5), labels, torch.zeros(classes, 5), curvature, torch.empty(0))
+    for name, score in SCORES.items():
+        assert score(nothing).shape == (0,), name
+
+
+def test_the_label_margin_is_above_zero_exactly_where_another_class_wins():
+    logits = torch.tensor([[1.0, 3.0, 2.0], [1.0, 3.0, 2.0], [-5.0, -7.0, -6.0]])
+    assert label_margin(logits, torch.tensor([1, 2, 0])).tolist() == [-1.0, 1.0, -1.0]
