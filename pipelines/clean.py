@@ -86,10 +86,10 @@ def opened(config: RunFile, progress: Progress, *, verbose: bool) -> Iterator[Cl
         inputs = prepare(config)
     folder = RunFolder(config.run.path)
     with progress.step("start Ray"):
-        from posttrain.cluster.session import session
+        from posttrain.cluster.session import cluster_address, session
 
         rays = config.ray
-        address = None if rays.address == "local" else rays.address
+        address = cluster_address(rays.address)
         ray_session = session(
             address=address, num_cpus=rays.num_cpus, object_store_gb=rays.object_store_gb, verbose=verbose
         )
@@ -122,12 +122,14 @@ def opened(config: RunFile, progress: Progress, *, verbose: bool) -> Iterator[Cl
             gpus=rays.gpus_per_worker,
             on_cluster=address is not None,
         )
-        if (rays.train_workers or 0) == 0 and address is None:
+        # local mode on one machine; a cluster's GPUs are not where the driver is
+        train_workers = rays.train_workers if rays.train_workers is not None else int(address is not None)
+        if not train_workers:
             workers.start()  # they import torch while MLflow makes its tables
         with progress.step("open MLflow"):
             tracking = open_tracking(config, inputs, folder, fingerprint)
         with tracking:
-            yield CleaningRun(config, inputs, splits, folder, workers, tracking, progress)
+            yield CleaningRun(config, inputs, splits, folder, workers, train_workers, tracking, progress)
     finally:
         ray_session.__exit__(None, None, None)
 

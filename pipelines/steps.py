@@ -94,6 +94,7 @@ class CleaningRun:
     splits: dict[str, Split]
     folder: RunFolder
     workers: Workers
+    train_workers: int
     tracking: Tracking | None
     progress: Progress
     removed: Excluded = field(default_factory=dict)
@@ -284,10 +285,7 @@ class CleaningRun:
 
     def train(self, model: Network, settings: TrainingSection, excluded: Excluded, *, name: str, seed: int) -> Network:
         """The network trained on the training samples that are not excluded, through Ray Train."""
-        rays = self.config.ray
-        on_cluster = rays.address not in (None, "local")
-        workers = rays.train_workers if rays.train_workers is not None else (1 if on_cluster else 0)
-        if workers:
+        if self.train_workers:
             # Ray Train waits for ever for CPUs and GPUs that the scoring workers hold
             self.workers.release()
         with self.progress.step(name) as tell:
@@ -305,11 +303,12 @@ class CleaningRun:
                     settings.schedule,
                     settings.augment,
                     getattr(settings, "until_train_accuracy", None),
+                    max_steps,
                 ),
                 seed=seed,
-                workers=workers,
+                workers=self.train_workers,
                 gpus_per_worker=self.workers.gpus_per_worker,
-                storage=self.folder.path("training") if workers else None,
+                folder=self.folder,
                 run_name=f"{name}-{seed}",
                 progress=tell,
             )

@@ -26,8 +26,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
-    """The folder with the data sets that are not in the repository (environment variable POSTTRAIN_DATA)."""
-    folder = os.environ.get("POSTTRAIN_DATA")
-    if folder is None:
-        pytest.skip("needs data sets that are not in the repository: set POSTTRAIN_DATA to their folder")
-    return Path(folder)
+    """The folder with the data sets that are not in the repository: POSTTRAIN_DATA, or ../shared/data."""
+    folder = Path(os.environ.get("POSTTRAIN_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"needs data sets that are not in the repository: {folder} is not there (POSTTRAIN_DATA)")
+    return folder

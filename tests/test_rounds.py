@@ -21,7 +21,7 @@ def start(*accuracies: float, live: int = 100, samples: int = 1000) -> State[int
     return State(rounds, len(rounds) - 1, samples)
 
 
-class Interrupted(Exception):
+class DiedError(Exception):
     """What a step dies of in these tests."""
 
 
@@ -41,7 +41,7 @@ class Fakes:
     def _called(self, step: str, number: int, *arguments: Any) -> None:
         self.calls.append((step, *arguments))
         if self.dies_in == (number, step):
-            raise Interrupted(step)
+            raise DiedError(step)
 
     def steps(self) -> Steps[str, str, str, Cut, int]:
         left = {"wrong": self.wrong - sum(r.removed for r, _ in self.committed)}
@@ -199,7 +199,7 @@ def test_a_run_interrupted_in_any_step_goes_on_from_its_last_commit_to_the_same_
     whole = Fakes()
     expected = clean(start(0.9), whole.steps(), NO_LIMIT)
     fakes = Fakes(dies_in=(2, step))
-    with pytest.raises(Interrupted, match=step):
+    with pytest.raises(DiedError, match=step):
         fakes.go_on(start(0.9))
     assert [r.number for r, _ in fakes.committed] == [1]
     fakes.dies_in = None

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from scipy.stats import chisquare
@@ -48,7 +50,7 @@ def test_order_keys_depend_on_the_id_and_not_on_its_type_or_place():
 def test_order_keys_of_a_million_ids_fit_their_bits_and_do_not_collide():
     keys = order_key(np.arange(1_000_000))
     assert keys.dtype == np.int64
-    assert 0 <= keys.min() and keys.max() < 2**ORDER_BITS
+    assert keys.min() >= 0 and keys.max() < 2**ORDER_BITS
     assert len(np.unique(keys)) == 1_000_000
 
 
@@ -64,7 +66,7 @@ def test_no_ids_have_no_keys():
 def test_the_draw_of_each_id_is_uniform(ids: np.ndarray):
     for seed in (0, 1, 2**31):
         draw = uniform(ids, seed)
-        assert 0 <= draw.min() and draw.max() < 1
+        assert draw.min() >= 0 and draw.max() < 1
         assert chisquare(np.histogram(draw, 100, (0, 1))[0]).pvalue > 1e-3
         # the low bits too
         assert chisquare(np.bincount((draw * 2**40).astype(np.int64) % 64)).pvalue > 1e-3
@@ -82,7 +84,7 @@ def test_draws_of_different_seeds_have_nothing_to_do_with_each_other_or_with_the
 def test_bucket_boundaries_part_the_keys_evenly():
     for buckets in (4, 7, 1000):
         edges = [0, *bucket_boundaries(buckets), 2**ORDER_BITS]
-        widths = [high - low for low, high in zip(edges, edges[1:], strict=False)]
+        widths = [high - low for low, high in pairwise(edges)]
         assert len(widths) == buckets
         assert max(widths) - min(widths) <= 1
 

@@ -254,6 +254,7 @@ def read(
     rows = {name: list_source(source).rows for name, source in sources.items()}
     if held_out_share is not None:
         rows["validation"] = max(1, round(train_rows * held_out_share))
+    total_rows = sum(rows[name] for name in sources)
     names = [name for name in SPLITS if name in rows]
     boundaries: list[int] = []
     owners: list[str] = []
@@ -282,9 +283,9 @@ def read(
         blocks = whole.sort(ORDER, boundaries=boundaries).materialize().to_arrow_refs()
         inspections: list[Inspection] = []
         pending = [_inspect.remote(block, len(classes)) for block in blocks]
-        for done, reference in enumerate(pending, start=1):
+        for reference in pending:
             inspections.append(ray.get(reference))
-            progress(done, len(pending))
+            progress(sum(i.rows for i in inspections), total_rows)
     except Exception as error:
         explain(error)
     if len(blocks) != len(owners):
@@ -296,9 +297,8 @@ def read(
     if ids_span_sets:
         _refuse_shared_ids(splits, sources)
     total = sum(split.rows for split in splits.values())
-    expected = sum(list_rows for name, list_rows in rows.items() if name != "validation" or held_out_share is None)
-    if total != expected:
-        raise PosttrainError(f"{expected} samples were listed but {total} were read; did the files change meanwhile?")
+    if total != total_rows:
+        raise PosttrainError(f"{total_rows} samples were listed but {total} were read; did the files change meanwhile?")
     return splits
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from posttrain.cluster.reading import Bucket, Progress, Split, explain
 from posttrain.cluster.workers import Network, load_network
 from posttrain.errors import StepError
 from posttrain.schema import IMAGE, LABEL, Excluded, ImageSpec
+from posttrain.store.folder import RunFolder
 from posttrain.vision import models
 from posttrain.vision.images import augmentation, decode_column, normalize
 
@@ -47,6 +49,8 @@ class Training:
     augment: Literal["none", "crop", "crop_flip"]
     until_train_accuracy: float | None = None
     """Stop after the first epoch whose mean accuracy on the training data (as given, labels included) reaches this."""
+    max_steps: int | None = None
+    """Stop after this many steps, whatever the epochs: for controls."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ def train(
     seed: int,
     workers: int,
     gpus_per_worker: float,
-    storage: str | None,
+    folder: RunFolder,
     run_name: str,
     progress: Progress,
 ) -> Trained:
@@ -102,7 +106,10 @@ def train(
         run_config=None
         if workers == 0
         else ray.train.RunConfig(
-            name=run_name, storage_path=storage, failure_config=ray.train.FailureConfig(max_failures=2)
+            name=run_name,
+            storage_path=folder.path("training"),
+            storage_filesystem=folder.files,
+            failure_config=ray.train.FailureConfig(max_failures=2),
         ),
     )
     try:
@@ -176,14 +183,14 @@ def fit_network(
     per_rank = max(1, training.batch_size // world)
     steps_per_epoch = max(1, math.ceil(live / (per_rank * world)))
     optimizer = _optimizer(model, training)
-    total_steps = steps_per_epoch * training.epochs
+    total_steps = min(steps_per_epoch * training.epochs, training.max_steps or sys.maxsize)
     augment = augmentation(training.augment, spec.size)
     taken = 0
     accuracy = loss_mean = 0.0
     for epoch in range(training.epochs):
         generator = torch.Generator().manual_seed((seed * 10_007 + epoch) * 2 + 1)
         sums = torch.zeros(3, dtype=torch.float64, device=device)
-        for pixels, labels in images.batches(per_rank, steps_per_epoch, epoch):
+        for pixels, labels in images.batches(per_rank, min(steps_per_epoch, total_steps - taken), epoch):
             if training.schedule == "cosine":
                 share = taken / total_steps
                 for group in optimizer.param_groups:
@@ -209,7 +216,8 @@ def fit_network(
                 f"training diverged in epoch {epoch + 1} (loss {loss_mean}); lower the learning rate "
                 f"({training.learning_rate:g}) of this section of the run file"
             )
-        if training.until_train_accuracy is not None and accuracy >= training.until_train_accuracy:
+        reached = training.until_train_accuracy is not None and accuracy >= training.until_train_accuracy
+        if reached or taken >= total_steps:
             return {"epochs": epoch + 1, "steps": taken, "accuracy": accuracy, "loss": loss_mean}
     return {"epochs": training.epochs, "steps": taken, "accuracy": accuracy, "loss": loss_mean}
 

@@ -21,10 +21,15 @@ _ENVIRONMENT = {
     "RAY_idle_worker_killing_time_threshold_ms": "600000",
     "RAY_num_workers_soft_limit": "16",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+
+
+def cluster_address(configured: str | None) -> str | None:
+    """The address of the cluster to join: the run file's, or RAY_ADDRESS, which `ray job submit` sets; else None."""
+    address = configured or os.environ.get("RAY_ADDRESS")
+    return None if address in (None, "", "local") else address
 
 
 def _packages() -> list[str]:
@@ -54,7 +59,7 @@ def session(
     object_store_gb: float | None = None,
     verbose: bool = False,
 ) -> Iterator[None]:
-    """A Ray session: joined where one is running or `address` names one, else started and ended here.
+    """A Ray session: joined where this process has one or `address` names one, else started and ended here.
 
     Without `verbose` neither Ray nor its workers write to the console.
     """
@@ -71,9 +76,11 @@ def session(
             # the same code on every node, whatever is installed there
             options |= {"address": address, "runtime_env": {"py_modules": _packages()}}
         else:
-            options |= {"num_cpus": num_cpus, "include_dashboard": False}
+            # there is no spot node to be told of
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+            options |= {"address": "local", "num_cpus": num_cpus, "include_dashboard": False}
             if object_store_gb:
-                options["object_store_memory"] = int(object_store_gb * 2**30)
+                options["object_store_memory"] = int(object_store_gb * 1e9)
         with contextlib.nullcontext() if verbose else _silent_stderr():
             ray.init(**options)
     if not verbose:

@@ -27,7 +27,7 @@ def write_cleaned(
 ) -> int:
     """Writes `cleaned/part-*.parquet` with what is in no row of `excluded`; returns the number of samples."""
     nothing = np.empty(0, np.int32)
-    kept = 0
+    kept = seen = 0
     pending = [
         _write.remote(
             b.block,
@@ -39,9 +39,10 @@ def write_cleaned(
         for b in split.buckets
     ]
     try:
-        for done, reference in enumerate(pending, start=1):
+        for bucket, reference in zip(split.buckets, pending, strict=True):
             kept += ray.get(reference)
-            progress(done, len(pending))
+            seen += bucket.rows
+            progress(seen, split.rows)
     except Exception as error:
         explain(error)
     return kept

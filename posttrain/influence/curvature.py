@@ -35,8 +35,11 @@ class Leverage(Protocol):
 class Curvature(Protocol):
     """H^-1, applied to a batch."""
 
-    damping: float
-    count: int
+    @property
+    def damping(self) -> float: ...
+
+    @property
+    def count(self) -> int: ...
 
     def influence(
         self, features: Float[Tensor, "batch dim"], residual: Float[Tensor, "batch classes"]

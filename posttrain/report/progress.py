@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-
 _LOG_EVERY_S = 30.0
 
 _WORTH_A_LINE_S = 0.1

@@ -1,14 +1,15 @@
 """Every score against its definition: what the probe does when it is fitted again without the sample.
 
 The refits keep the penalty and leave out the sample's term, for 200 samples from the lowest to the highest score.
-First-order influence (`parameter`, `data`) leaves out how the curvature changes with the sample; it is held
-against refits where a single sample weighs little (1,600 samples of 64 features) by its value, and where some
-weigh much (400 samples, rare pixels) by its order.
+First-order influence (`parameter`, `data`) takes the curvature as it is with the sample. Where no sample has a
+large share in it (dense features), its value is held against the refits; where some do (pixels that are lit in a
+handful of images), its order is.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import pytest
@@ -17,8 +18,7 @@ from refits import CLASSES, Problem, digits, over_blocks, refits_without
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 
-from posttrain.influence import scores
-from posttrain.influence.curvature import DenseLeverage, EkfacCurvature, FactoredLeverage, Kind, measure
+from posttrain.influence.curvature import DenseLeverage, EkfacCurvature, Kind, measure
 from posttrain.influence.probe import Probe, Standardizer, fit, moments, residuals
 from posttrain.influence.scores import SCORES, Evidence, Score, evidence, label_margin, loo_logits
 
@@ -49,7 +49,9 @@ def evidence_of(problem: Problem, probe: Probe, kind: Kind) -> Evidence:
     return evidence(problem.features, problem.labels, probe.weights, curvature, draw)
 
 
-def refitted(problem: Problem) -> Case:
+@cache
+def refitted(samples: str, seed: int) -> Case:
+    problem = digits(400, units=64 if samples == "dense" else None, seed=seed)
     probe = fitted(problem)
     kinds: tuple[Kind, Kind] = ("exact", "ekfac")
     found = {kind: evidence_of(problem, probe, kind) for kind in kinds}
@@ -67,21 +69,29 @@ def refitted(problem: Problem) -> Case:
     return Case(problem, probe, found, rows, own, truth)
 
 
-@pytest.fixture(scope="module")
-def many() -> Case:
-    """1,600 samples, 64 random ReLU units: the usual case, though small."""
-    return refitted(digits(1600, units=64))
+# dense: 64 random ReLU units, no sample stands alone. rare: 64 pixels, some lit in a handful of images; of six
+# draws the one on which approximations were worst.
+DENSE = [("dense", 0), ("dense", 1), ("dense", 2)]
+RARE = [("rare", 2)]
 
 
-@pytest.fixture(scope="module")
-def few() -> Case:
-    """400 samples, 64 pixels, some of them lit in a handful of images: the hard case."""
-    return refitted(digits(400))
+def named(case: tuple[str, int]) -> str:
+    return f"{case[0]}{case[1]}"
 
 
-@pytest.fixture(params=["many", "few"])
+@pytest.fixture(params=DENSE, ids=named)
+def dense(request: pytest.FixtureRequest) -> Case:
+    return refitted(*request.param)
+
+
+@pytest.fixture(params=DENSE + RARE, ids=named)
 def case(request: pytest.FixtureRequest) -> Case:
-    return request.getfixturevalue(request.param)
+    return refitted(*request.param)
+
+
+@pytest.fixture
+def one() -> Case:
+    return refitted(*DENSE[0])
 
 
 # -- against refitting without the sample ------------------------------------------------------------------
@@ -93,16 +103,16 @@ def test_the_loo_margin_ranks_as_refits_without_the_sample_do(case: Case, kind: 
     assert spearmanr(found, case.truth["loo_margin"]).statistic >= least
 
 
-def test_the_exact_loo_logits_are_those_of_the_refits(many: Case):
-    moved = case_movement(many)
-    wrong = (many.found["exact"].loo_logits[many.rows] - many.loo_logits).norm(dim=1)
-    assert float((wrong / moved).median()) <= 0.02
-    assert float(wrong.max()) <= 0.1 * float(moved.max())
-
-
-def case_movement(case: Case) -> Tensor:
+def movement(case: Case) -> Tensor:
     """How far each sample's own logits move without it."""
     return (case.loo_logits - case.found["exact"].logits[case.rows]).norm(dim=1)
+
+
+def test_the_exact_loo_logits_are_those_of_the_refits(dense: Case):
+    moved = movement(dense)
+    wrong = (dense.found["exact"].loo_logits[dense.rows] - dense.loo_logits).norm(dim=1)
+    assert float((wrong / moved).median()) <= 0.02
+    assert float(wrong.max()) <= 0.1 * float(moved.max())
 
 
 def test_the_loo_margin_says_on_which_side_the_sample_falls_in_the_refit(case: Case):
@@ -111,11 +121,11 @@ def test_the_loo_margin_says_on_which_side_the_sample_falls_in_the_refit(case: C
 
 
 @pytest.mark.parametrize("score", ["parameter", "data"])
-def test_influence_is_what_refits_without_the_sample_show(many: Case, score: Score):
-    found, truth = SCORES[score](many.found["exact"])[many.rows], many.truth[score]
+def test_influence_is_what_refits_without_the_sample_show(dense: Case, score: Score):
+    found, truth = SCORES[score](dense.found["exact"])[dense.rows], dense.truth[score]
     assert pearsonr(found, truth).statistic >= 0.95
-    # in its own unit, not merely in proportion
-    assert float((found / truth).median()) == pytest.approx(1, abs=0.1)
+    # in its own unit, not merely in proportion: first order falls short by about the sample's leverage
+    assert 0.75 <= float((found / truth).median()) <= 1.05
 
 
 @pytest.mark.parametrize("kind", ["exact", "ekfac"])
@@ -127,22 +137,22 @@ def test_influence_ranks_as_refits_without_the_sample_do(case: Case, score: Scor
 # -- against what the name says ----------------------------------------------------------------------------
 
 
-def test_the_gradient_norm_is_that_of_autograd_sample_by_sample(few: Case):
-    found = SCORES["gradient_norm"](few.found["exact"])
-    for row in few.rows[::10].tolist():
-        weights = few.probe.weights.clone().requires_grad_()
-        logits = few.problem.features[row : row + 1] @ weights.T
-        torch.nn.functional.cross_entropy(logits, few.problem.labels[row : row + 1]).backward()
+def test_the_gradient_norm_is_that_of_autograd_sample_by_sample(one: Case):
+    found = SCORES["gradient_norm"](one.found["exact"])
+    for row in one.rows[::10].tolist():
+        weights = one.probe.weights.clone().requires_grad_()
+        logits = one.problem.features[row : row + 1] @ weights.T
+        torch.nn.functional.cross_entropy(logits, one.problem.labels[row : row + 1]).backward()
         assert weights.grad is not None
         assert float(found[row]) == pytest.approx(float(weights.grad.norm()), rel=1e-9)
 
 
-def test_loss_and_margin_are_those_of_the_fitted_probe(few: Case):
-    loss, margin = SCORES["loss"](few.found["exact"]), SCORES["margin"](few.found["exact"])
-    for row in few.rows[::10].tolist():
-        logits = (few.probe.weights @ few.problem.features[row]).tolist()
-        given = logits[int(few.problem.labels[row])]
-        others = [z for c, z in enumerate(logits) if c != int(few.problem.labels[row])]
+def test_loss_and_margin_are_those_of_the_fitted_probe(one: Case):
+    loss, margin = SCORES["loss"](one.found["exact"]), SCORES["margin"](one.found["exact"])
+    for row in one.rows[::10].tolist():
+        logits = (one.probe.weights @ one.problem.features[row]).tolist()
+        given = logits[int(one.problem.labels[row])]
+        others = [z for c, z in enumerate(logits) if c != int(one.problem.labels[row])]
         assert float(loss[row]) == pytest.approx(np.log(np.sum(np.exp(logits))) - given, rel=1e-9)
         assert float(margin[row]) == pytest.approx(max(others) - given, rel=1e-9)
 
@@ -161,11 +171,11 @@ def test_the_data_influence_is_the_quadratic_form_of_its_formula():
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-9)
 
 
-def test_random_depends_on_the_draw_alone(few: Case, many: Case):
+def test_random_depends_on_the_draw_alone(one: Case):
     draw = torch.rand(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for problem in (few.problem, digits(400, units=64, seed=3)):
-        curvature = measure(problem.reduce, few.probe, "ekfac")
-        found = evidence(problem.features, problem.labels, few.probe.weights, curvature, draw)
+    for problem in (one.problem, digits(400, units=64, seed=3)):
+        curvature = measure(problem.reduce, one.probe, "ekfac")
+        found = evidence(problem.features, problem.labels, one.probe.weights, curvature, draw)
         assert torch.equal(SCORES["random"](found), draw)
 
 
@@ -176,21 +186,21 @@ def test_flipped_labels_score_higher_than_clean_ones(case: Case, score: Score, k
     assert float(found[flipped].mean()) > float(found[~flipped].mean())
 
 
-def test_the_loo_margin_finds_flipped_labels_that_the_loss_does_not(many: Case):
+def test_the_loo_margin_finds_flipped_labels_that_the_loss_does_not(dense: Case):
     # what the method is for: the probe has fitted its wrong labels, and knows better without them
     def hits(score: Score) -> float:
-        highest = SCORES[score](many.found["exact"]).argsort(descending=True)[: int(many.problem.flipped.sum())]
-        return float(many.problem.flipped[highest].double().mean())
+        highest = SCORES[score](dense.found["exact"]).argsort(descending=True)[: int(dense.problem.flipped.sum())]
+        return float(dense.problem.flipped[highest].double().mean())
 
     assert hits("loo_margin") > max(hits("loss"), hits("random"))
 
 
-def test_scores_do_not_depend_on_the_batch_that_a_sample_is_in(few: Case):
-    curvature = measure(few.problem.reduce, few.probe, "exact")
-    whole = few.found["exact"]
+def test_scores_do_not_depend_on_the_batch_that_a_sample_is_in(one: Case):
+    curvature = measure(one.problem.reduce, one.probe, "exact")
+    whole = one.found["exact"]
     part = slice(100, 137)
     again = evidence(
-        few.problem.features[part], few.problem.labels[part], few.probe.weights, curvature, whole.draw[part]
+        one.problem.features[part], one.problem.labels[part], one.probe.weights, curvature, whole.draw[part]
     )
     for name, score in SCORES.items():
         torch.testing.assert_close(score(again), score(whole)[part], msg=name)
@@ -211,43 +221,53 @@ def test_features_stored_as_float16_leave_every_ranking_as_it_was(kind: Kind):
         assert spearmanr(SCORES[name](rough), SCORES[name](exact)).statistic >= 0.995, name
 
 
-# -- leave-one-out for many classes ------------------------------------------------------------------------
+# -- leave-one-out and its leverages -------------------------------------------------------------------------
 
 
-def random_system(classes: int, highest: float) -> tuple[Tensor, Tensor, Tensor, FactoredLeverage]:
-    """(z, p, r, K) whose S K has eigenvalues up to about `highest`."""
+def random_system(classes: int, highest: float) -> tuple[Tensor, Tensor, Tensor, DenseLeverage]:
+    """(z, p, r, K) of 20 samples; the largest eigenvalue of S K is `highest` for each."""
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(20, classes, generator=generator, dtype=torch.float64)
     p = logits.softmax(dim=1)
     residual = p - torch.nn.functional.one_hot(torch.arange(20) % classes, classes)
-    basis = torch.linalg.qr(torch.randn(classes, classes, generator=generator, dtype=torch.float64)).Q
-    k = FactoredLeverage(basis, torch.rand(20, classes, generator=generator, dtype=torch.float64))
+    root = torch.randn(20, classes, classes, generator=generator, dtype=torch.float64)
+    k = root @ root.transpose(1, 2)
     s = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
-    largest = torch.linalg.eigvals(s @ k.matrix()).real.amax(dim=1)
-    return logits, p, residual, FactoredLeverage(basis, k.diagonal * (highest / largest)[:, None])
+    largest = torch.linalg.eigvals(s @ k).real.amax(dim=1)
+    return logits, p, residual, DenseLeverage(k * (highest / largest)[:, None, None])
 
 
-@pytest.mark.parametrize("highest", [0.1, 0.5, 0.9])
-@pytest.mark.parametrize("kind", ["factored", "dense"])
-def test_many_classes_solved_step_by_step_give_what_the_direct_solution_gives(
-    highest: float, kind: str, monkeypatch: pytest.MonkeyPatch
-):
-    logits, p, residual, factored = random_system(80, highest)
-    leverage = factored if kind == "factored" else DenseLeverage(factored.matrix())
-    stepwise = loo_logits(logits, p, residual, leverage)
-    monkeypatch.setattr(scores, "_DIRECT_SOLVE_CLASSES", 80)
-    direct = loo_logits(logits, p, residual, leverage)
-    assert float((direct - logits).abs().max()) > 0.1  # there is something to solve
-    torch.testing.assert_close(stepwise, direct, rtol=1e-3, atol=1e-3)
+@pytest.mark.parametrize("highest", [0.1, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("classes", [3, 10, 80])
+def test_the_loo_logits_are_a_plain_newton_step_sample_by_sample(classes: int, highest: float):
+    logits, p, residual, leverage = random_system(classes, highest)
+    found = loo_logits(logits, p, residual, leverage)
+    for z, q, r, k, own in zip(logits, p, residual, leverage.values, found, strict=True):
+        s = torch.diag(q) - torch.outer(q, q)
+        plain = z + k @ torch.linalg.inv(torch.eye(classes).double() - s @ k) @ r
+        assert float((own - plain).norm()) <= 1e-3 * float((plain - z).norm())
 
 
-def test_the_loo_logits_are_a_plain_newton_step(few: Case):
-    found = few.found["exact"]
-    p = found.logits.softmax(dim=1)
-    for row in few.rows[::20].tolist():
-        k, s = found.leverage.matrix()[row], torch.diag(p[row]) - torch.outer(p[row], p[row])
-        plain = found.logits[row] + k @ torch.linalg.inv(torch.eye(CLASSES).double() - s @ k) @ found.residual[row]
-        torch.testing.assert_close(found.loo_logits[row], plain)
+@pytest.mark.parametrize("classes", [10, 80])
+def test_the_ekfac_loo_margin_stays_near_the_exact_one_where_leverages_are_high(classes: int):
+    # little damping and few samples: the factored leverage of some samples comes out above 1
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(400, 16, generator=generator, dtype=torch.float64)
+    features = torch.cat([features.relu(), torch.ones(400, 1).double()], dim=1)
+    labels = (features @ torch.randn(17, classes, generator=generator, dtype=torch.float64)).argmax(dim=1)
+    flipped = torch.rand(400, generator=generator) < 0.2
+    labels[flipped] = torch.randint(classes, (int(flipped.sum()),), generator=generator)
+    reduce = over_blocks(features, labels)
+    probe = fit(reduce, classes=classes, dim=17, damping=1e-3)
+    margins = {}
+    kinds: tuple[Kind, Kind] = ("exact", "ekfac")
+    for kind in kinds:
+        curvature = measure(reduce, probe, kind)
+        found = evidence(features, labels, probe.weights, curvature, torch.zeros(400).double())
+        margins[kind] = SCORES["loo_margin"](found)
+    assert bool(torch.isfinite(margins["ekfac"]).all())
+    assert float(margins["ekfac"].abs().max()) <= 5 * float(margins["exact"].abs().max())
+    assert spearmanr(margins["ekfac"], margins["exact"]).statistic >= 0.95
 
 
 @pytest.mark.parametrize("classes", [10, 80])

@@ -1,0 +1,1 @@
+"""What posttrain is compared with. Each benchmark prints one table with its seeds and the hardware."""

@@ -1,0 +1,304 @@
+"""The main job from end to end on a real Ray and a real MLflow store."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from pipelines.steps import CleaningRun
+from posttrain.errors import RunFolderError
+
+from .conftest import Digits, png, removed_ids
+
+pytestmark = pytest.mark.ray
+
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def undisturbed(run: Run, tmp_path: Path) -> Path:
+    run(run={"path": str(tmp_path / "undisturbed")})
+    return tmp_path / "undisturbed"
+
+
+def test_wrong_labels_go_and_the_model_gets_better(run: Run, digits: Digits) -> None:
+    summary = run(removal={"max_rounds": 10})
+    wrong = {i for i in digits.splits["train"] if digits.given[i] != digits.true[i]}
+    removed = set(removed_ids(summary["run"]))
+    precision, recall = len(removed & wrong) / len(removed), len(removed & wrong) / len(wrong)
+    assert precision >= 0.9
+    assert recall >= 0.9
+    assert summary["removal_precision"] == pytest.approx(precision)
+    assert summary["removal_recall"] == pytest.approx(recall)
+    assert summary["test_accuracy_after"] >= summary["test_accuracy_before"] + 0.08
+
+
+def test_the_refined_weights_classify_as_the_summary_says(run: Run, digits: Digits) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    from posttrain.vision.models import mlp
+
+    summary = run()
+    model = mlp(10)
+    model.load_state_dict(load_file(Path(summary["run"]) / "model.safetensors"))
+    rows = list(digits.splits["test"])
+    inputs = (torch.from_numpy(digits.images[rows]).float()[:, None] / 255 - 0.5) / 0.5
+    accuracy = float((model(inputs).argmax(1).numpy() == digits.true[rows]).mean())
+    # features are stored as float16: a sample on the boundary may fall to the other side
+    assert summary["test_accuracy_after"] == pytest.approx(accuracy, abs=2 / len(rows))
+
+
+def test_every_sample_ends_up_in_exactly_one_place(run: Run, digits: Digits) -> None:
+    summary = run()
+    folder = Path(summary["run"])
+    removed = removed_ids(folder)
+    kept = pq.read_table(folder / "cleaned" / "manifest.parquet")["sample_id"].to_pylist()
+    parts = [pq.read_table(path) for path in sorted((folder / "cleaned").glob("part-*.parquet"))]
+    images = pa.concat_tables(parts)
+    assert sorted(removed + kept) == list(digits.splits["train"])
+    assert sorted(images["sample_id"].to_pylist()) == sorted(kept)
+    by_id = dict(zip(images["sample_id"].to_pylist(), images["image"].to_pylist(), strict=True))
+    assert all(by_id[i] == png(digits.images[i]) for i in kept[:50])
+    assert (summary["removed"], summary["live"]) == (len(removed), len(kept))
+    with (folder / "issues.csv").open() as stream:
+        issues = list(csv.DictReader(stream))
+    assert {"is_label_issue", "label_quality", "label_score", "given_label", "predicted_label"} <= set(issues[0])
+    assert sorted(int(row["sample_id"]) for row in issues) == list(digits.splits["train"])
+    assert {int(row["sample_id"]) for row in issues if row["is_label_issue"] == "true"} == set(removed)
+
+
+def test_removed_samples_say_why_and_what_instead(run: Run, digits: Digits) -> None:
+    table = pq.read_table(Path(run()["run"]) / "removed.parquet").to_pandas()
+    assert {"loo_margin", "parameter", "data", "loss", "margin", "gradient_norm", "random", "round"} <= set(table)
+    assert (table["label"].to_numpy() == digits.given[table["sample_id"]]).all()
+    assert (table["suggested_label"] != table["label"]).all()
+    assert table["confidence"].between(0, 1).all()
+    suggested_right = table["suggested_label"].to_numpy() == digits.true[table["sample_id"]]
+    assert suggested_right.mean() >= 0.85
+    assert table["reason"].str.contains("the others label it").all()
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_the_removed_ids_are_the_same_for_any_number_of_workers(
+    run: Run, undisturbed: Path, tmp_path: Path, workers: int
+) -> None:
+    other = tmp_path / "other"
+    run(run={"path": str(other)}, ray={"workers": workers})
+    assert removed_ids(other) == removed_ids(undisturbed)
+    assert (other / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
+
+
+def test_the_removed_ids_are_the_same_for_another_file_layout(
+    run: Run, undisturbed: Path, digits: Digits, tmp_path: Path
+) -> None:
+    table = digits.table("train")
+    shuffled = table.take(np.random.default_rng(1).permutation(table.num_rows))
+    (tmp_path / "layout").mkdir()
+    for part, (start, stop) in enumerate([(0, 17), (17, 500), (500, 640), (640, 900)]):
+        pq.write_table(shuffled.slice(start, stop - start), tmp_path / "layout" / f"{part}.parquet", row_group_size=50)
+    run(run={"path": str(tmp_path / "other")}, data={"train": str(tmp_path / "layout")})
+    assert removed_ids(tmp_path / "other") == removed_ids(undisturbed)
+    same = [(tmp_path / "other" / f).read_bytes() == (undisturbed / f).read_bytes() for f in ("model.safetensors",)]
+    assert all(same)
+
+
+@pytest.mark.parametrize("scope", ["head", "network"])
+@pytest.mark.parametrize("step", ["embed", "fit", "score", "select", "refine", "evaluate", "commit", "tell_round"])
+def test_a_run_interrupted_after_a_step_and_continued_ends_the_same(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, scope: str
+) -> None:
+    if scope == "network" and step not in ("embed", "refine"):
+        pytest.skip("with network scope only what differs from head scope")
+    refine = {"scope": scope, "augment": "crop", "learning_rate": 0.001}
+    run(run={"path": str(tmp_path / "whole")}, refine=refine)
+    after = getattr(CleaningRun, step)
+    calls = 0
+
+    def interrupted(self: CleaningRun, *arguments: Any) -> Any:
+        nonlocal calls
+        result = after(self, *arguments)
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CleaningRun, step, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(refine=refine)
+    summary = run(refine=refine)
+    assert removed_ids(summary["run"]) == removed_ids(tmp_path / "whole")
+    assert (Path(summary["run"]) / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_a_finished_run_says_so_and_does_nothing(
+    run: Run, undisturbed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    run(run={"path": str(undisturbed)})
+    assert "this run is finished" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_folder_of_other_settings_or_data_is_refused_with_what_differs(
+    run: Run, undisturbed: Path, digits: Digits, tmp_path: Path
+) -> None:
+    with pytest.raises(RunFolderError, match=r"removal\.budget: 0\.05 -> 0\.1"):
+        run(run={"path": str(undisturbed)}, removal={"budget": 0.1})
+    other = digits.table("train").slice(0, 899)
+    (tmp_path / "other").mkdir()
+    pq.write_table(other, tmp_path / "other" / "a.parquet")
+    changed = yaml.safe_load((undisturbed / "run.yaml").read_text())
+    changed["config"]["data"]["train"] = str(tmp_path / "other")
+    (undisturbed / "run.yaml").write_text(yaml.safe_dump(changed))
+    with pytest.raises(RunFolderError, match="other data"):
+        run(run={"path": str(undisturbed)}, data={"train": str(tmp_path / "other")})
+
+
+def test_mlflow_holds_one_run_per_round_beneath_one_parent(run: Run, mlflow_uri: str) -> None:
+    from mlflow import MlflowClient
+
+    summary = run()
+    known = json.loads((Path(summary["run"]) / "tracking.json").read_text())
+    client = MlflowClient(mlflow_uri)
+    parent = client.get_run(known["run_id"])
+    assert parent.info.status == "FINISHED"
+    nested = client.search_runs([parent.info.experiment_id], f"tags.mlflow.parentRunId = '{known['run_id']}'")
+    assert sorted(r.info.run_name or "" for r in nested) == [f"round {n:04d}" for n in range(summary["rounds"] + 1)]
+    curve = client.get_metric_history(known["run_id"], "test_accuracy")
+    assert [m.step for m in curve] == list(range(summary["rounds"] + 1))
+    assert curve[-1].value == pytest.approx(summary["test_accuracy_after"])
+    last = next(r for r in nested if r.info.run_name == f"round {summary['rounds']:04d}")
+    assert {a.path for a in client.list_artifacts(last.info.run_id)} >= {"removed.parquet", "scores.png"}
+    assert {i.dataset.name for i in parent.inputs.dataset_inputs} >= {"parquet/train", "parquet/test"}
+
+
+def test_a_corrupt_image_is_quarantined_with_its_reason_and_the_run_goes_on(
+    run: Run, digits: Digits, tmp_path: Path
+) -> None:
+    table = digits.table("train")
+    images = table["image"].to_pylist()
+    images[3], images[7] = images[3][:40], b"no image at all"
+    labels = table["label"].to_pylist()
+    labels[11] = None
+    table = table.set_column(1, "image", pa.array(images, pa.binary())).set_column(2, "label", pa.array(labels))
+    (tmp_path / "train").mkdir()
+    pq.write_table(table, tmp_path / "train" / "corrupt.parquet")
+    summary = run(data={"train": str(tmp_path / "train")})
+    quarantine = pq.read_table(Path(summary["run"]) / "quarantine.parquet").to_pylist()
+    assert {row["sample_id"] for row in quarantine} == {3, 7, 11}
+    assert all(row["reason"] and row["file"].endswith("corrupt.parquet") for row in quarantine)
+    assert next(row["reason"] for row in quarantine if row["sample_id"] == 11) == "no label"
+    assert summary["quarantined"] == 3
+    assert summary["live"] + summary["removed"] == 897
+    assert not {3, 7, 11} & set(removed_ids(summary["run"]))
+
+
+def test_class_folders_and_text_ids_go_through_the_same_run(run: Run, digits: Digits, tmp_path: Path) -> None:
+    for split, rows in digits.splits.items():
+        labels = digits.true if split == "test" else digits.given
+        for i in rows:
+            path = tmp_path / split / f"digit {labels[i]}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(png(digits.images[i]))
+    folders = {split: str(tmp_path / split) for split in digits.splits}
+    summary = run(data={"source": "folder", "true_label": None, **folders})
+    removed = removed_ids(summary["run"])
+    wrong = [digits.given[i] != digits.true[i] for i in (int(Path(r).stem) for r in removed)]
+    assert removed[0].startswith("digit ") and removed[0].endswith(".png")
+    assert np.mean(wrong) >= 0.9
+    assert summary["removal_precision"] is None
+    names = pq.read_table(Path(summary["run"]) / "removed.parquet")["suggested_name"].to_pylist()
+    assert set(names) <= {f"digit {c}" for c in range(10)}
+
+
+def test_raw_uint8_cells_give_the_same_removals_as_encoded_images(
+    run: Run, undisturbed: Path, digits: Digits, tmp_path: Path
+) -> None:
+    rows = list(digits.splits["train"])
+    raw = pa.array([digits.images[i].tobytes() for i in rows], pa.binary(64))
+    (tmp_path / "raw").mkdir()
+    pq.write_table(digits.table("train", image=raw), tmp_path / "raw" / "a.parquet")
+    for split in ("validation", "test"):
+        table = digits.table(split)
+        cells = pa.array([digits.images[i].tobytes() for i in digits.splits[split]], pa.binary(64))
+        pq.write_table(table.set_column(1, "image", cells), tmp_path / f"{split}.parquet")
+    run(
+        run={"path": str(tmp_path / "other")},
+        data={
+            "train": str(tmp_path / "raw"),
+            "validation": str(tmp_path / "validation.parquet"),
+            "test": str(tmp_path / "test.parquet"),
+            "image_shape": [8, 8],
+        },
+    )
+    assert removed_ids(tmp_path / "other") == removed_ids(undisturbed)
+
+
+def test_on_clean_labels_next_to_nothing_is_removed(run: Run, digits: Digits, tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        table = digits.table(split)
+        pq.write_table(table.set_column(2, "label", table["true"]), tmp_path / f"{split}.parquet")
+    summary = run(
+        data={"train": str(tmp_path / "train.parquet"), "validation": str(tmp_path / "validation.parquet")},
+        model={"weights": None},
+        removal={"max_rounds": 10},
+    )
+    assert summary["removed"] <= 0.01 * 900
+    assert summary["test_accuracy_after"] >= summary["test_accuracy_before"] - 0.01
+
+
+@pytest.mark.slow
+def test_a_process_killed_outright_and_started_again_ends_the_same(
+    runfile: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    def start(path: Path) -> subprocess.Popen[bytes]:
+        raw = runfile(run={"path": str(path)}, tracking={"uri": None})
+        file = tmp_path / f"{path.name}.yaml"
+        file.write_text(yaml.safe_dump(raw))
+        return subprocess.Popen(
+            [sys.executable, "-m", "pipelines.cli", "clean", str(file)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(whole).wait(timeout=240) == 0
+    process = start(killed)
+    deadline = time.monotonic() + 200
+    while not (killed / "rounds" / "0001" / "round.json").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not (killed / "summary.json").exists()
+    assert start(killed).wait(timeout=240) == 0
+    assert removed_ids(killed) == removed_ids(whole)
+    assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_the_network_trains_with_two_workers_of_ray_train(run: Run) -> None:
+    summary = run(
+        refine={"scope": "network", "augment": "crop", "learning_rate": 0.001},
+        ray={"workers": 2, "train_workers": 2},
+        removal={"max_rounds": 1},
+    )
+    assert summary["rounds"] == 1
+    assert summary["test_accuracy_after"] >= summary["test_accuracy_before"] - 0.05

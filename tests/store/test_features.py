@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from posttrain.store.features import (
+    Shard,
+    ShardSummary,
+    quarantine_table,
+    read_shard,
+    summarise_shard,
+    write_shard,
+)
+from posttrain.store.folder import RunFolder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(str(tmp_path))
+
+
+def a_shard(count: int, *, dim: int = 5, text: bool = False) -> Shard:
+    draw = np.random.default_rng(0)
+    ids = [f"train/é{i}.png" for i in range(count)] if text else [3 * i - 7 for i in range(count)]
+    return Shard(
+        # with gaps: what could not be read is left out
+        np.arange(0, 2 * count, 2, dtype=np.int32),
+        pa.array(ids, pa.string() if text else pa.int64()),
+        draw.integers(0, 10, count).astype(np.int32),
+        draw.normal(size=(count, dim)).astype(np.float16),
+    )
+
+
+def unreadable(row: int, sample_id: int | str) -> dict[str, object]:
+    return {"row": row, "sample_id": sample_id, "file": "a/é.png", "reason": "not an image"}
+
+
+@pytest.mark.parametrize("text", [False, True], ids=["int ids", "string ids"])
+@pytest.mark.parametrize("count", [0, 1, 300])
+def test_a_shard_comes_back_bit_for_bit(folder: RunFolder, count: int, text: bool):
+    shard, path = a_shard(count, text=text), folder.features("abc", "train", 3)
+    write_shard(folder, path, shard, [])
+    found = read_shard(folder, path)
+    assert found.features.dtype == np.float16
+    assert found.features.shape == (count, 5)
+    assert found.features.tobytes() == shard.features.tobytes()
+    assert found.rows.tolist() == shard.rows.tolist()
+    assert found.labels.tolist() == shard.labels.tolist()
+    assert found.sample_ids.equals(shard.sample_ids)
+
+
+def test_the_extremes_of_float16_come_back_as_they_were(folder: RunFolder):
+    features = np.array([[65504, -65504, 6e-8, -0.0, 0.0]], np.float16)
+    shard = Shard(np.array([0]), pa.array([1]), np.array([0]), features)
+    write_shard(folder, folder.path("s.parquet"), shard, [])
+    assert read_shard(folder, folder.path("s.parquet")).features.tobytes() == features.tobytes()
+
+
+def test_features_that_lie_transposed_in_memory_are_written_row_by_row(folder: RunFolder):
+    features = np.arange(12, dtype=np.float16).reshape(4, 3).T
+    shard = Shard(np.arange(3), pa.array([1, 2, 3]), np.zeros(3, np.int32), features)
+    write_shard(folder, folder.path("s.parquet"), shard, [])
+    np.testing.assert_array_equal(read_shard(folder, folder.path("s.parquet")).features, features)
+
+
+def test_the_summary_of_a_shard_needs_only_its_footer_and_says_what_was_left_out(folder: RunFolder):
+    path, left_out = folder.path("s.parquet"), [unreadable(1, "b"), unreadable(9, "c")]
+    write_shard(folder, path, a_shard(4, dim=7), left_out)
+    assert summarise_shard(folder, path, 12) == ShardSummary(12, 4, 7, left_out)
+
+
+def test_a_bucket_of_which_nothing_could_be_read_is_a_shard_all_the_same(folder: RunFolder):
+    path = folder.path("s.parquet")
+    write_shard(folder, path, a_shard(0), [unreadable(0, 5)])
+    assert summarise_shard(folder, path, 0) == ShardSummary(0, 0, 5, [unreadable(0, 5)])
+
+
+def test_a_shard_that_is_missing_cut_short_or_no_shard_has_no_summary(folder: RunFolder):
+    path = folder.path("s.parquet")
+    assert summarise_shard(folder, path, 0) is None
+    write_shard(folder, path, a_shard(300), [])
+    content = folder.read_bytes(path)
+    for length in (0, 3, 100, len(content) // 2, len(content) - 1):
+        folder.write_bytes(path, content[:length])
+        assert summarise_shard(folder, path, 0) is None, length
+    folder.write_table(path, pa.table({"features": [1.0]}))  # Parquet, but another's
+    assert summarise_shard(folder, path, 0) is None
+    folder.write_bytes(path, content)
+    assert summarise_shard(folder, path, 0) is not None
+
+
+def test_the_quarantine_lists_every_sample_left_out_with_its_bucket():
+    summaries = [
+        ShardSummary(0, 3, 5, [unreadable(1, 10)]),
+        ShardSummary(1, 4, 5, []),
+        ShardSummary(2, 0, 5, [unreadable(0, 20), unreadable(2, 30)]),
+    ]
+    table = quarantine_table(summaries)
+    assert table.column_names == ["bucket", "row", "sample_id", "file", "reason"]
+    assert table["bucket"].to_pylist() == [0, 2, 2]
+    assert table["row"].to_pylist() == [1, 0, 2]
+    assert table["sample_id"].to_pylist() == [10, 20, 30]
+    assert table["sample_id"].type == pa.int64()
+    assert set(table["reason"].to_pylist()) == {"not an image"}
+
+
+def test_the_quarantine_keeps_string_ids_as_strings_and_may_be_empty():
+    assert quarantine_table([ShardSummary(0, 3, 5, [unreadable(1, "007")])])["sample_id"].to_pylist() == ["007"]
+    assert quarantine_table([]).num_rows == 0

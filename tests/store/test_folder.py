@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import gc
+import pickle
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pytest
+from pyarrow import fs
+
+from posttrain.errors import RunFolderError
+from posttrain.store import folder as folders
+from posttrain.store.folder import RunFolder, resolve
+
+
+class DiedError(Exception):
+    """What a writer dies of in these tests."""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(str(tmp_path / "run"))
+
+
+@pytest.fixture
+def remote(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> RunFolder:
+    """A run folder that is not on a local disk: fsspec's memory, behind pyarrow."""
+    memory = fs.PyFileSystem(fs.FSSpecHandler(fsspec.filesystem("memory")))
+    monkeypatch.setattr(folders, "resolve", lambda location: (memory, str(tmp_path)))
+    return RunFolder("memory://run")
+
+
+@pytest.fixture(params=["folder", "remote"])
+def either(request: pytest.FixtureRequest) -> RunFolder:
+    return request.getfixturevalue(request.param)
+
+
+def files_in(folder: RunFolder) -> list[str]:
+    selector = fs.FileSelector(folder.path(), recursive=True, allow_not_found=True)
+    return [f.path for f in folder.files.get_file_info(selector) if f.type == fs.FileType.File]
+
+
+def test_a_writer_that_dies_leaves_nothing_behind(either: RunFolder):
+    path = either.round(1, "scores.parquet")
+    with pytest.raises(DiedError), either.writing(path) as stream:
+        stream.write(b"half of it")
+        raise DiedError
+    del stream
+    gc.collect()  # a stream that is collected is closed, and closing publishes an object
+    assert files_in(either) == []
+    assert not either.exists(path)
+
+
+def test_a_writer_that_dies_leaves_what_was_there(either: RunFolder):
+    path = either.round(1, "round.json")
+    either.write_bytes(path, b"whole")
+    with pytest.raises(DiedError), either.writing(path) as stream:
+        stream.write(b"half")
+        raise DiedError
+    del stream
+    gc.collect()
+    assert either.read_bytes(path) == b"whole"
+    assert len(files_in(either)) == 1
+
+
+def test_an_interrupt_from_the_keyboard_leaves_nothing_behind_either(folder: RunFolder):
+    with pytest.raises(KeyboardInterrupt), folder.writing(folder.path("run.yaml")) as stream:
+        stream.write(b"half")
+        raise KeyboardInterrupt
+    assert files_in(folder) == []
+
+
+def test_nothing_is_to_be_seen_at_the_path_before_all_is_written(folder: RunFolder):
+    path = folder.path("deep", "er", "file")
+    with folder.writing(path) as stream:
+        stream.write(b"some")
+        stream.flush()
+        assert not folder.exists(path)
+    assert folder.read_bytes(path) == b"some"
+
+
+def test_what_is_written_again_replaces_what_was_there(either: RunFolder):
+    for content in (b"first, and longer", b"second"):
+        either.write_bytes(either.path("file"), content)
+    assert either.read_bytes(either.path("file")) == b"second"
+
+
+def test_json_and_tables_come_back_as_they_were(either: RunFolder):
+    content = {"number": 3, "nested": {"é": [1.5, None]}}
+    either.write_json(either.path("a", "b.json"), content)
+    assert either.read_json(either.path("a", "b.json")) == content
+    table = pa.table({"x": [1, 2, 3], "y": ["a", "b", "c"]})
+    either.write_table(either.path("t.parquet"), table)
+    assert either.read_table(either.path("t.parquet")).equals(table)
+    assert either.read_table(either.path("t.parquet"), ["y"]).equals(table.select(["y"]))
+
+
+def test_row_groups_come_one_at_a_time_and_in_order(folder: RunFolder):
+    import pyarrow.parquet as pq
+
+    with folder.writing(folder.path("t.parquet")) as stream:
+        pq.write_table(pa.table({"x": range(10), "y": range(10)}), stream, row_group_size=4)
+    groups = list(folder.row_groups(folder.path("t.parquet"), ["x"]))
+    assert [g.num_rows for g in groups] == [4, 4, 2]
+    assert pa.concat_tables(groups)["x"].to_pylist() == list(range(10))
+
+
+def test_a_run_folder_has_one_place_for_everything(folder: RunFolder, tmp_path: Path):
+    root = f"{tmp_path}/run"
+    assert folder.features("0a1b", "train", 12) == f"{root}/features/0a1b/train/00012.parquet"
+    assert folder.round(7, "scores.parquet") == f"{root}/rounds/0007/scores.parquet"
+    assert folder.checkpoint(7) == f"{root}/rounds/0007/checkpoint/model.safetensors"
+    assert folder.is_local and folder.local == tmp_path / "run"
+
+
+def test_a_relative_path_and_the_home_directory_and_a_file_uri_name_local_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for location in ("run", "~/run", f"file://{tmp_path}/run", str(tmp_path / "run") + "/"):
+        folder = RunFolder(location)
+        assert folder.is_local and folder.path() == f"{tmp_path}/run", location
+
+
+def test_a_run_folder_can_be_sent_to_workers(folder: RunFolder):
+    again = pickle.loads(pickle.dumps(folder))
+    again.write_bytes(again.path("file"), b"x")
+    assert folder.read_bytes(folder.path("file")) == b"x"
+
+
+def test_a_scheme_that_is_not_known_is_refused_with_those_that_are():
+    with pytest.raises(RunFolderError, match=r"nosuch://bucket/run.*s3://, gs:// or file://"):
+        resolve("nosuch://bucket/run")
+
+
+def test_a_folder_is_empty_until_something_is_in_it(folder: RunFolder):
+    assert folder.is_empty()  # not there at all
+    folder.local.mkdir()
+    assert folder.is_empty()
+    folder.write_bytes(folder.path("file"), b"")
+    assert not folder.is_empty()
+
+
+def test_a_file_in_the_place_of_the_run_folder_is_refused(folder: RunFolder):
+    folder.local.write_text("")
+    with pytest.raises(RunFolderError, match=r"run\.path = .*is a file"):
+        folder.is_empty()
+
+
+def test_a_directory_is_no_file(folder: RunFolder):
+    (folder.local / "cleaned").mkdir(parents=True)
+    assert not folder.exists(folder.path("cleaned"))
+    assert not folder.exists(folder.path("nothing"))

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import yaml
+
+from posttrain.config import RunFile
+from posttrain.errors import RunFolderError
+from posttrain.schema import Round
+from posttrain.store.folder import RunFolder
+from posttrain.store.ledger import Ledger
+
+DATA = {"train": "0011223344556677", "validation": "8899aabbccddeeff"}
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(RunFolder(str(tmp_path / "run")))
+
+
+def a_round(number: int, removed: int = 0) -> Round:
+    metrics = {"validation_accuracy": 0.8 + number / 100, "test_loss": 1 / 3}
+    return Round(number, 100 - number, removed + 1, removed, metrics, {"embed": 0.25})
+
+
+def started(ledger: Ledger, **sections: Any) -> dict[str, Any]:
+    """The record of a run that was begun with these settings, as it is read back."""
+    ledger.start(RunFile.model_validate(sections), DATA)
+    record = ledger.started()
+    assert record is not None
+    return record
+
+
+def test_a_new_folder_holds_no_run(ledger: Ledger):
+    assert ledger.started() is None
+    ledger.folder.local.mkdir()
+    assert ledger.started() is None
+    assert ledger.rounds() == () and ledger.finished() is None
+
+
+def test_a_folder_with_something_else_in_it_is_refused(ledger: Ledger):
+    ledger.folder.local.mkdir()
+    (ledger.folder.local / "thesis.tex").write_text("")
+    with pytest.raises(RunFolderError, match=r"run\.path = .*not empty and holds no run.*name a new folder"):
+        ledger.started()
+    assert [p.name for p in ledger.folder.local.iterdir()] == ["thesis.tex"]
+
+
+def test_run_yaml_holds_settings_seeds_versions_and_the_datas_fingerprint(ledger: Ledger):
+    record = started(ledger, run={"seed": 17})
+    assert record == yaml.safe_load((ledger.folder.local / "run.yaml").read_text())
+    assert record["config"]["run"]["seed"] == 17
+    assert record["data"] == DATA
+    assert {"python", "posttrain", "torch", "ray", "mlflow", "pyarrow"} <= set(record["versions"])
+    assert RunFile.model_validate(record["config"]) == RunFile.model_validate({"run": {"seed": 17}})
+
+
+def test_a_run_goes_on_with_the_same_settings_and_data(ledger: Ledger):
+    record = started(ledger, probe={"damping": [0.1, 1.0]}, data={"noise": {"rate": 0.3}})
+    same = RunFile.model_validate({"probe": {"damping": [0.1, 1.0]}, "data": {"noise": {"rate": 0.3}}})
+    ledger.refuse_other_settings(record, same)
+    ledger.refuse_other_data(record, dict(DATA))
+
+
+def test_a_run_with_other_settings_is_refused_and_told_what_differs(ledger: Ledger):
+    record = started(ledger)
+    other = RunFile.model_validate({"removal": {"budget": 0.2}, "run": {"seed": 3}, "ray": {"workers": 2}})
+    with pytest.raises(RunFolderError) as caught:
+        ledger.refuse_other_settings(record, other)
+    message = str(caught.value)
+    assert "removal.budget: 0.05 -> 0.2" in message and "run.seed: 0 -> 3" in message
+    assert "ray" not in message.split("(", 1)[1]
+    assert "name another run.path" in message
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"ray": {"workers": 7}},
+        {"ray": {"address": "auto", "train_workers": 2, "cpus_per_worker": 4}},
+        {"tracking": {"uri": "http://tracking:5000", "experiment": "other", "log_model": False}},
+        {"run": {"path": "moved/elsewhere"}},
+    ],
+)
+def test_where_a_run_computes_and_whom_it_tells_may_differ(ledger: Ledger, sections: dict[str, Any]):
+    ledger.refuse_other_settings(started(ledger), RunFile.model_validate(sections))
+
+
+def test_a_run_on_other_data_is_refused_and_told_which(ledger: Ledger):
+    record = started(ledger)
+    with pytest.raises(RunFolderError, match=r"train: 0011223344556677 -> ffff\); name another") as caught:
+        ledger.refuse_other_data(record, {**DATA, "train": "ffff"})
+    assert "validation" not in str(caught.value)
+
+
+def test_rounds_come_back_as_they_were_committed(ledger: Ledger):
+    rounds = tuple(a_round(number) for number in range(3))
+    for done in rounds:
+        ledger.commit(done)
+    assert ledger.rounds() == rounds
+
+
+def test_half_done_work_is_no_round(ledger: Ledger):
+    ledger.commit(a_round(0))
+    ledger.folder.write_table(ledger.folder.round(1, "removed.parquet"), pa.table({"bucket": [0], "row": [1]}))
+    ledger.folder.write_bytes(ledger.folder.checkpoint(1), b"weights")
+    ledger.folder.write_bytes(ledger.folder.round(1, "round.json.0a1b2c3d.tmp"), b"{")
+    assert ledger.rounds() == (a_round(0),)
+    assert ledger.excluded(ledger.rounds()) == {}
+
+
+def test_rounds_end_at_the_first_gap(ledger: Ledger):
+    for number in (0, 1, 3):
+        ledger.commit(a_round(number))
+    assert [r.number for r in ledger.rounds()] == [0, 1]
+    ledger.commit(a_round(2))
+    assert [r.number for r in ledger.rounds()] == [0, 1, 2, 3]
+
+
+def test_a_round_that_is_committed_again_is_one_round(ledger: Ledger):
+    for _ in range(2):
+        ledger.commit(a_round(0))
+    assert ledger.rounds() == (a_round(0),)
+
+
+def test_what_committed_rounds_removed_is_excluded(ledger: Ledger):
+    removed = {1: ([0, 2, 0], [7, 1, 3]), 2: ([2, 5], [0, 4]), 3: ([9], [9])}
+    for number, (buckets, rows) in removed.items():
+        table = pa.table({"bucket": pa.array(buckets, pa.int32()), "row": pa.array(rows, pa.int32())})
+        ledger.folder.write_table(ledger.folder.round(number, "removed.parquet"), table)
+    for done in (a_round(0), a_round(1, removed=3), a_round(2, removed=2)):
+        ledger.commit(done)
+    excluded = ledger.excluded(ledger.rounds())
+    assert {b: rows.tolist() for b, rows in excluded.items()} == {0: [3, 7], 2: [0, 1], 5: [4]}
+    assert all(rows.dtype == np.int32 for rows in excluded.values())
+
+
+def test_a_run_is_finished_once_its_summary_is_there(ledger: Ledger):
+    summary = {"rounds": 3, "test_accuracy_after": 0.95, "removal_precision": None}
+    ledger.finish(summary)
+    assert ledger.finished() == summary
