@@ -41,13 +41,8 @@ def clean(config: RunFile, *, verbose: bool = False, quiet: bool = False) -> dic
     if summary is None:
         with opened(config, progress, verbose=verbose) as run:
             state = begun(run) or run.begin(first_model(run))
-            outcome = rounds.clean(
-                state,
-                rounds.Steps(
-                    run.embed, run.fit, run.score, run.select, run.count, run.refine, run.evaluate, run.commit
-                ),
-                rounds.Limits(config.removal.max_rounds, config.removal.minimum, config.removal.patience),
-            )
+            limits = rounds.Limits(config.removal.max_rounds, config.removal.minimum, config.removal.patience)
+            outcome = rounds.clean(state, run.as_steps(), limits)
             progress.say(f"stopped: {outcome.reason}")
             summary = finish(run, outcome, began)
     if not quiet:

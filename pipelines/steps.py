@@ -28,7 +28,7 @@ from posttrain.influence import curvature, probe
 from posttrain.influence.probe import Standardizer
 from posttrain.influence.selection import Selection, select
 from posttrain.report.progress import Steps as Progress
-from posttrain.rounds import Cut, State
+from posttrain.rounds import Cut, State, Steps
 from posttrain.schema import (
     BUCKET,
     LABEL,
@@ -202,11 +202,7 @@ class CleaningRun:
         settings = self.config.refine
         if settings.scope == "head":
             with self.progress.step("refine"):
-                refined = self._fit(backbone, excluded)
-                weight, bias = refined.standardizer.fold(refined.probe.weights)
-                model = load_network(state.model)
-                models.replace_head(model, self.inputs.spec.head, weight.float(), bias.float())
-                return self.network(models.to_bytes(model))
+                return self.new_head(state.model, backbone, excluded)
         return self.train(
             state.model,
             settings,
@@ -248,6 +244,18 @@ class CleaningRun:
         self.progress.say(self._line(done))
         return done
 
+    def new_head(self, model: Network, backbone: str, excluded: Excluded) -> Network:
+        """The network with the probe on what is not excluded as its head."""
+        refined = self._fit(backbone, excluded)
+        weight, bias = refined.standardizer.fold(refined.probe.weights)
+        changed = load_network(model)
+        models.replace_head(changed, self.inputs.spec.head, weight.float(), bias.float())
+        return self.network(models.to_bytes(changed))
+
+    def as_steps(self) -> Steps[str, Fitted, Scored, Removal, Network]:
+        """The steps as `posttrain.rounds.clean` takes them."""
+        return Steps(self.embed, self.fit, self.score, self.select, self.count, self.refine, self.evaluate, self.commit)
+
     # -- before the first round ------------------------------------------------------------------------
 
     def begin(self, model: Network) -> State[Network]:
@@ -283,7 +291,16 @@ class CleaningRun:
         models.load_bytes(model, weights)
         return Network(self.inputs.spec, weights, models.fingerprint(model))
 
-    def train(self, model: Network, settings: TrainingSection, excluded: Excluded, *, name: str, seed: int) -> Network:
+    def train(
+        self,
+        model: Network,
+        settings: TrainingSection,
+        excluded: Excluded,
+        *,
+        name: str,
+        seed: int,
+        max_steps: int | None = None,
+    ) -> Network:
         """The network trained on the training samples that are not excluded, through Ray Train."""
         if self.train_workers:
             # Ray Train waits for ever for CPUs and GPUs that the scoring workers hold

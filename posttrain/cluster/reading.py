@@ -553,7 +553,7 @@ def _refuse_shared_ids(splits: Mapping[str, Split], sources: Mapping[str, Source
             identity, name = shared
             raise DuplicateIdError(
                 f"sample_id {identity!r} is in both the train and the {name} set; what is measured on must not be "
-                f"trained on: take it out of one of them, or, where ids begin anew in each set, set data.id_scope to set"
+                "trained on: take it out of one of them, or, where ids begin anew in each set, set data.id_scope to set"
             )
 
 

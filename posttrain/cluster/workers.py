@@ -236,7 +236,8 @@ class Workers:
         self.gpus_per_worker = (1.0 if available_gpus >= 1 else 0.0) if gpus is None else gpus
         if self.gpus_per_worker > available_gpus and not on_cluster:
             raise StepError(
-                f"ray.gpus_per_worker = {self.gpus_per_worker:g}, but this machine shows {available_gpus:g} GPUs; leave it out"
+                f"ray.gpus_per_worker = {self.gpus_per_worker:g}, but this machine shows {available_gpus:g} "
+                "GPUs; leave it out"
             )
         by_default = (
             int(available_gpus / self.gpus_per_worker)

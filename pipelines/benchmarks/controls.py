@@ -1,0 +1,157 @@
+"""Does the removal help, or only the further training? A run beside its controls.
+
+`python -m pipelines.benchmarks.controls RUNFILE --seeds 0 1 2` does, for each seed, from the same first weights:
+
+- `posttrain`: the run file as it is
+- `random removal`: as many samples leave in each round, drawn at random, and the same training follows
+- `no removal`: nothing leaves; as many training steps on all samples
+- `removal by loss`: as many candidates, ranked by the loss
+
+and prints the test accuracy before and after, the average precision of every score in the first round and where the
+time went. Everything stays in `--folder`; started again, it goes on with what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pipelines.benchmarks.hardware import hardware
+from pipelines.clean import begun, finish, first_model, opened
+from pipelines.steps import CleaningRun, average_precisions
+from posttrain import rounds
+from posttrain.config import RunFile, load
+from posttrain.report.progress import Steps as Progress
+
+CONTROLS = {"posttrain": "loo_margin", "random removal": "random", "removal by loss": "loss", "no removal": None}
+
+
+def measured(config: RunFile, name: str, first: Path | None, budget: list[int]) -> dict[str, Any]:
+    """One run: accuracies, seconds by step; `budget` holds the training steps of each round, for `no removal`."""
+    path = Path(config.run.path) / "measured.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    began = time.perf_counter()
+    progress = Progress(Console(stderr=True))
+    progress.say(f"--- {name}, seed {config.run.seed}")
+    with opened(config, progress, verbose=False) as run:
+        if first is not None:
+            run.folder.write_bytes(run.folder.path("pretrained", "model.safetensors"), first.read_bytes())
+        state = begun(run) or run.begin(first_model(run))
+        if CONTROLS[name] is None:
+            found = without_removal(run, state, budget)
+        else:
+            limits = rounds.Limits(config.removal.max_rounds, config.removal.minimum, config.removal.patience)
+            outcome = rounds.clean(state, run.as_steps(), limits)
+            summary = finish(run, outcome, began)
+            found = {key: summary[key] for key in summary if key not in ("files", "run")}
+            found["history"] = [[r.live, r.removed, r.metrics] for r in outcome.state.history]
+            found["average_precision"] = average_precisions(run.folder, run.splits["train"])
+    path.write_text(json.dumps(found, indent=2))
+    return found
+
+
+def without_removal(run: CleaningRun, state: rounds.State[Any], budget: Sequence[int]) -> dict[str, Any]:
+    """As many rounds of training on all samples, each of as many steps."""
+    model, metrics = state.model, state.history[-1].metrics
+    history = [metrics]
+    for number, steps in enumerate(budget, start=1):
+        if run.config.refine.scope == "network":
+            seed = run.config.run.seed + 1000 * number
+            model = run.train(model, run.config.refine, {}, name="refine", seed=seed, max_steps=steps)
+        else:
+            model = run.new_head(model, run.embed(state), run.excluded)
+        metrics = run.evaluate(state, model)
+        history.append(metrics)
+    before = state.history[0].metrics
+    return {
+        "test_accuracy_before": before["test_accuracy"],
+        "test_accuracy_after": metrics["test_accuracy"],
+        "history": history,
+    }
+
+
+def steps_of(config: RunFile, ours: dict[str, Any]) -> list[int]:
+    """Training steps of each round of `posttrain`."""
+    return [config.refine.epochs * -(-live // config.refine.batch_size) for live, removed, _ in ours["history"][1:]]
+
+
+def table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Test accuracy before and after, mean and standard deviation over seeds."""
+    lines = ["| | test accuracy before | after | precision | recall |", "|---|---|---|---|---|"]
+    for name, runs in found.items():
+        cells = [
+            spread([run.get(key) for run in runs])
+            for key in ("test_accuracy_before", "test_accuracy_after", "removal_precision", "removal_recall")
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def spread(values: Sequence[float | None]) -> str:
+    """Mean and standard deviation in percent; empty where a value is not known."""
+    known = [100 * value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return ""
+    return f"{statistics.mean(known):.1f}" + (f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runfile", type=Path, nargs="?")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--folder", type=Path, default=Path("runs/controls"), help="a folder for all runs")
+    parser.add_argument("--only", nargs="+", choices=list(CONTROLS), default=list(CONTROLS))
+    parser.add_argument("--set", dest="overrides", action="append", default=[])
+    options = parser.parse_args()
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTROLS if name in options.only}
+    for seed in options.seeds:
+        first: Path | None = None
+        budget: list[int] = []
+        for name in found:
+            folder = options.folder / f"{name.replace(' ', '_')}-{seed}"
+            score = CONTROLS[name] or "loo_margin"
+            config = load(
+                options.runfile,
+                [*options.overrides, f"run.path={folder}", f"run.seed={seed}", f"removal.score={score}"],
+            )
+            if config.data.noise is not None:
+                config = load(
+                    options.runfile,
+                    [
+                        *options.overrides,
+                        f"run.path={folder}",
+                        f"run.seed={seed}",
+                        f"removal.score={score}",
+                        f"data.noise.seed={seed}",
+                    ],
+                )
+            result = measured(config, name, first, budget)
+            if name == "posttrain":
+                first, budget = folder / "pretrained" / "model.safetensors", steps_of(config, result)
+            found[name].append(result)
+    lines = [f"{options.runfile or 'digits'}, seeds {options.seeds}; {hardware()}", "", *table(found), ""]
+    ours = found.get("posttrain", [])
+    if ours and all(run["average_precision"] for run in ours):
+        lines += ["| score | average precision in the first round |", "|---|---|"]
+        for score in ours[0]["average_precision"]:
+            lines.append(f"| {score} | {spread([run['average_precision'][score] for run in ours])} |")
+        lines.append("")
+    if ours:
+        lines += ["| step | seconds of the whole run |", "|---|---|"]
+        names = list(dict.fromkeys(step for run in ours for step in run["steps"]))
+        for step in names:
+            lines.append(f"| {step} | {statistics.mean(run['steps'].get(step, 0.0) for run in ours):.1f} |")
+    print("\n".join(lines))
+    options.folder.joinpath("table.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
