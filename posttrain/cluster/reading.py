@@ -321,13 +321,8 @@ def _dataset_of(source: Source) -> ray.data.Dataset:
         return ray.data.read_binary_files(paths, filesystem=files, include_paths=True)
     dataset = _dataset(source)
     columns = [c for c in (source.id, source.image, source.label, source.true_label) if c]
-    read = ray.data.read_parquet(
-        list(dataset.files),
-        filesystem=dataset.filesystem,
-        columns=list(dict.fromkeys(columns)),
-        include_paths=True,
-    )
-    return read
+    read = ray.data.read_parquet(list(dataset.files), filesystem=dataset.filesystem, include_paths=True)
+    return read.select_columns([*dict.fromkeys(columns), "path"])
 
 
 def normalise(

@@ -127,7 +127,7 @@ def hessian_block(features: Tensor, labels: Tensor, weights: Tensor) -> tuple[Te
     for c in range(classes):
         # the block row of class c: sum_i p_ic (1[c = k] - p_ik) h_i h_i^T for all k >= c; the rest by symmetry
         weighted = features * p[:, c : c + 1]
-        others = torch.einsum("bk,bd->bkd", p[:, c:], features).reshape(len(features), -1)
+        others = torch.einsum("bk,bd->bkd", p[:, c:], features).reshape(len(features), (classes - c) * dim)
         rows = -(weighted.T @ others)
         rows[:, :dim] += weighted.T @ features
         total[c * dim : (c + 1) * dim, c * dim :] = rows

@@ -55,7 +55,7 @@ def read_shard(folder: RunFolder, path: str) -> Shard:
     table = folder.read_table(path).combine_chunks()
     column = table[FEATURES]
     flat = column.chunk(0).values if column.num_chunks else pa.array([], pa.float16())
-    features = flat.to_numpy(zero_copy_only=False).reshape(table.num_rows, -1)
+    features = flat.to_numpy(zero_copy_only=False).reshape(table.num_rows, column.type.list_size)
     if column.num_chunks and column.chunk(0).offset:
         features = np.stack(column.to_numpy())
     ids = table[SAMPLE_ID]

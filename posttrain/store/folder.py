@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,18 +86,17 @@ class RunFolder:
     def writing(self, path: str) -> Iterator[pa.NativeFile]:
         """A stream whose content appears at `path` whole, or not at all.
 
-        On a local disk by a rename; an object store shows an object only when it is complete.
+        On a local disk by a rename. An object store shows what its stream has got when that is closed, and pyarrow
+        closes it even after an error: there the content is staged in a local file, and sent when it is whole.
         """
         files = self.files
         files.create_dir(path.rsplit("/", 1)[0], recursive=True)
         if not self.is_local:
-            stream = files.open_output_stream(path)
-            try:
-                yield stream
-            except BaseException:
-                # closing would publish what is there; the upload is left to be aborted with the object
-                raise
-            stream.close()
+            with tempfile.TemporaryDirectory() as folder:
+                staged = os.path.join(folder, "staged")
+                with fs.LocalFileSystem().open_output_stream(staged) as stream:
+                    yield stream
+                fs.copy_files(staged, path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=files)
             return
         temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
         try:

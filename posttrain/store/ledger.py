@@ -86,9 +86,7 @@ class Ledger:
         """Raises RunFolderError where the run in the folder was made from other data."""
         before = started["data"]
         changed = [
-            f"{name}: {before.get(name)} -> {value}"
-            for name, value in fingerprint.items()
-            if name in before and before[name] != value
+            f"{name}: {before.get(name)} -> {value}" for name, value in fingerprint.items() if before.get(name) != value
         ]
         if changed:
             raise RunFolderError(

@@ -113,7 +113,9 @@ def write_manifest(folder: RunFolder, last_scores: str | None, excluded: Exclude
             writer = writer or pq.ParquetWriter(stream, kept.schema, compression="zstd")
             writer.write_table(kept)
             count += kept.num_rows
-        if writer is not None:
+        if writer is None:
+            pq.write_table(pa.table({SAMPLE_ID: pa.array([], pa.int64()), LABEL: pa.array([], pa.int32())}), stream)
+        else:
             writer.close()
     return count
 

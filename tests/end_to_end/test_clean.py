@@ -16,11 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from small_data import Digits, png, removed_ids
 
 from pipelines.steps import CleaningRun
 from posttrain.errors import RunFolderError
-
-from .conftest import Digits, png, removed_ids
 
 pytestmark = pytest.mark.ray
 

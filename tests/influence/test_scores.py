@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from refits import CLASSES, Problem, digits, over_blocks, refits_without
-from scipy.stats import pearsonr, spearmanr
+from scipy.stats import rankdata
 from torch import Tensor
 
 from posttrain.influence.curvature import DenseLeverage, EkfacCurvature, Kind, measure
@@ -23,6 +23,7 @@ from posttrain.influence.probe import Probe, Standardizer, fit, moments, residua
 from posttrain.influence.scores import SCORES, Evidence, Score, evidence, label_margin, loo_logits
 
 DAMPING = 0.1
+KINDS: tuple[Kind, ...] = ("exact", "ekfac")
 INFORMED: tuple[Score, ...] = tuple(name for name in SCORES if name != "random")
 
 
@@ -36,6 +37,14 @@ class Case:
     rows: Tensor
     loo_logits: Tensor
     truth: dict[Score, Tensor]
+
+
+def pearson(found: Tensor, truth: Tensor) -> float:
+    return float(np.corrcoef(found, truth)[0, 1])
+
+
+def spearman(found: Tensor, truth: Tensor) -> float:
+    return float(np.corrcoef(rankdata(found), rankdata(truth))[0, 1])
 
 
 def fitted(problem: Problem) -> Probe:
@@ -53,8 +62,7 @@ def evidence_of(problem: Problem, probe: Probe, kind: Kind) -> Evidence:
 def refitted(samples: str, seed: int) -> Case:
     problem = digits(400, units=64 if samples == "dense" else None, seed=seed)
     probe = fitted(problem)
-    kinds: tuple[Kind, Kind] = ("exact", "ekfac")
-    found = {kind: evidence_of(problem, probe, kind) for kind in kinds}
+    found: dict[Kind, Evidence] = {kind: evidence_of(problem, probe, kind) for kind in KINDS}
     ranked = SCORES["loo_margin"](found["exact"]).argsort()
     rows = ranked[torch.linspace(0, len(ranked) - 1, 200).long()]
     without = refits_without(problem.features, problem.labels, probe.weights, DAMPING, rows)
@@ -100,7 +108,7 @@ def one() -> Case:
 @pytest.mark.parametrize(("kind", "least"), [("exact", 0.99), ("ekfac", 0.95)])
 def test_the_loo_margin_ranks_as_refits_without_the_sample_do(case: Case, kind: Kind, least: float):
     found = SCORES["loo_margin"](case.found[kind])[case.rows]
-    assert spearmanr(found, case.truth["loo_margin"]).statistic >= least
+    assert spearman(found, case.truth["loo_margin"]) >= least
 
 
 def movement(case: Case) -> Tensor:
@@ -123,7 +131,7 @@ def test_the_loo_margin_says_on_which_side_the_sample_falls_in_the_refit(case: C
 @pytest.mark.parametrize("score", ["parameter", "data"])
 def test_influence_is_what_refits_without_the_sample_show(dense: Case, score: Score):
     found, truth = SCORES[score](dense.found["exact"])[dense.rows], dense.truth[score]
-    assert pearsonr(found, truth).statistic >= 0.95
+    assert pearson(found, truth) >= 0.95
     # in its own unit, not merely in proportion: first order falls short by about the sample's leverage
     assert 0.75 <= float((found / truth).median()) <= 1.05
 
@@ -131,7 +139,7 @@ def test_influence_is_what_refits_without_the_sample_show(dense: Case, score: Sc
 @pytest.mark.parametrize("kind", ["exact", "ekfac"])
 @pytest.mark.parametrize("score", ["parameter", "data"])
 def test_influence_ranks_as_refits_without_the_sample_do(case: Case, score: Score, kind: Kind):
-    assert spearmanr(SCORES[score](case.found[kind])[case.rows], case.truth[score]).statistic >= 0.95
+    assert spearman(SCORES[score](case.found[kind])[case.rows], case.truth[score]) >= 0.95
 
 
 # -- against what the name says ----------------------------------------------------------------------------
@@ -218,7 +226,7 @@ def test_features_stored_as_float16_leave_every_ranking_as_it_was(kind: Kind):
     rough = evidence(stored.features, stored.labels, probe.weights.float(), curvature, torch.zeros(400))
     exact = evidence_of(precise, fitted(precise), kind)
     for name in INFORMED:
-        assert spearmanr(SCORES[name](rough), SCORES[name](exact)).statistic >= 0.995, name
+        assert spearman(SCORES[name](rough), SCORES[name](exact)) >= 0.995, name
 
 
 # -- leave-one-out and its leverages -------------------------------------------------------------------------
@@ -260,14 +268,13 @@ def test_the_ekfac_loo_margin_stays_near_the_exact_one_where_leverages_are_high(
     reduce = over_blocks(features, labels)
     probe = fit(reduce, classes=classes, dim=17, damping=1e-3)
     margins = {}
-    kinds: tuple[Kind, Kind] = ("exact", "ekfac")
-    for kind in kinds:
+    for kind in KINDS:
         curvature = measure(reduce, probe, kind)
         found = evidence(features, labels, probe.weights, curvature, torch.zeros(400).double())
         margins[kind] = SCORES["loo_margin"](found)
     assert bool(torch.isfinite(margins["ekfac"]).all())
     assert float(margins["ekfac"].abs().max()) <= 5 * float(margins["exact"].abs().max())
-    assert spearmanr(margins["ekfac"], margins["exact"]).statistic >= 0.95
+    assert spearman(margins["ekfac"], margins["exact"]) >= 0.95
 
 
 @pytest.mark.parametrize("classes", [10, 80])

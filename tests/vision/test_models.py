@@ -341,7 +341,7 @@ def test_a_head_without_bias_gets_one_only_where_it_is_needed_and_keeps_it_in_th
 
 
 def test_a_head_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match=r"has weight \(3, 512\)"):
+    with pytest.raises(ValueError, match=r"has weight \(3, 128\)"):
         replace_head(mlp(3), "head", torch.zeros(3, 5), torch.zeros(3))
 
 
