@@ -15,8 +15,6 @@ from pathlib import Path
 _ENVIRONMENT = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    # reader V2 packs small data into one block and costs four times the CPU
-    "RAY_DATA_USE_DATASOURCE_V2": "0",
     # every new worker process imports torch again: keep those that are there
     "RAY_idle_worker_killing_time_threshold_ms": "600000",
     "RAY_num_workers_soft_limit": "16",
