@@ -138,7 +138,7 @@ def _sources(data: Data, seed: int) -> dict[str, Source]:
             continue
         locations = (given,) if isinstance(given, str) else tuple(given)
         if data.source == "folder":
-            if len(locations) > 1:
+            if len(locations) != 1:
                 raise DataError(f"data.{name} names {len(locations)} folders; for data.source = folder name one")
             sources[name] = FolderSource(locations[0])
         else:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import pyarrow.parquet as pq
 import torch
 
@@ -47,6 +47,9 @@ from posttrain.vision import models
 
 if TYPE_CHECKING:
     from posttrain.store.tracking import Tracking
+
+# pyarrow makes these functions when it is imported: a type checker sees none of them
+pc = cast(Any, pyarrow.compute)
 
 _ALL_SCORES_DRAW = 3  # seed of the control's draw
 _BINS = 60

@@ -12,11 +12,11 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import pyarrow.dataset as pads
 import ray
 import ray.data
@@ -39,6 +39,9 @@ from posttrain.schema import (
 )
 from posttrain.store.folder import resolve
 from posttrain.vision.noise import symmetric
+
+# pyarrow makes these functions when it is imported: a type checker sees none of them
+pc = cast(Any, pyarrow.compute)
 
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
@@ -155,7 +158,7 @@ def _class_names(metadata: Mapping[bytes, bytes]) -> tuple[str, ...] | None:
 
 def _dataset(source: ParquetSource) -> pads.FileSystemDataset:
     parts: list[str] = []
-    files: fs.FileSystem | None = None
+    files = None
     for location in source.locations:
         files, path = resolve(location)
         info = files.get_file_info(path)
@@ -258,7 +261,7 @@ def read(
         rows["validation"] = max(1, round(rows["train"] * held_out_share))
     total_rows = sum(rows[name] for name in sources)
     names = [name for name in SPLITS if name in rows]
-    boundaries: list[int] = []
+    boundaries: list[int | float] = []
     owners: list[str] = []
     for name in names:
         base = SPLITS.index(name) << ORDER_BITS
@@ -267,7 +270,7 @@ def read(
         owners += [name] * bucket_count(rows[name])
     parts = [
         _dataset_of(source).map_batches(
-            normalise,
+            cast(Any, normalise),  # the annotation of `map_batches` does not know `fn_kwargs`
             batch_format="pyarrow",
             batch_size=None,
             fn_kwargs={
@@ -506,7 +509,9 @@ def _split(name: str, blocks: Sequence[Any], inspections: Sequence[Inspection], 
 
 
 @ray.remote
-def _shared_ids(mine: pa.Table, others: list[Any], other_names: list[str]) -> tuple[Any, str] | None:
+def _shared_ids(
+    mine: pa.Table, others: list[list[ray.ObjectRef[pa.Table]]], other_names: list[str]
+) -> tuple[Any, str] | None:
     ids = mine[SAMPLE_ID].combine_chunks()
     for name, references in zip(other_names, others, strict=True):
         for reference in references:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import ray
 import ray.train
+import ray.train.torch
 import torch
 from ray.train.torch import TorchTrainer
 from torch import Tensor
@@ -144,7 +145,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config["seed"] * 1_000_003 + rank)
         # convolutions on the CPU and on tensor cores take this layout; on two cores here it halved the time
-        model = load_network(network).to(device, memory_format=torch.channels_last).train()
+        model = load_network(network).to(device).to(memory_format=torch.channels_last).train()
         parallel = ray.train.torch.prepare_model(model) if world > 1 else model
         images = LiveImages(
             config["buckets"][rank::world],

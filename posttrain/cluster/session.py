@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 # Measured: what an undisturbed run on one machine needs least of (see each line). Set before ray is imported,
 # and never over what the user has set.
@@ -69,7 +70,7 @@ def session(
     started = not ray.is_initialized()
     if started:
         level = logging.INFO if verbose else logging.CRITICAL
-        options: dict[str, object] = {"log_to_driver": verbose, "logging_level": level}
+        options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": level}
         if address:
             # the same code on every node, whatever is installed there
             options |= {"address": address, "runtime_env": {"py_modules": _packages()}}

@@ -70,7 +70,7 @@ def load_network(network: Network) -> torch.nn.Module:
 
 
 def _for_inference(network: Network, device: torch.device) -> torch.nn.Module:
-    return load_network(network).to(device, memory_format=torch.channels_last).eval()
+    return load_network(network).to(device).to(memory_format=torch.channels_last).eval()
 
 
 def probe_scores(

@@ -7,6 +7,9 @@
 of H is kept exactly, and the rest is taken as zero.
 """
 
+# torch.linalg, Tensor.norm and Tensor.split carry no complete types
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -8,6 +8,9 @@ one-hot given label, the probe minimises
 Nothing here knows where the blocks are: `fit` is handed a `Reduce` that sums a function over all of them.
 """
 
+# torch.linalg, Tensor.norm and Tensor.split carry no complete types
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 from collections.abc import Callable

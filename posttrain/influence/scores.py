@@ -4,6 +4,9 @@ Every score is larger for a sample that is more suspect. Notation as in `probe` 
 K_i the leverage X_i (nH)^-1 X_i^T.
 """
 
+# torch.linalg, Tensor.norm and Tensor.split carry no complete types
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import pyarrow.csv
 import pyarrow.parquet as pq
 
 from posttrain.schema import BUCKET, LABEL, ROW, SAMPLE_ID, Excluded
 from posttrain.store.folder import RunFolder
+
+# pyarrow makes these functions when it is imported: a type checker sees none of them
+pc = cast(Any, pyarrow.compute)
 
 # the columns that only the machinery needs
 _INNER = (BUCKET, ROW)
@@ -65,7 +69,7 @@ def write_issues(
     """
     count = 0
     with folder.writing(folder.path("issues.csv")) as stream:
-        writer: pyarrow.csv.CSVWriter | None = None
+        writer = None
         for table, is_issue in _scored(folder, rounds, last_scores, excluded):
             part = _issues(table, is_issue, classes)
             if writer is None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from small_data import Digits, memorise
+from small_data import NETWORK, Digits, memorise
 
 from posttrain.config import RunFile
 
@@ -26,22 +26,21 @@ def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
 
 
-@pytest.fixture
-def shared_workers(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session")
+def shared_workers(ray_session: None) -> Iterator[None]:
     """The real pools, one per number of workers, kept over the tests: a new process takes seconds to import torch."""
     from posttrain.cluster import workers
 
-    real = workers.Workers
+    real, pools = workers.Workers, {}
 
     def kept(*, count: int | None, **options: Any) -> Any:
-        if count not in _POOLS:
-            _POOLS[count] = real(count=count, **options)
-        return _POOLS[count]
+        if count not in pools:
+            pools[count] = real(count=count, **options)
+        return pools[count]
 
-    monkeypatch.setattr(workers, "Workers", kept)
-
-
-_POOLS: dict[int | None, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers, "Workers", kept)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -63,13 +62,13 @@ def digits_parquet(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
-@pytest.fixture
-def runfile(digits_parquet: Path, tmp_path: Path, mlflow_uri: str) -> Callable[..., dict[str, Any]]:
+@pytest.fixture(scope="session")
+def runfile(digits_parquet: Path, mlflow_uri: str) -> Callable[..., dict[str, Any]]:
     """A run file (as nested mappings) on the digits in Parquet; keywords replace keys of its sections."""
 
-    def make(**sections: dict[str, Any]) -> dict[str, Any]:
+    def make(path: Path, **sections: dict[str, Any]) -> dict[str, Any]:
         raw: dict[str, Any] = {
-            "run": {"path": str(tmp_path / "run")},
+            "run": {"path": str(path)},
             "data": {
                 "source": "parquet",
                 **{split: str(digits_parquet / split) for split in ("train", "validation", "test")},
@@ -92,13 +91,29 @@ def runfile(digits_parquet: Path, tmp_path: Path, mlflow_uri: str) -> Callable[.
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run(shared_workers: None, runfile: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """Runs `posttrain clean` in this process; keywords replace keys of the run file's sections."""
+    """Runs `posttrain clean` in this process into a folder; keywords replace keys of the run file's sections."""
 
-    def clean(**sections: dict[str, Any]) -> dict[str, Any]:
+    def clean(path: Path, **sections: dict[str, Any]) -> dict[str, Any]:
         from pipelines.clean import clean
 
-        return clean(RunFile.model_validate(runfile(**sections)), quiet=True)
+        return clean(RunFile.model_validate(runfile(path, **sections)), quiet=True)
 
     return clean
+
+
+@pytest.fixture(scope="session")
+def undisturbed(
+    run: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], dict[str, Any]]:
+    """The summary of a run of three rounds that nothing disturbed, by its `refine.scope`."""
+    summaries: dict[str, dict[str, Any]] = {}
+
+    def get(scope: str = "head") -> dict[str, Any]:
+        if scope not in summaries:
+            path = tmp_path_factory.mktemp("undisturbed") / scope
+            summaries[scope] = run(path, refine=NETWORK if scope == "network" else {})
+        return summaries[scope]
+
+    return get

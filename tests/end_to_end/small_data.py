@@ -25,6 +25,7 @@ class Digits:
 
     def __init__(self) -> None:
         data = load_digits()
+        assert not isinstance(data, tuple)
         generator = np.random.default_rng(0)
         order = generator.permutation(len(data.target))
         self.images = (data.images[order] * 255 / 16).round().astype(np.uint8)
@@ -68,3 +69,13 @@ def memorise(digits: Digits, path: Path) -> None:
 
 def removed_ids(path: str | os.PathLike[str]) -> list[Any]:
     return pq.read_table(Path(path) / "removed.parquet")["sample_id"].to_pylist()
+
+
+def assert_same_result(run: str | os.PathLike[str], other: str | os.PathLike[str]) -> None:
+    """The same ids left in the same order, and the weights are bitwise equal."""
+    assert removed_ids(run) == removed_ids(other)
+    assert (Path(run) / "model.safetensors").read_bytes() == (Path(other) / "model.safetensors").read_bytes()
+
+
+NETWORK = {"scope": "network", "augment": "crop", "learning_rate": 0.001}
+"""A refine section that trains the whole network."""
