@@ -205,7 +205,15 @@ def finish(run: CleaningRun, outcome: rounds.Outcome[Network], began: float) -> 
         if run.config.results.cleaned in ("both", "parquet"):
             from posttrain.cluster.writing import write_cleaned
 
-            kept = write_cleaned(run.splits["train"], run.excluded, folder, classes, tell)
+            data = run.config.data
+            kept = write_cleaned(
+                run.splits["train"],
+                run.excluded,
+                folder,
+                columns=(data.id, data.image, data.label),
+                classes=classes,
+                progress=tell,
+            )
             files["clean data set"] = folder.path("cleaned")
         if run.config.results.cleaned in ("both", "manifest"):
             kept = results.write_manifest(folder, last_scores, run.excluded)

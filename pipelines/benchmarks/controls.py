@@ -109,11 +109,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--folder", type=Path, default=Path("runs/controls"), help="a folder for all runs")
     parser.add_argument("--only", nargs="+", choices=list(CONTROLS), default=list(CONTROLS))
+    parser.add_argument("--weights", type=Path, help="first weights for all runs, instead of pre-training for each seed")
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     options = parser.parse_args()
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTROLS if name in options.only}
     for seed in options.seeds:
-        first: Path | None = None
+        first: Path | None = options.weights
         budget: list[int] = []
         for name in found:
             folder = options.folder / f"{name.replace(' ', '_')}-{seed}"
@@ -135,7 +136,8 @@ def main() -> None:
                 )
             result = measured(config, name, first, budget)
             if name == "posttrain":
-                first, budget = folder / "pretrained" / "model.safetensors", steps_of(config, result)
+                first = folder / "pretrained" / "model.safetensors"
+                budget = steps_of(config, result)
             found[name].append(result)
     lines = [f"{options.runfile or 'digits'}, seeds {options.seeds}; {hardware()}", "", *table(found), ""]
     ours = found.get("posttrain", [])

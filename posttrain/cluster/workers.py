@@ -330,8 +330,9 @@ class Workers:
         """The shards of every bucket; those that are there already are kept. `progress` counts samples."""
         found = {b.index: summarise_shard(folder, folder.features(backbone, split, b.index), b.index) for b in buckets}
         todo = [b for b in buckets if found[b.index] is None]
-        total = sum(b.rows for b in todo)
         nothing = np.empty(0, np.int32)
+        live = {b.index: b.rows - len(excluded.get(b.index, nothing)) for b in todo}
+        total = sum(live.values())
         reference = ray.put(network)
         calls = [
             lambda actor, b=b: actor.embed.remote(
@@ -347,7 +348,7 @@ class Workers:
         done = 0
         for bucket, summary in zip(todo, self.each(calls), strict=True):
             found[bucket.index] = summary
-            done += bucket.rows
+            done += live[bucket.index]
             progress(done, total)
         return [summary for summary in (found[b.index] for b in buckets) if summary is not None]
 

@@ -14,18 +14,35 @@ from posttrain.store.folder import RunFolder
 
 
 @ray.remote
-def _write(block: pa.Table, skip: np.ndarray, folder: RunFolder, path: str, classes: tuple[str, ...]) -> int:
+def _write(
+    block: pa.Table,
+    skip: np.ndarray,
+    folder: RunFolder,
+    path: str,
+    columns: tuple[str, str, str],
+    classes: tuple[str, ...],
+) -> int:
     rows = np.setdiff1d(np.arange(block.num_rows), skip)
     kept = block.take(pa.array(rows)).select([SAMPLE_ID, IMAGE, LABEL])
     kept = kept.append_column("class_name", pa.array(classes).take(kept[LABEL]))
+    kept = kept.rename_columns([*columns, "class_name"])
     folder.write_table(path, kept)
     return kept.num_rows
 
 
 def write_cleaned(
-    split: Split, excluded: Excluded, folder: RunFolder, classes: Sequence[str], progress: Progress
+    split: Split,
+    excluded: Excluded,
+    folder: RunFolder,
+    *,
+    columns: tuple[str, str, str],
+    classes: Sequence[str],
+    progress: Progress,
 ) -> int:
-    """Writes `cleaned/part-*.parquet` with what is in no row of `excluded`; returns the number of samples."""
+    """Writes `cleaned/part-*.parquet` with what is in no row of `excluded`; returns the number of samples.
+
+    `columns`: the names of id, image and label, which are those of the input where it has names.
+    """
     nothing = np.empty(0, np.int32)
     kept = seen = 0
     pending = [
@@ -34,6 +51,7 @@ def write_cleaned(
             excluded.get(b.index, nothing),
             folder,
             folder.path("cleaned", f"part-{b.index:05d}.parquet"),
+            columns,
             tuple(classes),
         )
         for b in split.buckets

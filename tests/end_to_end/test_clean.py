@@ -63,8 +63,9 @@ def test_every_sample_ends_up_in_exactly_one_place(undisturbed: Undisturbed, dig
     parts = [pq.read_table(path) for path in sorted((folder / "cleaned").glob("part-*.parquet"))]
     images = pa.concat_tables(parts)
     assert sorted(removed + kept) == list(digits.splits["train"])
-    assert sorted(images["sample_id"].to_pylist()) == sorted(kept)
-    by_id = dict(zip(images["sample_id"].to_pylist(), images["image"].to_pylist(), strict=True))
+    assert images.column_names == ["id", "image", "label", "class_name"]
+    assert sorted(images["id"].to_pylist()) == sorted(kept)
+    by_id = dict(zip(images["id"].to_pylist(), images["image"].to_pylist(), strict=True))
     assert all(by_id[i] == png(digits.images[i]) for i in kept[:50])
     assert (summary["removed"], summary["live"]) == (len(removed), len(kept))
     with (folder / "issues.csv").open() as stream:
