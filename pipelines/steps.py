@@ -403,6 +403,7 @@ class CleaningRun:
                     classes=len(self.inputs.classes),
                     dim=len(standardizer.mean) + 1,
                     damping=damping,
+                    start=fits[-1][0].weights if fits else None,
                 )
                 fits.append((found, *self._measure(held_out, found.weights)))
             tried = {found.damping: loss for found, loss, _ in fits}

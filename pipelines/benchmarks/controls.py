@@ -109,7 +109,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--folder", type=Path, default=Path("runs/controls"), help="a folder for all runs")
     parser.add_argument("--only", nargs="+", choices=list(CONTROLS), default=list(CONTROLS))
-    parser.add_argument("--weights", type=Path, help="first weights for all runs, instead of pre-training for each seed")
+    parser.add_argument(
+        "--weights", type=Path, help="first weights for all runs, instead of pre-training for each seed"
+    )
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     options = parser.parse_args()
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTROLS if name in options.only}

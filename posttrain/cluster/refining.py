@@ -11,6 +11,7 @@ import logging
 import math
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -107,7 +108,8 @@ def train(
         run_config=None
         if workers == 0
         else ray.train.RunConfig(
-            name=run_name,
+            # a name used again would take up the state of the former attempt
+            name=f"{run_name}-{uuid.uuid4().hex[:8]}",
             storage_path=folder.path("training"),
             storage_filesystem=folder.files,
             failure_config=ray.train.FailureConfig(max_failures=2),

@@ -38,6 +38,9 @@ depends neither on the number of actors nor on which of them was faster."""
 
 EMBEDDING_BATCH = 256
 
+_VIEWS_KEPT = 4
+"""Views whose features an actor keeps: raw and standardised, held-out, and the one before."""
+
 _view_numbers = itertools.count()
 
 
@@ -162,9 +165,8 @@ class _Worker:
         """A bucket's live rows: the shard, features (standardised, 1 appended), labels; cached while they fit."""
         if key not in self.views:
             self.views[key] = {}
-            while len(self.views) > 4:
-                _, dropped = self.views.popitem(last=False)
-                self.cached -= sum(features.nbytes for _, features, _ in dropped.values())
+            while len(self.views) > _VIEWS_KEPT:
+                self._forget_oldest()
         blocks = self.views[key]
         if bucket not in blocks:
             view: View = ray.get(view_in[0])
@@ -172,11 +174,17 @@ class _Worker:
             features = torch.from_numpy(shard.features.copy()).to(self.device)
             features = features.float() if view.standardizer is None else view.standardizer(features)
             block = (shard, features, torch.from_numpy(shard.labels.astype(np.int64)).to(self.device))
+            while self.cached + features.nbytes > self.cache_bytes and next(iter(self.views)) != key:
+                self._forget_oldest()
             if self.cached + features.nbytes > self.cache_bytes:
                 return block
             self.cached += features.nbytes
             blocks[bucket] = block
         return blocks[bucket]
+
+    def _forget_oldest(self) -> None:
+        _, dropped = self.views.popitem(last=False)
+        self.cached -= sum(features.nbytes for _, features, _ in dropped.values())
 
 
 def read_live(view: View, bucket: int) -> Shard:
