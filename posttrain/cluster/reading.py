@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -22,6 +23,7 @@ import ray
 import ray.data
 from pyarrow import fs
 
+from posttrain import errors
 from posttrain.errors import DataError, DuplicateIdError, LabelRangeError, PosttrainError
 from posttrain.schema import (
     FILE,
@@ -564,6 +566,10 @@ def explain(error: BaseException) -> NoReturn:
     for inner in _causes(error):
         if isinstance(inner, PosttrainError):
             raise inner from None
+    # Ray Data keeps of the exception that a function of its own raised only the text
+    told = re.search(r"^posttrain\.errors\.(\w+): (.+)$", str(error), re.MULTILINE)
+    if told is not None and issubclass(kind := getattr(errors, told[1], Exception), PosttrainError):
+        raise kind(told[2]) from None
     raise error
 
 

@@ -83,6 +83,9 @@ def session(
         with contextlib.nullcontext() if verbose else _silent_stderr():
             ray.init(**options)
     if not verbose:
+        # ray.data sets up its loggers when it is imported: before, a level would not last
+        import ray.data
+
         for name in ("ray.data", "ray.train", "ray.tune", "ray"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
