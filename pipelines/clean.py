@@ -11,16 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from rich.console import Console
 
 from posttrain import rounds
-from posttrain.config import RunFile, dump
+from posttrain.config import RunFile, without_credentials
 from posttrain.errors import ConfigError
 from posttrain.report.progress import Steps as Progress
 from posttrain.report.summary import print_summary
 from posttrain.store.folder import RunFolder
-from posttrain.store.ledger import Ledger
+from posttrain.store.ledger import Ledger, settings
 
 if TYPE_CHECKING:
     from pipelines.inputs import Inputs
@@ -57,8 +56,9 @@ def finished_already(ledger: Ledger, config: RunFile, progress: Progress) -> dic
             f"run.path = {config.run.path} is not on this machine, and SQLite cannot live there: "
             "set tracking.uri to an MLflow server"
         )
+    ledger.folder.refuse_unwritable()
     started = ledger.started()
-    if started is None:
+    if started is None or not ledger.is_begun():
         return None
     ledger.refuse_other_settings(started, config)
     summary = ledger.finished()
@@ -107,7 +107,7 @@ def opened(config: RunFile, progress: Progress, *, verbose: bool) -> Iterator[Cl
         fingerprint = {"files": inputs.listing, **{name: split.digest for name, split in splits.items()}}
         ledger = Ledger(folder)
         started = ledger.started()
-        if started is None:
+        if started is None or not ledger.is_begun():
             ledger.start(config, fingerprint)
         else:
             ledger.refuse_other_data(started, fingerprint)
@@ -141,11 +141,11 @@ def open_tracking(config: RunFile, inputs: Inputs, folder: RunFolder, fingerprin
         experiment=config.tracking.experiment,
         run_name=config.run.path.rstrip("/").rsplit("/", 1)[-1],
         run_id=known.get("run_id"),
-        params=yaml.safe_load(dump(config)),
+        params=settings(config),
         tags={"posttrain.run": config.run.path},
     )
     if not tracking.resumed:
-        folder.write_json(path, {"uri": tracking.uri, "run_id": tracking.run_id})
+        folder.write_json(path, {"uri": without_credentials(tracking.uri), "run_id": tracking.run_id})
         for name in inputs.sources:
             tracking.log_dataset(
                 f"{config.data.source}/{name}",
@@ -199,7 +199,7 @@ def finish(run: CleaningRun, outcome: rounds.Outcome[Network], began: float) -> 
     files: dict[str, str] = {}
     with run.progress.step("results") as tell:
         folder.write_bytes(folder.path("model.safetensors"), state.model.weights)
-        removed = results.write_removed(folder, numbers, classes)
+        removed = results.write_removed(folder, numbers or [state.number + 1], classes)
         results.write_issues(folder, numbers, last_scores, run.excluded, classes)
         kept = state.live
         if run.config.results.cleaned in ("both", "parquet"):
@@ -241,6 +241,7 @@ def finish(run: CleaningRun, outcome: rounds.Outcome[Network], began: float) -> 
             for split in ("validation", "test")
             for when, metrics in (("before", first), ("after", last))
         },
+        "test_accuracy_refit": first.get("refit_test_accuracy"),
         "removal_precision": last.get("removal_precision"),
         "removal_recall": last.get("removal_recall"),
         "seconds": round(time.perf_counter() - began, 1),
@@ -286,4 +287,8 @@ def log_results(run: CleaningRun, outcome: rounds.Outcome[Network]) -> str:
                 },
             )
     tracking.log_metrics({"rounds": outcome.state.number}, step=outcome.state.number)
-    return f"mlflow ui --backend-store-uri {tracking.uri}" if "sqlite" in tracking.uri else tracking.uri
+    return (
+        f"mlflow ui --backend-store-uri {tracking.uri}"
+        if "sqlite" in tracking.uri
+        else without_credentials(tracking.uri)
+    )

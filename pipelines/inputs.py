@@ -36,6 +36,8 @@ def prepare(config: RunFile) -> Inputs:
 
     Raises DataError, LabelRangeError or ModelError.
     """
+    import torch
+
     from posttrain.cluster import reading
     from posttrain.vision import models
 
@@ -77,6 +79,9 @@ def prepare(config: RunFile) -> Inputs:
         _per_channel(config.model.std, channels),
         config.data.image_shape or listings["train"].image_shape,
     )
+    with torch.no_grad():
+        # refuses images that the network cannot take, and a head that does not fit, before any work
+        models.embed(model, head, torch.zeros(2, channels, *image.size))
     noise = config.data.noise
     return Inputs(
         sources,
@@ -159,5 +164,13 @@ def _classes(data: Data, train: Source, listing: Listing) -> tuple[str, ...]:
         return listing.classes
     if isinstance(train, ParquetSource):
         names = string_labels(train)
-        return names if names is not None else tuple(str(c) for c in range(highest_label(train) + 1))
+        if names is not None:
+            return names
+        highest = highest_label(train)
+        if highest >= listing.rows:
+            raise LabelRangeError(
+                f"{train.locations[0]}: the labels go up to {highest}, with {listing.rows} samples; is data.label = "
+                f"{train.label!r} the right column? If it is, set data.classes"
+            )
+        return tuple(str(c) for c in range(highest + 1))
     raise DataError("the classes are not known; set data.classes")

@@ -26,10 +26,10 @@ def pretrain(config: RunFile, *, verbose: bool = False, quiet: bool = False) -> 
         )
     began = time.perf_counter()
     progress = Progress(Console(stderr=True))
-    finished_already(Ledger(RunFolder(config.run.path)), config, progress)
     path = RunFolder(config.run.path).path("pretrained", "model.safetensors")
-    with opened(config, progress, verbose=verbose) as run:
-        first_model(run)
+    if finished_already(Ledger(RunFolder(config.run.path)), config, progress) is None:
+        with opened(config, progress, verbose=verbose) as run:
+            first_model(run)
     summary = {"run": config.run.path, "weights": path, "seconds": round(time.perf_counter() - began, 1)}
     if not quiet:
         Console().print(

@@ -7,7 +7,7 @@ the tracking. Each method is one step.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -38,6 +38,7 @@ from posttrain.schema import (
     Round,
     excluded_digest,
     excluded_rows,
+    stream_seed,
 )
 from posttrain.store.features import ShardSummary, quarantine_table
 from posttrain.store.folder import RunFolder
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
 # pyarrow makes these functions when it is imported: a type checker sees none of them
 pc = cast(Any, pyarrow.compute)
 
-_ALL_SCORES_DRAW = 3  # seed of the control's draw
 _BINS = 60
 
 
@@ -64,8 +64,6 @@ class Fitted:
     probe: probe.Probe
     validation_loss: float
     validation_accuracy: float
-    tried: dict[float, float]
-    """Damping -> cross-entropy on the held-out labels."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,6 @@ class Scored:
     path: str
     class_counts: np.ndarray
     """Live samples of each class."""
-    curvature: str
 
 
 @dataclass(frozen=True)
@@ -83,6 +80,7 @@ class Removal:
     """What a round takes out, in `removed.parquet`."""
 
     selection: Selection
+    scored: int
     excluded: Excluded
     """Of this round alone."""
     figures: dict[str, bytes]
@@ -102,8 +100,10 @@ class CleaningRun:
     progress: Progress
     removed: Excluded = field(default_factory=dict)
     quarantined: Excluded = field(default_factory=dict)
+    quota: Sequence[int] | None = None
+    """Samples to remove in each round instead of the budget: for controls."""
     _fitted: dict[tuple[str, str], Fitted] = field(default_factory=dict)
-    _scored: str | None = None
+    _probe_metrics: dict[str, float] = field(default_factory=dict)
 
     @property
     def ledger(self) -> Ledger:
@@ -142,7 +142,7 @@ class CleaningRun:
         with self.progress.step("score") as tell, self.folder.writing(path) as stream:
             writer: pq.ParquetWriter | None = None
             done = 0
-            seed = self.config.run.seed * 1_000_003 + _ALL_SCORES_DRAW + state.number
+            seed = stream_seed("control", self.config.run.seed, state.number)
             for table in self.workers.score(fitted.view, fitted.probe.weights, found, seed):
                 writer = writer or pq.ParquetWriter(stream, table.schema, compression="zstd")
                 writer.write_table(table)
@@ -152,8 +152,13 @@ class CleaningRun:
             if writer is None:
                 raise StepError("no sample is left to score; the run folder's quarantine.parquet says why")
             writer.close()
-        self._scored = path
-        return Scored(path, counts, kind)
+        self._probe_metrics = {
+            "probe_damping": fitted.probe.damping,
+            "probe_validation_loss": fitted.validation_loss,
+            "probe_validation_accuracy": fitted.validation_accuracy,
+            "curvature_is_exact": float(kind == "exact"),
+        }
+        return Scored(path, counts)
 
     def select(self, state: State[Network], scored: Scored) -> Removal:
         """The round's cut, and its rows in `removed.parquet`."""
@@ -164,7 +169,7 @@ class CleaningRun:
             selection = select(
                 lambda: self._candidates(scored.path),
                 classes=len(self.inputs.classes),
-                at_most=int(settings.budget * int(scored.class_counts.sum())),
+                at_most=self._at_most(number, int(scored.class_counts.sum())),
                 caps=np.maximum(scored.class_counts - floors, 0),
                 threshold=-np.inf,
             )
@@ -193,11 +198,14 @@ class CleaningRun:
 
             lowest = pc.min(table[settings.score]).as_py() if table.num_rows else None
             figures["scores.png"] = score_histogram(edges, kept, gone, score=settings.score, cut=lowest)
-        return Removal(selection, excluded_rows(table[BUCKET].to_numpy(), table[ROW].to_numpy()), figures)
+        scored_samples = int(scored.class_counts.sum())
+        return Removal(
+            selection, scored_samples, excluded_rows(table[BUCKET].to_numpy(), table[ROW].to_numpy()), figures
+        )
 
     def count(self, removal: Removal) -> Cut:
-        """How many candidates there are, and how many of them go."""
-        return Cut(removal.selection.candidates, removal.selection.total)
+        """How many samples were scored, how many are candidates, and how many of them go."""
+        return Cut(removal.scored, removal.selection.candidates, removal.selection.total)
 
     def refine(self, state: State[Network], backbone: str, removal: Removal, fitted: Fitted) -> Network:
         """The model without the samples of this round: a new head, or the whole network trained on."""
@@ -237,12 +245,14 @@ class CleaningRun:
         with self.progress.step("commit"):
             self.folder.write_bytes(self.folder.checkpoint(done.number), model.weights)
             self.removed = self._joined(removal, self.removed)
-            metrics = dict(done.metrics)
+            metrics = {**done.metrics, **self._probe_metrics}
             if self._true_labels_known():
                 found = measuring.detection(self.splits["train"], self.removed)
                 metrics |= _known(removal_precision=found.precision, removal_recall=found.recall)
         done = replace(done, metrics=metrics, seconds=self.progress.seconds_of_round())
         self.ledger.commit(done)
+        # the next round's features are those of the new backbone: the old ones are not asked for again
+        self.folder.keep_only_features(models.backbone_fingerprint(load_network(model), self.inputs.spec.head))
         self.tell_round(done, removal.figures)
         self.progress.say(self._line(done))
         return done
@@ -265,8 +275,10 @@ class CleaningRun:
         """Round 0: the model as it came, everything embedded once and what cannot be read quarantined."""
         self.folder.write_bytes(self.folder.checkpoint(0), model.weights)
         self.progress.begin_round(0)
-        self._embed(model, [name for name in ("train", "validation", "test") if name in self.splits])
+        backbone = self._embed(model, [name for name in ("train", "validation", "test") if name in self.splits])
         metrics = self.evaluate(State((), model, self._validation_samples), model)
+        with self.progress.step("fit"):
+            metrics |= self._refitted(backbone)
         done = Round(0, self._live(), 0, 0, metrics, self.progress.seconds_of_round())
         self.ledger.commit(done)
         self.tell_round(done, {})
@@ -406,12 +418,20 @@ class CleaningRun:
                     start=fits[-1][0].weights if fits else None,
                 )
                 fits.append((found, *self._measure(held_out, found.weights)))
-            tried = {found.damping: loss for found, loss, _ in fits}
             best, loss, accuracy = min(fits, key=lambda fit: fit[1])
             # the last two serve: the probe after a removal is the next round's probe
             self._fitted = dict(list(self._fitted.items())[-1:])
-            self._fitted[key] = Fitted(view, standardizer, best, loss, accuracy, tried)
+            self._fitted[key] = Fitted(view, standardizer, best, loss, accuracy)
         return self._fitted[key]
+
+    def _refitted(self, backbone: str) -> dict[str, float]:
+        """Accuracies of the head refitted with nothing removed: what a removal has to be compared with."""
+        fitted = self._fit(backbone, self.excluded)
+        metrics = {"refit_validation_accuracy": fitted.validation_accuracy}
+        if "test" in self.splits:
+            view = self._view(backbone, "test", {}, fitted.standardizer)
+            metrics["refit_test_accuracy"] = self._measure(view, fitted.probe.weights)[1]
+        return metrics
 
     def _measure(self, view: View, weights: torch.Tensor) -> tuple[float, float]:
         """(mean cross-entropy, accuracy) of a linear head on a view."""
@@ -439,6 +459,11 @@ class CleaningRun:
             if table.num_rows:
                 low, high = min(low, bounds["min"].as_py()), max(high, bounds["max"].as_py())
         return np.linspace(low, high if high > low else low + 1, _BINS + 1)
+
+    def _at_most(self, number: int, live: int) -> int:
+        if self.quota is not None:
+            return self.quota[number - 1]
+        return max(1, int(self.config.removal.budget * live))
 
     def _joined(self, removal: Removal, to: Excluded | None = None) -> Excluded:
         merged = dict(self.excluded if to is None else to)

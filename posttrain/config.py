@@ -390,6 +390,11 @@ def differences(a: RunFile, b: RunFile) -> list[str]:
 # Reading and writing YAML -----------------------------------------------------------------------------------
 
 
+def without_credentials(text: str) -> str:
+    """The text with user and password taken out of the URIs in it."""
+    return re.sub(r"//[^/@\s]*@", "//***@", text)
+
+
 class _Loader(yaml.SafeLoader):
     """Plain data only; a key that is written twice is an error, not a silent choice."""
 

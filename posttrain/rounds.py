@@ -50,8 +50,10 @@ class State(Generic[Model]):
 
 @dataclass(frozen=True)
 class Cut:
-    """What `select` found: how many look wrong, how many of them go."""
+    """What `select` found: how many of the live samples look wrong, how many of them go."""
 
+    live: int
+    """Samples that were scored."""
     candidates: int
     removed: int
 
@@ -88,11 +90,11 @@ def clean(start: State[Model], steps: Steps[Features, Probe, Scores, Removal, Mo
         scores = steps.score(state, features, probe)
         removal = steps.select(state, scores)
         cut = steps.count(removal)
-        if cut.removed == 0 or cut.candidates < limits.minimum * state.live:
-            return Outcome(state, nothing_left(cut, state.live))
+        if cut.removed == 0 or cut.candidates < limits.minimum * cut.live:
+            return Outcome(state, nothing_left(cut))
         model = steps.refine(state, features, removal, probe)
         metrics = steps.evaluate(state, model)
-        done = Round(state.number + 1, state.live - cut.removed, cut.candidates, cut.removed, metrics)
+        done = Round(state.number + 1, cut.live - cut.removed, cut.candidates, cut.removed, metrics)
         done = steps.commit(state, removal, model, done)
         state = replace(state, history=(*state.history, done), model=model)
     return Outcome(state, reason)
@@ -105,7 +107,10 @@ def limit_reached(state: State[Model], limits: Limits) -> str | None:
     accuracies = [r.metrics["validation_accuracy"] for r in state.history]
     best = max(accuracies)
     # one would be passed by chance every few rounds: the best of several is itself an extreme
-    error = 2 * math.sqrt(best * (1 - best) / state.validation_samples)
+    # the plus-four estimate (Agresti & Coull 1998): an accuracy of 1 has an error, too
+    n = state.validation_samples + 4
+    share = (best * state.validation_samples + 2) / n
+    error = 2 * math.sqrt(share * (1 - share) / n)
     worse = 0
     for accuracy in reversed(accuracies):
         if accuracy >= best - error:
@@ -119,8 +124,8 @@ def limit_reached(state: State[Model], limits: Limits) -> str | None:
     return None
 
 
-def nothing_left(cut: Cut, live: int) -> str:
+def nothing_left(cut: Cut) -> str:
     """The reason where what is left no longer looks wrong."""
     if cut.candidates and not cut.removed:
         return f"{cut.candidates} samples look wrong, but the budget or the class floors let none of them go"
-    return f"what is left no longer looks wrong: {cut.candidates} of {live} samples would be candidates"
+    return f"what is left no longer looks wrong: {cut.candidates} of {cut.live} samples would be candidates"

@@ -53,6 +53,12 @@ def uniform(ids: np.ndarray, seed: int) -> np.ndarray:
     return (order_key(ids, seed) >> (ORDER_BITS - 53)) * 2.0**-53
 
 
+def stream_seed(stream: str, *numbers: int) -> int:
+    """A seed for `uniform` that depends on its purpose: draws of different streams know nothing of each other."""
+    text = ":".join([stream, *map(str, numbers)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
 def _mixed(words: np.ndarray) -> np.ndarray:
     words = words + np.uint64(0x9E3779B97F4A7C15)
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -60,7 +60,7 @@ class Fakes:
 
         def select(state: State[int], scores: str) -> Cut:
             self._called("select", state.number + 1, scores)
-            return Cut(left["wrong"], min(left["wrong"], self.budget))
+            return Cut(state.live, left["wrong"], min(left["wrong"], self.budget))
 
         def count(removal: Cut) -> Cut:
             self.calls.append(("count", removal))
@@ -98,7 +98,7 @@ def names(calls: list[tuple[Any, ...]]) -> list[str]:
 def test_a_round_takes_its_steps_in_order_and_hands_each_what_the_earlier_ones_gave():
     fakes = Fakes()
     outcome = clean(start(0.9), fakes.steps(), replace(NO_LIMIT, max_rounds=1))
-    cut = Cut(10, 3)
+    cut = Cut(100, 10, 3)
     done = Round(1, 97, 10, 3, {"validation_accuracy": 0.9})
     assert fakes.calls == [
         ("embed", 0),
@@ -160,7 +160,8 @@ def test_nothing_is_refined_or_committed_where_nothing_may_go():
     assert "7 samples look wrong" in outcome.reason and "class floors" in outcome.reason
 
 
-# best 0.9 of 900 validation samples: two standard errors are 0.02
+# best 0.9 of 900 validation samples: two standard errors, with the plus-four estimate, are
+# 2 sqrt(0.8982 * 0.1018 / 904) = 0.0201
 @pytest.mark.parametrize(
     ("accuracies", "ends"),
     [
@@ -177,7 +178,7 @@ def test_a_run_ends_after_two_rounds_in_a_row_clearly_below_the_best(accuracies:
     reason = limit_reached(start(*accuracies, samples=900), replace(NO_LIMIT, patience=2))
     assert (reason is not None) == ends
     if reason is not None:
-        assert "0.0200" in reason and "0.9000" in reason and "2 rounds" in reason
+        assert "0.0201" in reason and "0.9000" in reason and "2 rounds" in reason
 
 
 def test_few_validation_samples_make_the_patience_rule_slower_to_judge():
@@ -215,3 +216,9 @@ def test_a_run_that_has_ended_and_is_started_again_commits_nothing_twice():
     assert again == first
     assert [r.number for r, _ in fakes.committed] == [1, 2, 3, 4]
     assert sum(r.removed for r, _ in fakes.committed) == 10
+
+
+def test_a_perfect_validation_accuracy_has_a_standard_error_too():
+    limits = replace(NO_LIMIT, patience=2)
+    assert limit_reached(start(1.0, 0.99, 0.99, samples=100), limits) is None
+    assert limit_reached(start(1.0, 0.8, 0.8, samples=100), limits) is not None

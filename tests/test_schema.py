@@ -14,6 +14,7 @@ from posttrain.schema import (
     excluded_digest,
     excluded_rows,
     order_key,
+    stream_seed,
     uniform,
 )
 
@@ -123,3 +124,12 @@ def test_the_digest_tells_sets_of_rows_apart_and_nothing_else():
     digests = {excluded_digest(other) for other in (rows, *others)}
     assert len(digests) == 5
     assert all(len(digest) == 16 and int(digest, 16) >= 0 for digest in digests)
+
+
+def test_draws_of_different_streams_know_nothing_of_each_other():
+    ids = np.arange(20_000)
+    noise = {seed: uniform(ids, seed) for seed in range(8)}
+    for seed in range(4):
+        for number in range(4):
+            control = uniform(ids, stream_seed("control", seed, number))
+            assert max(abs(np.corrcoef(control, other)[0, 1]) for other in noise.values()) < 0.04

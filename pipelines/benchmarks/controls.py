@@ -33,8 +33,13 @@ from posttrain.report.progress import Steps as Progress
 CONTROLS = {"posttrain": "loo_margin", "random removal": "random", "removal by loss": "loss", "no removal": None}
 
 
-def measured(config: RunFile, name: str, first: Path | None, budget: list[int]) -> dict[str, Any]:
-    """One run: accuracies, seconds by step; `budget` holds the training steps of each round, for `no removal`."""
+def measured(
+    config: RunFile, name: str, first: Path | None, steps: list[int], quota: list[int] | None
+) -> dict[str, Any]:
+    """One run: accuracies, seconds by step.
+
+    `steps`: training steps of each round, for `no removal`; `quota`: samples to remove in each, for the others.
+    """
     path = Path(config.run.path) / "measured.json"
     if path.exists():
         return json.loads(path.read_text())
@@ -46,9 +51,13 @@ def measured(config: RunFile, name: str, first: Path | None, budget: list[int]) 
             run.folder.write_bytes(run.folder.path("pretrained", "model.safetensors"), first.read_bytes())
         state = begun(run) or run.begin(first_model(run))
         if CONTROLS[name] is None:
-            found = without_removal(run, state, budget)
+            found = without_removal(run, state, steps)
         else:
-            limits = rounds.Limits(config.removal.max_rounds, config.removal.minimum, config.removal.patience)
+            run.quota = quota
+            most = config.removal.max_rounds if quota is None else len(quota)
+            # the controls go as far as the run that they are compared with
+            minimum, patience = (config.removal.minimum, config.removal.patience) if quota is None else (0.0, most)
+            limits = rounds.Limits(most, minimum, patience)
             outcome = rounds.clean(state, run.as_steps(), limits)
             summary = finish(run, outcome, began)
             found = {key: summary[key] for key in summary if key not in ("files", "run")}
@@ -117,7 +126,8 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTROLS if name in options.only}
     for seed in options.seeds:
         first: Path | None = options.weights
-        budget: list[int] = []
+        steps: list[int] = []
+        quota: list[int] | None = None
         for name in found:
             folder = options.folder / f"{name.replace(' ', '_')}-{seed}"
             score = CONTROLS[name] or "loo_margin"
@@ -136,10 +146,11 @@ def main() -> None:
                         f"data.noise.seed={seed}",
                     ],
                 )
-            result = measured(config, name, first, budget)
+            result = measured(config, name, first, steps, quota)
             if name == "posttrain":
                 first = folder / "pretrained" / "model.safetensors"
-                budget = steps_of(config, result)
+                steps = steps_of(config, result)
+                quota = [removed for _, removed, _ in result["history"][1:]]
             found[name].append(result)
     lines = [f"{options.runfile or 'digits'}, seeds {options.seeds}; {hardware()}", "", *table(found), ""]
     ours = found.get("posttrain", [])

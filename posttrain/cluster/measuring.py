@@ -41,8 +41,9 @@ def _wrong_rows(block: pa.Table) -> np.ndarray:
 
 
 def is_wrong(block: pa.Table) -> np.ndarray:
-    """[rows] bool: the given label is not the true one."""
-    return block[LABEL].to_numpy() != block[TRUE_LABEL].to_numpy()
+    """[rows] bool: the given label is not the true one; False where either is missing."""
+    given, true = block[LABEL].to_numpy(), block[TRUE_LABEL].to_numpy()
+    return (given >= 0) & (true >= 0) & (given != true)
 
 
 def detection(split: Split, removed: Excluded) -> Detection:

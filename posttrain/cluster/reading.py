@@ -142,6 +142,19 @@ def list_source(source: Source) -> Listing:
             f"{source.locations[0]}: no column {', '.join(sorted(map(repr, filter(None, missing))))}; the file "
             f"has {', '.join(dataset.schema.names)}; set data.id, data.image and data.label"
         )
+    for name in filter(None, (source.label, source.true_label)):
+        kind = dataset.schema.field(name).type
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or _is_text(kind)):
+            raise DataError(
+                f"{source.locations[0]}: column {name!r} is {kind}; labels have to be integers or class names "
+                "(data.label, data.true_label)"
+            )
+    kind = dataset.schema.field(source.id).type
+    if not (pa.types.is_integer(kind) or _is_text(kind)):
+        raise DataError(
+            f"{source.locations[0]}: column {source.id!r} is {kind}; ids have to be integers or strings (data.id)"
+        )
     rows = dataset.count_rows()
     if rows == 0:
         raise DataError(f"{source.locations[0]}: holds no samples; name a location with at least one row")
@@ -150,8 +163,12 @@ def list_source(source: Source) -> Listing:
     return Listing(rows, _class_names(metadata), tuple(json.loads(shape)) if shape else None, _sizes(dataset))
 
 
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
 def _class_names(metadata: Mapping[bytes, bytes]) -> tuple[str, ...] | None:
-    """From the schema's metadata: `class_names` as JSON or comma-separated, or a Hugging Face ClassLabel."""
+    """From the schema's metadata: `class_names` as JSON or comma-separated."""
     if raw := metadata.get(b"class_names"):
         text = raw.decode()
         return tuple(json.loads(text)) if text.lstrip().startswith("[") else tuple(text.split(","))
@@ -511,6 +528,11 @@ def _split(name: str, blocks: Sequence[Any], inspections: Sequence[Inspection], 
 
 
 @ray.remote
+def _ids_alone(block: pa.Table) -> pa.Table:
+    return block.select([SAMPLE_ID])
+
+
+@ray.remote
 def _shared_ids(
     mine: pa.Table, others: list[list[ray.ObjectRef[pa.Table]]], other_names: list[str]
 ) -> tuple[Any, str] | None:
@@ -544,7 +566,7 @@ def _refuse_shared_ids(splits: Mapping[str, Split], sources: Mapping[str, Source
                     "not be trained on"
                 )
             continue
-        held_back[name] = [bucket.block for bucket in split.buckets]
+        held_back[name] = [_ids_alone.remote(bucket.block) for bucket in split.buckets]
     if not held_back:
         return
     names = list(held_back)

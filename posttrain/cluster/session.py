@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from posttrain.errors import ConfigError
 
 # Measured: what an undisturbed run on one machine needs least of (see each line). Set before ray is imported,
 # and never over what the user has set.
@@ -29,6 +33,20 @@ def cluster_address(configured: str | None) -> str | None:
     """The address of the cluster to join: the run file's, or RAY_ADDRESS, which `ray job submit` sets; else None."""
     address = configured or os.environ.get("RAY_ADDRESS")
     return None if address in (None, "", "local") else address
+
+
+def _refuse_unreachable(address: str) -> None:
+    """Ray itself tries for minutes, in silence, where nothing listens."""
+    found = re.fullmatch(r"(?:ray://)?([^/:]+):(\d+)", address)
+    if found is None:
+        return
+    try:
+        socket.create_connection((found[1], int(found[2])), timeout=5).close()
+    except OSError as error:
+        raise ConfigError(
+            f"ray.address = {address}: nothing answers there ({error.strerror or error}); "
+            "correct it, or leave it out to compute on this machine"
+        ) from None
 
 
 def _packages() -> list[str]:
@@ -80,8 +98,18 @@ def session(
             options |= {"address": "local", "num_cpus": num_cpus, "include_dashboard": False}
             if object_store_gb:
                 options["object_store_memory"] = int(object_store_gb * 1e9)
-        with contextlib.nullcontext() if verbose else _silent_stderr():
-            ray.init(**options)
+        if address:
+            _refuse_unreachable(address)
+        try:
+            with contextlib.nullcontext() if verbose else _silent_stderr():
+                ray.init(**options)
+        except (ConnectionError, RuntimeError) as error:
+            if not address:
+                raise
+            raise ConfigError(
+                f"ray.address = {address}: no Ray cluster can be joined there ({str(error).splitlines()[0]}); "
+                "start one with `ray start --head`, or leave ray.address out"
+            ) from None
     if not verbose:
         # ray.data sets up its loggers when it is imported: before, a level would not last
         import ray.data

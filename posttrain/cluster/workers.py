@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from posttrain.cluster.reading import Bucket, Progress, explain
-from posttrain.errors import StepError
+from posttrain.errors import ConfigError
 from posttrain.influence import probe as probes
-from posttrain.influence.curvature import Curvature
+from posttrain.influence.curvature import Curvature, hessian_block
 from posttrain.influence.probe import BlockFn, Standardizer
 from posttrain.influence.scores import SCORES, evidence, label_margin
 from posttrain.schema import BUCKET, FILE, IMAGE, LABEL, ROW, SAMPLE_ID, Excluded, ModelSpec, uniform
@@ -243,7 +243,7 @@ class Workers:
         available_gpus = resources.get("GPU", 0.0)
         self.gpus_per_worker = (1.0 if available_gpus >= 1 else 0.0) if gpus is None else gpus
         if self.gpus_per_worker > available_gpus and not on_cluster:
-            raise StepError(
+            raise ConfigError(
                 f"ray.gpus_per_worker = {self.gpus_per_worker:g}, but this machine shows {available_gpus:g} "
                 "GPUs; leave it out"
             )
@@ -373,23 +373,29 @@ class _Reducer:
 
     # beyond this an argument travels once through the object store instead of with every call
     _INLINE_BYTES = 1_000_000
+    _MATRICES_BYTES = 2_000_000_000
 
     def __init__(self, workers: Workers, view: View) -> None:
         self._workers, self._view = workers, view
         self._view_in = [ray.put(view)]
-        groups: list[list[int]] = [[] for _ in range(min(REDUCTION_GROUPS, len(view.buckets)))]
-        for position, bucket in enumerate(view.buckets):
-            groups[position % len(groups)].append(bucket)
-        self._groups = groups
+
+    def _groups(self, fn: BlockFn, arguments: Sequence[Tensor]) -> list[list[int]]:
+        buckets = self._view.buckets
+        count = min(REDUCTION_GROUPS, len(buckets))
+        if fn is hessian_block:
+            # every group sends a matrix of (d C)^2 float64 to the driver
+            count = max(1, min(count, self._MATRICES_BYTES // (8 * arguments[0].numel() ** 2)))
+        return [list(buckets[first::count]) for first in range(count)]
 
     def __call__(self, fn: BlockFn, *arguments: Tensor) -> tuple[Tensor, ...]:
         actors = self._workers._actors
         plain = [a.detach().cpu().numpy() for a in arguments]
         large = sum(a.nbytes for a in plain) > self._INLINE_BYTES
         arguments_in = [ray.put(plain)] if large else [plain]
-        owned = [list(range(i, len(self._groups), len(actors))) for i in range(len(actors))]
+        groups = self._groups(fn, arguments)
+        owned = [list(range(i, len(groups), len(actors))) for i in range(len(actors))]
         pending = [
-            actor.reduce.remote(self._view_in, self._view.key, [self._groups[g] for g in mine], fn, arguments_in)
+            actor.reduce.remote(self._view_in, self._view.key, [groups[g] for g in mine], fn, arguments_in)
             for actor, mine in zip(actors, owned, strict=True)
             if mine
         ]
@@ -403,7 +409,7 @@ class _Reducer:
             for g, sums in zip(mine, part, strict=True)
         }
         total: list[Tensor] | None = None
-        for g in range(len(self._groups)):
+        for g in range(len(groups)):
             part = [torch.from_numpy(np.array(a)) for a in by_group[g]]
             total = part if total is None else [a + b for a, b in zip(total, part, strict=True)]
         return tuple(total or [])

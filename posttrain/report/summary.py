@@ -25,7 +25,7 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
             _change(summary["validation_accuracy_before"], summary["validation_accuracy_after"]),
             "labels as given, so noisy labels lower it",
         ),
-        ("test accuracy", _change(summary["test_accuracy_before"], summary["test_accuracy_after"]), ""),
+        ("test accuracy", _change(summary["test_accuracy_before"], summary["test_accuracy_after"]), _refit(summary)),
         ("removal precision", _percent(summary["removal_precision"]), "of the removed, how many were wrong"),
         ("removal recall", _percent(summary["removal_recall"]), "of the wrong, how many were removed"),
         ("seconds", f"{summary['seconds']:.1f}", _longest(summary["steps"])),
@@ -37,6 +37,11 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
     console.print(f"  ended because {summary['ended']}", markup=False, highlight=False, soft_wrap=True)
     for name, what in summary["files"].items():
         console.print(f"  {name:<20} {what}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _refit(summary: Mapping[str, Any]) -> str:
+    refit = summary["test_accuracy_refit"]
+    return "" if refit is None else f"a new head alone, nothing removed: {100 * refit:.1f} %"
 
 
 def _percent(value: float | None) -> str | None:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from posttrain.errors import RunFolderError
+from posttrain.errors import RunFolderError, StepError
 
 
 def resolve(location: str) -> tuple[fs.FileSystem, str]:
@@ -62,10 +62,26 @@ class RunFolder:
     def checkpoint(self, number: int) -> str:
         return self.round(number, "checkpoint", "model.safetensors")
 
+    def keep_only_features(self, backbone: str) -> None:
+        """Delete the feature stores of all other backbones."""
+        for info in self.files.get_file_info(fs.FileSelector(self.path("features"), allow_not_found=True)):
+            if info.base_name != backbone:
+                self.files.delete_dir(info.path)
+
     # -- reading and writing ---------------------------------------------------------------------------
 
     def exists(self, path: str) -> bool:
         return self.files.get_file_info(path).type == fs.FileType.File
+
+    def refuse_unwritable(self) -> None:
+        """Raises RunFolderError where a local folder cannot be made or written to."""
+        if not self.is_local:
+            return
+        existing = next(path for path in (self.local, *self.local.parents) if path.exists())
+        if not existing.is_dir():
+            raise RunFolderError(f"run.path = {self.location}: {existing} is a file; name a folder")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise RunFolderError(f"run.path = {self.location}: {existing} may not be written to; name another folder")
 
     def is_empty(self) -> bool:
         info = self.files.get_file_info(self.path())
@@ -90,8 +106,8 @@ class RunFolder:
         closes it even after an error: there the content is staged in a local file, and sent when it is whole.
         """
         files = self.files
-        files.create_dir(path.rsplit("/", 1)[0], recursive=True)
         if not self.is_local:
+            files.create_dir(path.rsplit("/", 1)[0], recursive=True)
             with tempfile.TemporaryDirectory() as folder:
                 staged = os.path.join(folder, "staged")
                 with fs.LocalFileSystem().open_output_stream(staged) as stream:
@@ -100,9 +116,14 @@ class RunFolder:
             return
         temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
         try:
+            files.create_dir(path.rsplit("/", 1)[0], recursive=True)
             with files.open_output_stream(temporary) as stream:
                 yield stream
             os.replace(temporary, path)
+        except OSError as error:
+            raise StepError(
+                f"{path} cannot be written ({error.strerror or error}); mend it and start the same command again"
+            ) from error
         finally:
             if os.path.exists(temporary):
                 os.unlink(temporary)

@@ -13,8 +13,9 @@ from typing import Any
 
 import pyarrow as pa
 import yaml
+from pydantic import ValidationError
 
-from posttrain.config import RunFile, differences, dump
+from posttrain.config import RunFile, differences, dump, without_credentials
 from posttrain.errors import RunFolderError
 from posttrain.schema import BUCKET, ROW, Excluded, Round, excluded_rows
 from posttrain.store.folder import RunFolder
@@ -33,6 +34,14 @@ _PACKAGES = (
 
 # what may differ when a run goes on: where it computes and where it tells of it, not what it computes
 _MAY_DIFFER = ("ray.", "tracking.", "run.path")
+
+
+def settings(config: RunFile) -> dict[str, Any]:
+    """The run file as it may be written down: without the user and password of a tracking URI."""
+    record = yaml.safe_load(dump(config))
+    if uri := record["tracking"]["uri"]:
+        record["tracking"]["uri"] = without_credentials(uri)
+    return record
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,7 @@ class Ledger:
             except importlib.metadata.PackageNotFoundError:
                 versions[name] = "not installed as a package"
         record = {
-            "config": yaml.safe_load(dump(config)),
+            "config": settings(config),
             "data": fingerprint,
             "versions": {"python": platform.python_version(), **versions},
         }
@@ -72,9 +81,19 @@ class Ledger:
         text += yaml.safe_dump(record, sort_keys=False)
         self.folder.write_bytes(self.folder.path("run.yaml"), text.encode())
 
+    def is_begun(self) -> bool:
+        """Whether the folder holds anything that depends on the settings: trained weights, or a round."""
+        folder = self.folder
+        return folder.exists(folder.path("pretrained", "model.safetensors")) or bool(self.rounds())
+
     def refuse_other_settings(self, started: dict[str, Any], config: RunFile) -> None:
         """Raises RunFolderError where the run in the folder was made with other settings."""
-        before = RunFile.model_validate(started["config"])
+        try:
+            before = RunFile.model_validate(started["config"])
+        except (ValidationError, KeyError, TypeError):
+            raise RunFolderError(
+                f"{self.folder.path('run.yaml')} is not one that this version of posttrain wrote; name another run.path"
+            ) from None
         changed = [line for line in differences(before, config) if not line.startswith(_MAY_DIFFER)]
         if changed:
             raise RunFolderError(

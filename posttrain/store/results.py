@@ -35,13 +35,18 @@ def live_rows(table: pa.Table, excluded: Excluded) -> pa.Table:
 
 
 def write_removed(folder: RunFolder, rounds: Sequence[int], classes: Sequence[str]) -> int:
-    """`removed.parquet`: all removed samples of the run in the order of their rounds; returns their number."""
+    """`removed.parquet`: all removed samples of the run in the order of their rounds; returns their number.
+
+    Where none was removed, `rounds` names the one that found nothing, for its columns.
+    """
     count = 0
-    path = folder.path("removed.parquet")
-    with folder.writing(path) as stream:
+    with folder.writing(folder.path("removed.parquet")) as stream:
         writer: pq.ParquetWriter | None = None
         for number in rounds:
-            table = folder.read_table(folder.round(number, "removed.parquet")).drop_columns(list(_INNER))
+            path = folder.round(number, "removed.parquet")
+            if not folder.exists(path):
+                continue
+            table = folder.read_table(path).drop_columns(list(_INNER))
             names = pa.array(classes)
             for column, of in (("label_name", LABEL), ("suggested_name", "suggested_label")):
                 table = table.append_column(column, names.take(table[of]))

@@ -29,6 +29,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from posttrain.config import without_credentials
 from posttrain.errors import ModelError, PosttrainError, StepError, TrackingError
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class Tracking:
             raise
         except Exception as error:  # whatever the backend's driver raises
             raise TrackingError(
-                f"the MLflow tracking server at {_shown(uri)} cannot be used ({_reason(error)}); "
+                f"the MLflow tracking server at {without_credentials(uri)} cannot be used ({_reason(error)}); "
                 "check tracking.uri, or leave it out to track in the run folder"
             ) from error
         tracking = cls(client, uri, experiment_id, found.info.run_id, resumed=found.info.run_id == run_id)
@@ -302,7 +303,8 @@ class Tracking:
             raise
         except Exception as error:  # whatever the backend's driver raises
             raise StepError(
-                f"the MLflow tracking server at {_shown(self.uri)} did not take {what} ({_reason(error)}); "
+                f"the MLflow tracking server at {without_credentials(self.uri)} did not take {what} "
+                f"({_reason(error)}); "
                 "start the same command again to go on"
             ) from error
 
@@ -362,7 +364,7 @@ def fetch_weights(uri: str, tracking_uri: str | None, into: Path) -> Path:
             client.search_experiments(max_results=1)
     except Exception as error:  # whatever the backend's driver raises
         raise TrackingError(
-            f"the MLflow tracking server at {_shown(server or 'mlflow.db')} cannot be used "
+            f"the MLflow tracking server at {without_credentials(server or 'mlflow.db')} cannot be used "
             f"({_reason(error)}), so that {uri} cannot be fetched; check tracking.uri"
         ) from error
     try:
@@ -588,11 +590,6 @@ def _flat(params: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def _shown(text: str) -> str:
-    """The text without the password of a URI in it."""
-    return re.sub(r"//[^/@\s]*@", "//***@", text)
-
-
 def _reason(error: BaseException) -> str:
     """The first line of what went wrong; where the network did, of the innermost error."""
     innermost = error
@@ -601,4 +598,4 @@ def _reason(error: BaseException) -> str:
     if isinstance(innermost, ConnectionError | TimeoutError | socket.gaierror):
         error = innermost
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return _shown(lines[0])[:300].rstrip(".")
+    return without_credentials(lines[0])[:300].rstrip(".")
