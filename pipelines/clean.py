@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from rich.console import Console
 from posttrain import rounds
 from posttrain.config import RunFile, without_credentials
 from posttrain.errors import ConfigError
-from posttrain.report.progress import Steps as Progress
+from posttrain.report.progress import StepLog
 from posttrain.report.summary import print_summary
 from posttrain.store.folder import RunFolder
 from posttrain.store.ledger import Ledger, settings
@@ -34,7 +34,7 @@ def clean(config: RunFile, *, verbose: bool = False, quiet: bool = False) -> dic
     Progress goes to standard error; the summary table to standard output unless `quiet`. Raises PosttrainError.
     """
     began = time.perf_counter()
-    progress = Progress(Console(stderr=True))
+    progress = StepLog(Console(stderr=True))
     ledger = Ledger(RunFolder(config.run.path))
     summary = finished_already(ledger, config, progress)
     if summary is None:
@@ -49,7 +49,7 @@ def clean(config: RunFile, *, verbose: bool = False, quiet: bool = False) -> dic
     return summary
 
 
-def finished_already(ledger: Ledger, config: RunFile, progress: Progress) -> dict[str, Any] | None:
+def finished_already(ledger: Ledger, config: RunFile, progress: StepLog) -> dict[str, Any] | None:
     """The summary of a finished run; None where there is work. Refuses a folder of another run."""
     if not ledger.folder.is_local and config.tracking.uri is None:
         raise ConfigError(
@@ -73,60 +73,65 @@ def finished_already(ledger: Ledger, config: RunFile, progress: Progress) -> dic
 
 
 @contextmanager
-def opened(config: RunFile, progress: Progress, *, verbose: bool) -> Iterator[CleaningRun]:
+def opened(config: RunFile, progress: StepLog, *, verbose: bool) -> Iterator[CleaningRun]:
     """The run with its data read and its tracking open; closes what it opened."""
     with progress.step("check the inputs"):
         from pipelines.inputs import prepare
 
         inputs = prepare(config)
     folder = RunFolder(config.run.path)
+    with ExitStack() as stack:
+        yield _opened(config, inputs, folder, progress, stack, verbose=verbose)
+
+
+def _opened(
+    config: RunFile, inputs: Inputs, folder: RunFolder, progress: StepLog, stack: ExitStack, *, verbose: bool
+) -> CleaningRun:
     with progress.step("start Ray"):
         from posttrain.cluster.session import cluster_address, session
 
         rays = config.ray
         address = cluster_address(rays.address)
-        ray_session = session(
-            address=address, num_cpus=rays.num_cpus, object_store_gb=rays.object_store_gb, verbose=verbose
+        stack.enter_context(
+            session(address=address, num_cpus=rays.num_cpus, object_store_gb=rays.object_store_gb, verbose=verbose)
         )
-        ray_session.__enter__()
-    try:
-        from pipelines.steps import CleaningRun
-        from posttrain.cluster import reading
-        from posttrain.cluster.workers import Workers
+    from pipelines.steps import CleaningRun
+    from posttrain.cluster import reading
+    from posttrain.cluster.workers import Workers
 
-        with progress.step("read") as tell:
-            splits = reading.read(
-                inputs.sources,
-                classes=inputs.classes,
-                held_out_share=inputs.held_out_share,
-                noise=inputs.noise,
-                seed=config.run.seed,
-                ids_span_sets=config.data.id_scope == "all",
-                progress=tell,
-            )
-        fingerprint = {"files": inputs.listing, **{name: split.digest for name, split in splits.items()}}
-        ledger = Ledger(folder)
-        started = ledger.started()
-        if started is None or not ledger.is_begun():
-            ledger.start(config, fingerprint)
-        else:
-            ledger.refuse_other_data(started, fingerprint)
-        workers = Workers(
-            count=rays.workers,
-            cpus=rays.cpus_per_worker,
-            gpus=rays.gpus_per_worker,
-            on_cluster=address is not None,
+    with progress.step("read") as tell:
+        splits = reading.read(
+            inputs.sources,
+            classes=inputs.classes,
+            held_out_share=inputs.held_out_share,
+            noise=inputs.noise,
+            seed=config.run.seed,
+            ids_span_sets=config.data.id_scope == "all",
+            progress=tell,
         )
-        # local mode on one machine; a cluster's GPUs are not where the driver is
-        train_workers = rays.train_workers if rays.train_workers is not None else int(address is not None)
-        if not train_workers:
-            workers.start()  # they import torch while MLflow makes its tables
-        with progress.step("open MLflow"):
-            tracking = open_tracking(config, inputs, folder, fingerprint)
-        with tracking:
-            yield CleaningRun(config, inputs, splits, folder, workers, train_workers, tracking, progress)
-    finally:
-        ray_session.__exit__(None, None, None)
+    fingerprint = {"files": inputs.listing, **{name: split.digest for name, split in splits.items()}}
+    ledger = Ledger(folder)
+    started = ledger.started()
+    if started is not None and ledger.is_begun():
+        ledger.refuse_other_data(started, fingerprint)
+    elif started is None or (started.get("config"), started.get("data")) != (settings(config), fingerprint):
+        # nothing but features can lie there yet, and those may be of other data
+        folder.keep_only_features("")
+        ledger.start(config, fingerprint)
+    workers = Workers(
+        count=rays.workers,
+        cpus=rays.cpus_per_worker,
+        gpus=rays.gpus_per_worker,
+        on_cluster=address is not None,
+    )
+    # local mode on one machine; a cluster's GPUs are not where the driver is
+    train_workers = rays.train_workers if rays.train_workers is not None else int(address is not None)
+    if not train_workers:
+        workers.start()  # they import torch while MLflow makes its tables
+    with progress.step("open MLflow"):
+        tracking = open_tracking(config, inputs, folder, fingerprint)
+    stack.enter_context(tracking)
+    return CleaningRun(config, inputs, splits, folder, workers, train_workers, tracking, progress)
 
 
 def open_tracking(config: RunFile, inputs: Inputs, folder: RunFolder, fingerprint: dict[str, str]) -> Tracking:

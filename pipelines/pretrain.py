@@ -10,7 +10,7 @@ from rich.console import Console
 from pipelines.clean import finished_already, first_model, opened
 from posttrain.config import RunFile
 from posttrain.errors import ConfigError
-from posttrain.report.progress import Steps as Progress
+from posttrain.report.progress import StepLog
 from posttrain.store.folder import RunFolder
 from posttrain.store.ledger import Ledger
 
@@ -25,7 +25,7 @@ def pretrain(config: RunFile, *, verbose: bool = False, quiet: bool = False) -> 
             f"model.weights = {config.model.weights} is given: there is nothing to pre-train; leave it out to train"
         )
     began = time.perf_counter()
-    progress = Progress(Console(stderr=True))
+    progress = StepLog(Console(stderr=True))
     path = RunFolder(config.run.path).path("pretrained", "model.safetensors")
     if finished_already(Ledger(RunFolder(config.run.path)), config, progress) is None:
         with opened(config, progress, verbose=verbose) as run:

@@ -27,7 +27,7 @@ from posttrain.errors import PosttrainError, StepError
 from posttrain.influence import curvature, probe
 from posttrain.influence.probe import Standardizer
 from posttrain.influence.selection import Selection, select
-from posttrain.report.progress import Steps as Progress
+from posttrain.report.progress import StepLog
 from posttrain.rounds import Cut, State, Steps
 from posttrain.schema import (
     BUCKET,
@@ -38,6 +38,7 @@ from posttrain.schema import (
     Round,
     excluded_digest,
     excluded_rows,
+    merged,
     stream_seed,
 )
 from posttrain.store.features import ShardSummary, quarantine_table
@@ -97,7 +98,7 @@ class CleaningRun:
     workers: Workers
     train_workers: int
     tracking: Tracking | None
-    progress: Progress
+    progress: StepLog
     removed: Excluded = field(default_factory=dict)
     quarantined: Excluded = field(default_factory=dict)
     quota: Sequence[int] | None = None
@@ -112,10 +113,7 @@ class CleaningRun:
     @property
     def excluded(self) -> Excluded:
         """What takes no part in training and scoring: removed or quarantined."""
-        merged = dict(self.quarantined)
-        for bucket, rows in self.removed.items():
-            merged[bucket] = np.union1d(rows, merged.get(bucket, np.empty(0, np.int32))).astype(np.int32)
-        return merged
+        return merged(self.quarantined, self.removed)
 
     # -- the steps -------------------------------------------------------------------------------------
 
@@ -209,7 +207,7 @@ class CleaningRun:
 
     def refine(self, state: State[Network], backbone: str, removal: Removal, fitted: Fitted) -> Network:
         """The model without the samples of this round: a new head, or the whole network trained on."""
-        excluded = self._joined(removal)
+        excluded = merged(self.excluded, removal.excluded)
         settings = self.config.refine
         if settings.scope == "head":
             with self.progress.step("refine"):
@@ -244,7 +242,7 @@ class CleaningRun:
         """Make the round last, then tell MLflow."""
         with self.progress.step("commit"):
             self.folder.write_bytes(self.folder.checkpoint(done.number), model.weights)
-            self.removed = self._joined(removal, self.removed)
+            self.removed = merged(self.removed, removal.excluded)
             metrics = {**done.metrics, **self._probe_metrics}
             if self._true_labels_known():
                 found = measuring.detection(self.splits["train"], self.removed)
@@ -325,18 +323,7 @@ class CleaningRun:
                 model,
                 self.splits["train"],
                 excluded,
-                refining.Training(
-                    settings.epochs,
-                    settings.batch_size,
-                    settings.optimizer,
-                    settings.learning_rate,
-                    settings.momentum,
-                    settings.weight_decay,
-                    settings.schedule,
-                    settings.augment,
-                    getattr(settings, "until_train_accuracy", None),
-                    max_steps,
-                ),
+                refining.Training(**settings.model_dump(exclude={"scope"}), max_steps=max_steps),
                 seed=seed,
                 workers=self.train_workers,
                 gpus_per_worker=self.workers.gpus_per_worker,
@@ -464,12 +451,6 @@ class CleaningRun:
         if self.quota is not None:
             return self.quota[number - 1]
         return max(1, int(self.config.removal.budget * live))
-
-    def _joined(self, removal: Removal, to: Excluded | None = None) -> Excluded:
-        merged = dict(self.excluded if to is None else to)
-        for bucket, rows in removal.excluded.items():
-            merged[bucket] = np.union1d(rows, merged.get(bucket, np.empty(0, np.int32))).astype(np.int32)
-        return merged
 
     def _live(self) -> int:
         return self.splits["train"].rows - sum(len(rows) for rows in self.excluded.values())

@@ -104,14 +104,18 @@ Excluded = dict[int, np.ndarray]
 """bucket -> rows in it (int32, sorted) that take no part: removed or quarantined."""
 
 
+def merged(some: Excluded, others: Excluded) -> Excluded:
+    """The rows of either."""
+    both = dict(some)
+    for bucket, rows in others.items():
+        both[bucket] = np.union1d(both.get(bucket, np.empty(0, np.int32)), rows).astype(np.int32)
+    return both
+
+
 def excluded_rows(buckets: np.ndarray, rows: np.ndarray, before: Excluded | None = None) -> Excluded:
     """`before` with the rows of a table of (bucket, row) added."""
-    merged = dict(before or {})
-    for bucket in np.unique(buckets):
-        new = rows[buckets == bucket].astype(np.int32)
-        old = merged.get(int(bucket), np.empty(0, np.int32))
-        merged[int(bucket)] = np.union1d(old, new).astype(np.int32)
-    return merged
+    new = {int(bucket): np.unique(rows[buckets == bucket]).astype(np.int32) for bucket in np.unique(buckets)}
+    return merged(before or {}, new)
 
 
 def excluded_digest(excluded: Excluded) -> str:

@@ -28,7 +28,7 @@ from pipelines.clean import begun, finish, first_model, opened
 from pipelines.steps import CleaningRun, average_precisions
 from posttrain import rounds
 from posttrain.config import RunFile, load
-from posttrain.report.progress import Steps as Progress
+from posttrain.report.progress import StepLog
 
 CONTROLS = {"posttrain": "loo_margin", "random removal": "random", "removal by loss": "loss", "no removal": None}
 
@@ -44,7 +44,7 @@ def measured(
     if path.exists():
         return json.loads(path.read_text())
     began = time.perf_counter()
-    progress = Progress(Console(stderr=True))
+    progress = StepLog(Console(stderr=True))
     progress.say(f"--- {name}, seed {config.run.seed}")
     with opened(config, progress, verbose=False) as run:
         if first is not None:

@@ -35,7 +35,7 @@ def cluster_address(configured: str | None) -> str | None:
     return None if address in (None, "", "local") else address
 
 
-def _refuse_unreachable(address: str) -> None:
+def refuse_unreachable(address: str) -> None:
     """Ray itself tries for minutes, in silence, where nothing listens."""
     found = re.fullmatch(r"(?:ray://)?([^/:]+):(\d+)", address)
     if found is None:
@@ -99,7 +99,7 @@ def session(
             if object_store_gb:
                 options["object_store_memory"] = int(object_store_gb * 1e9)
         if address:
-            _refuse_unreachable(address)
+            refuse_unreachable(address)
         try:
             with contextlib.nullcontext() if verbose else _silent_stderr():
                 ray.init(**options)

@@ -24,8 +24,10 @@ def _write(
 ) -> int:
     rows = np.setdiff1d(np.arange(block.num_rows), skip)
     kept = block.take(pa.array(rows)).select([SAMPLE_ID, IMAGE, LABEL])
-    kept = kept.append_column("class_name", pa.array(classes).take(kept[LABEL]))
-    kept = kept.rename_columns([*columns, "class_name"])
+    names = pa.array(classes).take(kept[LABEL])
+    kept = kept.rename_columns(list(columns))
+    if "class_name" not in columns:
+        kept = kept.append_column("class_name", names)
     folder.write_table(path, kept)
     return kept.num_rows
 

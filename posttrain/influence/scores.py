@@ -36,7 +36,7 @@ class Evidence:
     solved_norm: Float[Tensor, " batch"]
     """||H^-1 g_i||^2."""
     draw: Float[Tensor, " batch"]
-    """A number in [0, 1) that depends on the sample's id alone."""
+    """A number in [0, 1) that depends on the sample's id and the round's seed alone."""
     damping: float
     count: int
 

@@ -30,7 +30,7 @@ class _Rate(ProgressColumn):
         return Text(f"{task.completed / elapsed:,.0f}/s" if task.completed and elapsed > 0 else "")
 
 
-class Steps:
+class StepLog:
     """Draws the steps on a console, and keeps how long each took.
 
     On a terminal the running step is a bar with the remaining time; a finished one is one line, everywhere.

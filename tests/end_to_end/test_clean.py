@@ -162,6 +162,40 @@ def test_a_run_folder_of_other_settings_or_data_is_refused_with_what_differs(
         run(tmp_path / "run", data={"train": str(folder)}, removal={"max_rounds": 1})
 
 
+def test_features_of_other_data_are_not_taken_up(
+    run: Run, digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(self: CleaningRun, *arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    one_round = {"max_rounds": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(CleaningRun, "evaluate", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "run", removal=one_round)
+    rotated = [png(np.rot90(digits.images[i]).copy()) for i in digits.splits["train"]]
+    (tmp_path / "train").mkdir()
+    pq.write_table(digits.table("train", image=pa.array(rotated, pa.binary())), tmp_path / "train" / "a.parquet")
+    run(tmp_path / "run", data={"train": str(tmp_path / "train")}, removal=one_round)
+    run(tmp_path / "fresh", data={"train": str(tmp_path / "train")}, removal=one_round)
+    assert_same_result(tmp_path / "run", tmp_path / "fresh")
+
+
+def test_a_run_that_removes_nothing_leaves_all_columns(run: Run, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    summary = run(tmp_path / "run", removal={"threshold": 100.0})
+    assert (summary["rounds"], summary["removed"]) == (0, 0)
+    empty = pq.read_table(tmp_path / "run" / "removed.parquet")
+    assert empty.num_rows == 0
+    assert empty.schema == pq.read_table(Path(undisturbed()["run"]) / "removed.parquet").schema
+
+
+def test_random_removal_is_blind_to_the_labels(run: Run, tmp_path: Path) -> None:
+    summary = run(tmp_path / "run", removal={"score": "random", "budget": 0.3, "max_rounds": 1})
+    assert summary["removed"] == 270
+    # 20 % of the labels are wrong: three standard errors of 270 draws are 7 points
+    assert summary["removal_precision"] == pytest.approx(0.2, abs=0.07)
+
+
 def test_mlflow_holds_one_run_per_round_beneath_one_parent(undisturbed: Undisturbed, mlflow_uri: str) -> None:
     from mlflow import MlflowClient
 

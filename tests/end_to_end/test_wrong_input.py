@@ -15,6 +15,8 @@ from small_data import Digits
 from typer.testing import CliRunner
 
 from pipelines.cli import app
+from posttrain.cluster.session import refuse_unreachable
+from posttrain.errors import ConfigError
 from posttrain.vision.models import mlp
 
 pytestmark = pytest.mark.ray
@@ -148,3 +150,33 @@ def test_a_folder_that_holds_something_else(runfile: Make, tmp_path: Path) -> No
     assert result.exit_code == 2
     assert "is not empty and holds no run" in result.stderr
     assert (tmp_path / "run" / "thesis.tex").read_text() == "mine"
+
+
+def test_a_label_column_that_holds_images(runfile: Make, tmp_path: Path) -> None:
+    said = refused(runfile(tmp_path / "run", data={"label": "image"}), tmp_path)
+    assert "column 'image' is binary; labels have to be integers or class names" in said
+
+
+def test_a_label_column_that_holds_no_classes(runfile: Make, digits: Digits, tmp_path: Path) -> None:
+    far = pa.array([1_700_000_000_000 + i for i in digits.splits["train"]])
+    train = written(digits.table("train", label=far), tmp_path / "train")
+    said = refused(runfile(tmp_path / "run", data={"train": train}), tmp_path)
+    assert "the labels go up to 1700000000899, with 900 samples" in said and "set data.classes" in said
+
+
+def test_a_run_path_beneath_a_file(runfile: Make, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    raw = runfile(tmp_path / "file" / "run")
+    assert f"{tmp_path}/file is a file; name a folder" in refused(raw, tmp_path)
+
+
+def test_a_network_that_cannot_take_the_images(runfile: Make, tmp_path: Path) -> None:
+    said = refused(
+        runfile(tmp_path / "run", model={"factory": "resnet18", "weights": None}, data={"validation": None}), tmp_path
+    )
+    assert "the model cannot take a batch of shape (2, 1, 8, 8)" in said and "model.channels" in said
+
+
+def test_a_cluster_that_is_not_there() -> None:
+    with pytest.raises(ConfigError, match=r"ray\.address = 127\.0\.0\.1:1: nothing answers there"):
+        refuse_unreachable("127.0.0.1:1")
