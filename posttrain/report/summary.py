@@ -33,8 +33,10 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
     for name, value, remark in rows:
         if value is not None:
             table.add_row(name, value, remark)
-    # a pipe or a log file has no width of its own; the 80 columns that rich takes would break the remarks
-    console.print(table, width=None if console.is_terminal else 120)
+    if not console.is_terminal:
+        # a pipe or a log file has no width of its own; the 80 columns that rich takes would break the remarks
+        console.width = max(console.width, 120)
+    console.print(table)
     console.print(f"  ended because {summary['ended']}", markup=False, highlight=False, soft_wrap=True)
     for name, what in summary["files"].items():
         console.print(f"  {name:<20} {what}", markup=False, highlight=False, soft_wrap=True)
