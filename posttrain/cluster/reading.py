@@ -229,7 +229,7 @@ def string_labels(source: ParquetSource) -> tuple[str, ...] | None:
     kind = dataset.schema.field(source.label).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    if not _is_text(kind):
         return None
     names: set[str] = set()
     for batch in dataset.to_batches(columns=[source.label]):
@@ -425,7 +425,7 @@ def _ids(column: pa.ChunkedArray, where: str, name: str) -> pa.Array:
     kind = column.type
     if pa.types.is_integer(kind):
         target = pa.int64()
-    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+    elif _is_text(kind):
         target = pa.string()
     else:
         raise DataError(f"{where}: column {name!r} is {kind}; ids have to be integers or strings (data.id)")
@@ -439,7 +439,7 @@ def _labels(column: pa.ChunkedArray, classes: tuple[str, ...], where: str, name:
     if pa.types.is_dictionary(kind):
         column = pc.cast(column, kind.value_type)
         kind = kind.value_type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+    if _is_text(kind):
         known = pa.array(classes, kind)
         index = pc.index_in(column, known)
         unknown = pc.and_(pc.is_null(index), pc.is_valid(column))
