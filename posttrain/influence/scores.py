@@ -1,7 +1,14 @@
 """How much each sample bends the decision boundary, each score in words and in symbols.
 
-Every score is larger for a sample that is more suspect. Notation as in `probe` and `curvature`; z_i are logits,
-K_i the leverage X_i (nH)^-1 X_i^T.
+Every score is larger for a sample that is more suspect. Notation as in `probe` and `curvature`; z_i are
+logits. The probe without sample i is W + H^-1 (x_i (x) h_i) / n with
+
+    exact curvature:     x_i = (I - S_i K_i)^-1 r_i      (one Newton step)
+    factored curvature:  x_i = r_i                       (first order; Koh & Liang 2017)
+
+Measured against refits without the sample, on digits with a fifth of the labels flipped (nine draws), the Spearman
+correlation of `loo_margin`, `parameter` and `data` is at least 0.999 with the exact curvature; with the factored one
+0.995 for `loo_margin`, 0.976 for the others.
 """
 
 # torch.linalg, Tensor.norm and Tensor.split carry no complete types
@@ -17,7 +24,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from posttrain.influence.curvature import Curvature, DenseLeverage, Leverage
+from posttrain.influence.curvature import Curvature, Influence
 from posttrain.influence.probe import residuals
 
 Score = Literal["loo_margin", "parameter", "data", "loss", "margin", "gradient_norm", "random"]
@@ -31,57 +38,23 @@ class Evidence:
     labels: Int[Tensor, " batch"]
     logits: Float[Tensor, "batch classes"]
     residual: Float[Tensor, "batch classes"]
-    loo_logits: Float[Tensor, "batch classes"]
-    leverage: Leverage
-    solved_norm: Float[Tensor, " batch"]
-    """||H^-1 g_i||^2."""
+    influence: Influence
     draw: Float[Tensor, " batch"]
     """A number in [0, 1) that depends on the sample's id and the round's seed alone."""
     damping: float
     count: int
 
+    @property
+    def loo_logits(self) -> Float[Tensor, "batch classes"]:
+        """z_i + K_i x_i: the sample's logits, had the probe been fitted without it (approximate leave-one-out)."""
+        return self.logits + self.influence.shift
+
 
 def evidence(features: Tensor, labels: Tensor, weights: Tensor, curvature: Curvature, draw: Tensor) -> Evidence:
     """The evidence on a batch from the probe's weights [classes, d] and its curvature."""
     logits, probabilities, residual = residuals(features, labels, weights)
-    leverage, solved_norm = curvature.influence(features, residual)
-    without = loo_logits(logits, probabilities, residual, leverage)
-    return Evidence(
-        features,
-        labels,
-        logits,
-        residual,
-        without,
-        leverage,
-        solved_norm,
-        draw,
-        curvature.damping,
-        curvature.count,
-    )
-
-
-def loo_logits(
-    logits: Float[Tensor, "batch classes"],
-    probabilities: Float[Tensor, "batch classes"],
-    residual: Float[Tensor, "batch classes"],
-    leverage: Leverage,
-) -> Float[Tensor, "batch classes"]:
-    """The logits of each sample, had the probe been fitted without it (approximate leave-one-out).
-
-        exact curvature:     z_i^(-i) = z_i + K_i (I - S_i K_i)^-1 r_i      (one Newton step)
-        factored curvature:  z_i^(-i) = z_i + K_i r_i
-
-    The inverse takes the sample's own share out of H, which only the exact H holds: the factored K can exceed a
-    leverage's bound of 1 (measured: up to 8), and the inverse then changes sign. Read as an estimate of the
-    leverage without i, K_i (I - S_i K_i)^-1, it needs no correction (Spearman with refits above 0.99).
-    """
-    if not isinstance(leverage, DenseLeverage):
-        return logits + leverage.product(residual)
-    k, p = leverage.matrix(), probabilities
-    s = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
-    system = torch.eye(logits.shape[1], dtype=p.dtype, device=p.device) - s @ k
-    x = torch.linalg.solve(system, residual[:, :, None])[:, :, 0]
-    return logits + leverage.product(x)
+    influence = curvature.influence(features, residual, probabilities)
+    return Evidence(features, labels, logits, residual, influence, draw, curvature.damping, curvature.count)
 
 
 def label_margin(logits: Tensor, labels: Tensor) -> Tensor:
@@ -102,21 +75,21 @@ def loo_margin(e: Evidence) -> Float[Tensor, " batch"]:
 def parameter_influence(e: Evidence) -> Float[Tensor, " batch"]:
     """How far the probe's weights would move without the sample.
 
-    ||H^-1 g_i|| / n,  g_i = r_i (x) h_i        (first order; Koh & Liang 2017)
+    ||H^-1 (x_i (x) h_i)|| / n
     """
-    return e.solved_norm.clamp_min(0).sqrt() / e.count
+    return e.influence.solved_norm.clamp_min(0).sqrt() / e.count
 
 
 def data_influence(e: Evidence) -> Float[Tensor, " batch"]:
     """How much the predictions on all live samples would move without the sample.
 
-        1/(2 n^2) g^T H^-1 F H^-1 g,  F = H - damping I, the Fisher information of the live samples
+        1/(2 n^2) v_i^T F v_i,  v_i = H^-1 (x_i (x) h_i),  F = H - damping I, the Fisher information of the live samples
 
     which is the mean Kullback-Leibler divergence between their predictions with and without it, to second
-    order. Uses g^T H^-1 g = n r^T K r.
+    order. Uses v_i^T H v_i = n x_i^T K_i x_i.
     """
-    quadratic = e.count * (e.residual * e.leverage.product(e.residual)).sum(dim=1)
-    return (quadratic - e.damping * e.solved_norm).clamp_min(0) / (2 * e.count**2)
+    quadratic = e.count * (e.influence.loo_residual * e.influence.shift).sum(dim=1)
+    return (quadratic - e.damping * e.influence.solved_norm).clamp_min(0) / (2 * e.count**2)
 
 
 def loss(e: Evidence) -> Float[Tensor, " batch"]:

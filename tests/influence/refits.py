@@ -1,4 +1,4 @@
-"""What the formulas are held against: digits with flipped labels, and refits without a sample.
+"""What the formulas are held against: digits with wrong labels, and refits without a sample.
 
 Nothing here uses the product's own solver: the refits are dense Newton steps on the plain objective.
 """
@@ -32,7 +32,7 @@ def over_blocks(features: Tensor, labels: Tensor, sizes: int | Sequence[int] = 9
 
 @dataclass(frozen=True)
 class Problem:
-    """Digits of which every fifth label is flipped."""
+    """Digits of which some labels are wrong."""
 
     raw: Tensor
     """[n, raw] features as a backbone would give them."""
@@ -41,15 +41,29 @@ class Problem:
     labels: Tensor
     flipped: Tensor
     """[n] bool."""
+    classes: int = CLASSES
 
     @property
     def reduce(self) -> Reduce:
         return over_blocks(self.features, self.labels)
 
 
-def digits(samples: int, *, units: int | None = None, seed: int = 0) -> Problem:
-    """`samples` digits; features are the 64 pixels, or `units` random ReLU units on them."""
+def _problem(raw: np.ndarray, labels: np.ndarray, flipped: np.ndarray, classes: int) -> Problem:
+    raw_features, given = torch.from_numpy(raw), torch.from_numpy(labels)
+    standardizer = Standardizer.from_moments(*moments(raw_features, given))
+    features = standardizer(raw_features, torch.float64)
+    return Problem(raw_features, features, given, torch.from_numpy(flipped), classes)
+
+
+def _images() -> tuple[np.ndarray, np.ndarray]:
+    """(pixels [1797, 64], digits [1797])."""
     pixels, truth = load_digits(return_X_y=True)
+    return np.asarray(pixels), np.asarray(truth)
+
+
+def digits(samples: int, *, units: int | None = None, seed: int = 0) -> Problem:
+    """`samples` digits, every fifth label flipped; features are the 64 pixels, or `units` random ReLU units on them."""
+    pixels, truth = _images()
     draw = np.random.default_rng(seed)
     chosen = draw.permutation(len(pixels))[:samples]
     labels = truth[chosen]
@@ -60,9 +74,24 @@ def digits(samples: int, *, units: int | None = None, seed: int = 0) -> Problem:
     if units is not None:
         # centred: each unit is lit by about half of the images
         raw = np.maximum((raw - pixels.mean(axis=0)) / 16 @ draw.normal(size=(64, units)), 0)
-    raw_features, given = torch.from_numpy(raw), torch.from_numpy(labels)
-    standardizer = Standardizer.from_moments(*moments(raw_features, given))
-    return Problem(raw_features, standardizer(raw_features, torch.float64), given, torch.from_numpy(flipped))
+    return _problem(raw, labels, flipped, CLASSES)
+
+
+def grouped_digits(counts: Sequence[tuple[Sequence[int], int]], *, seed: int = 0) -> Problem:
+    """For each (digits, count) a class of `count` images of these digits, described by their pixels.
+
+    The labels of every fifth image are shuffled among these, so that the classes keep their sizes.
+    """
+    pixels, truth = _images()
+    draw = np.random.default_rng(seed)
+    chosen = [draw.permutation(np.flatnonzero(np.isin(truth, list(shown))))[:count] for shown, count in counts]
+    labels = np.repeat(np.arange(len(counts)), [len(images) for images in chosen])
+    mixed = draw.permutation(len(labels))
+    raw, right = pixels[np.concatenate(chosen)[mixed]], labels[mixed]
+    some = draw.permutation(len(labels))[: len(labels) // 5]
+    given = right.copy()
+    given[some] = right[draw.permutation(some)]
+    return _problem(raw, given, given != right, len(counts))
 
 
 def objective(features: Tensor, labels: Tensor, weights: Tensor, damping: float) -> Tensor:

@@ -1,26 +1,26 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
-from refits import dense_hessian, over_blocks
+from refits import dense_hessian, objective, over_blocks
 from torch import Tensor
 
 from posttrain.errors import SingularCurvatureError
 from posttrain.influence.curvature import (
     Curvature,
-    DenseLeverage,
     EkfacCurvature,
     ExactCurvature,
-    FactoredLeverage,
+    Influence,
     Kind,
     class_factor,
     corrected_eigenvalues,
     hessian_block,
     measure,
 )
-from posttrain.influence.probe import BlockFn, Probe, Reduce
+from posttrain.influence.probe import BlockFn, Probe, Reduce, hessian_product, loss_gradient
 
 N, D, C, DAMPING = 30, 4, 3, 0.05
 
@@ -36,14 +36,20 @@ class Small:
         return over_blocks(self.features, self.labels, 7)
 
     @property
+    def probabilities(self) -> Tensor:
+        return (self.features @ self.probe.weights.T).softmax(dim=1)
+
+    @property
     def residual(self) -> Tensor:
-        probabilities = (self.features @ self.probe.weights.T).softmax(dim=1)
-        return probabilities - torch.nn.functional.one_hot(self.labels, C)
+        return self.probabilities - torch.nn.functional.one_hot(self.labels, C)
+
+    def summed_loss(self, weights: Tensor) -> Tensor:
+        """The plain objective less its penalty, times n; for autograd."""
+        return torch.nn.functional.cross_entropy(self.features @ weights.T, self.labels, reduction="sum")
 
     def single_s(self) -> list[Tensor]:
         """S_i, sample by sample."""
-        rows = (self.features @ self.probe.weights.T).softmax(dim=1)
-        return [torch.diag(p) - torch.outer(p, p) for p in rows]
+        return [torch.diag(p) - torch.outer(p, p) for p in self.probabilities]
 
 
 @pytest.fixture(scope="module")
@@ -56,44 +62,95 @@ def small() -> Small:
     return Small(features, torch.arange(N) % C, Probe(weights, DAMPING, N, 0.0, 0.0))
 
 
-def plain_influence(inverse: Tensor, features: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """(K_i, ||H^-1 g_i||^2) sample by sample from a dense H^-1 [C d, C d]."""
-    leverages, norms = [], []
-    for h, r in zip(features, residual, strict=True):
-        x = torch.kron(torch.eye(len(r), dtype=h.dtype), h[None, :])
-        leverages.append(x @ inverse @ x.T / N)
-        norms.append((inverse @ torch.kron(r, h)).square().sum())
-    return torch.stack(leverages), torch.stack(norms)
+@dataclass(frozen=True)
+class Plain:
+    """`Influence` sample by sample from a dense H^-1 [C d, C d]."""
+
+    inverse: Tensor
+
+    def leverage(self, h: Tensor) -> Tensor:
+        x = torch.kron(torch.eye(C).to(h), h[None, :])
+        return x @ self.inverse @ x.T / N
+
+    def __call__(self, features: Tensor, acting: Tensor) -> Influence:
+        pairs = list(zip(features, acting, strict=True))
+        shifts = [self.leverage(h) @ x for h, x in pairs]
+        norms = [(self.inverse @ torch.kron(x, h)).square().sum() for h, x in pairs]
+        return Influence(acting, torch.stack(shifts), torch.stack(norms))
+
+
+def assert_same(found: Influence, known: Influence, *, rtol: float = 1e-4, atol: float = 1e-6) -> None:
+    # H^-1 is kept in float32
+    for name in ("loo_residual", "shift", "solved_norm"):
+        a, b = getattr(found, name), getattr(known, name)
+        torch.testing.assert_close(
+            a, b, rtol=rtol, atol=atol, check_dtype=False, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+def influence_of(curvature: Curvature, small: Small) -> Influence:
+    return curvature.influence(small.features, small.residual, small.probabilities)
+
+
+def hessian(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    # torch.func.hessian's forward mode warns about torch.jit
+    return torch.func.jacrev(torch.func.jacrev(fn))
+
+
+def flat_hessian(small: Small) -> Tensor:
+    """[C d, C d], the second derivative of the summed loss by autograd."""
+    return hessian(small.summed_loss)(small.probe.weights).reshape(C * D, C * D)
 
 
 def test_the_curvature_is_the_second_derivative_of_the_summed_loss(small: Small):
-    def summed_loss(flat: Tensor) -> Tensor:
-        logits = small.features @ flat.view(C, D).T
-        return torch.nn.functional.cross_entropy(logits, small.labels, reduction="sum")
-
-    derivative = torch.autograd.functional.hessian(summed_loss, small.probe.weights.flatten())
     found = small.reduce(hessian_block, small.probe.weights)[0]
-    torch.testing.assert_close(found, torch.as_tensor(derivative))
+    torch.testing.assert_close(found, flat_hessian(small))
+
+
+def test_the_exact_inverse_is_that_of_the_second_derivative_of_the_plain_objective(small: Small):
+    def plain(weights: Tensor) -> Tensor:
+        return objective(small.features, small.labels, weights, DAMPING)
+
+    second = hessian(plain)(small.probe.weights).reshape(C * D, C * D)
+    found = measure(small.reduce, small.probe, "exact")
+    assert isinstance(found, ExactCurvature)
+    product = found.inverse.double().reshape(C * D, C * D) @ second
+    torch.testing.assert_close(product, torch.eye(C * D).double(), rtol=0, atol=1e-4)
+
+
+def test_the_gradient_is_that_of_autograd_and_of_a_plain_loop(small: Small):
+    found = small.reduce(loss_gradient, small.probe.weights)[3]
+    torch.testing.assert_close(found, torch.func.jacrev(small.summed_loss)(small.probe.weights))
+    plain = sum((torch.outer(r, h) for h, r in zip(small.features, small.residual, strict=True)), torch.zeros(C, D))
+    torch.testing.assert_close(found, plain)
+
+
+def test_the_hessian_product_is_that_of_autograd(small: Small):
+    generator = torch.Generator().manual_seed(1)
+    for direction in torch.randn(5, C, D, generator=generator, dtype=torch.float64):
+        known = torch.func.grad(lambda w, v=direction: (torch.func.grad(small.summed_loss)(w) * v).sum())(
+            small.probe.weights
+        )
+        found = small.reduce(hessian_product, small.probe.weights, direction)[0]
+        torch.testing.assert_close(found, known)
 
 
 def test_the_exact_influence_equals_a_plain_loop_with_the_dense_inverse(small: Small):
-    inverse = torch.linalg.inv(dense_hessian(small.features, small.probe.weights, DAMPING))
-    known, known_norms = plain_influence(inverse, small.features, small.residual)
+    plain = Plain(torch.linalg.inv(dense_hessian(small.features, small.probe.weights, DAMPING)))
+    acting = [
+        torch.linalg.solve(torch.eye(C).double() - s @ plain.leverage(h), r)
+        for h, s, r in zip(small.features, small.single_s(), small.residual, strict=True)
+    ]
     found = measure(small.reduce, small.probe, "exact")
-    leverage, norms = found.influence(small.features, small.residual)
-    # the inverse is kept in float32
-    torch.testing.assert_close(leverage.matrix(), known, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(norms, known_norms, rtol=1e-4, atol=1e-6)
+    assert_same(influence_of(found, small), plain(small.features, torch.stack(acting)))
     assert (found.damping, found.count) == (DAMPING, N)
 
 
 def test_the_exact_influence_does_not_depend_on_the_size_of_its_chunks(small: Small, monkeypatch: pytest.MonkeyPatch):
     found = measure(small.reduce, small.probe, "exact")
-    whole, norms = found.influence(small.features, small.residual)
+    whole = influence_of(found, small)
     monkeypatch.setattr(ExactCurvature, "_CHUNK", 7 * C * C * D)
-    chunked, chunked_norms = found.influence(small.features, small.residual)
-    torch.testing.assert_close(chunked.matrix(), whole.matrix())
-    torch.testing.assert_close(chunked_norms, norms)
+    assert_same(influence_of(found, small), whole, rtol=1e-7, atol=1e-7)
 
 
 def test_the_class_factor_is_the_sum_of_all_s(small: Small):
@@ -117,30 +174,47 @@ def test_the_ekfac_influence_equals_a_plain_loop_with_its_dense_inverse(small: S
     found = measure(small.reduce, small.probe, "ekfac")
     assert isinstance(found, EkfacCurvature)
     basis = torch.kron(found.class_basis, found.feature_basis).double()
-    inverse = basis @ torch.diag(1 / (found.eigenvalues.flatten().double() + DAMPING)) @ basis.T
-    known, known_norms = plain_influence(inverse, small.features, small.residual)
-    leverage, norms = found.influence(small.features, small.residual)
-    torch.testing.assert_close(leverage.matrix(), known, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(norms, known_norms, rtol=1e-4, atol=1e-6)
+    plain = Plain(basis @ torch.diag(1 / (found.eigenvalues.flatten().double() + DAMPING)) @ basis.T)
+    assert_same(influence_of(found, small), plain(small.features, small.residual))
+
+
+def test_the_ekfac_bases_diagonalise_the_mean_second_derivatives(small: Small):
+    found = measure(small.reduce, small.probe, "ekfac")
+    assert isinstance(found, EkfacCurvature)
+
+    def loss_of(logits: Tensor, label: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(logits, label)
+
+    logits = small.features @ small.probe.weights.T
+    class_factors = torch.func.vmap(hessian(loss_of))(logits, small.labels)
+    feature_factors = torch.stack([torch.outer(h, h) for h in small.features])
+    for basis, factor in ((found.class_basis, class_factors), (found.feature_basis, feature_factors)):
+        u, mean = basis.double(), factor.mean(dim=0)
+        torch.testing.assert_close(u.T @ u, torch.eye(len(u)).double(), rtol=0, atol=1e-5)
+        rotated = u.T @ mean @ u
+        off_diagonal = rotated - torch.diag(torch.diagonal(rotated))
+        assert float(off_diagonal.abs().max()) <= 1e-5 * float(torch.linalg.matrix_norm(mean))
 
 
 def test_ekfac_keeps_the_exact_trace_and_diagonal(small: Small):
     found = measure(small.reduce, small.probe, "ekfac")
     assert isinstance(found, EkfacCurvature)
-    hessian = dense_hessian(small.features, small.probe.weights, 0.0)
+    mean = flat_hessian(small) / N
     basis = torch.kron(found.class_basis, found.feature_basis).double()
-    kept = torch.diagonal(basis.T @ hessian @ basis)
+    kept = torch.diagonal(basis.T @ mean @ basis)
     torch.testing.assert_close(found.eigenvalues.flatten().double(), kept, rtol=1e-4, atol=1e-5)
+    assert float(found.eigenvalues.sum()) == pytest.approx(float(torch.trace(mean)), rel=1e-5)
 
 
 def test_ekfac_equals_exact_where_the_curvature_is_kronecker_factored(small: Small):
     # at W = 0 every S_i is I/C - 11^T/C^2
     at_zero = Probe(torch.zeros(C, D, dtype=torch.float64), DAMPING, N, 0.0, 0.0)
-    residual = torch.full((N, C), 1 / C).double() - torch.nn.functional.one_hot(small.labels, C)
-    exact, exact_norms = measure(small.reduce, at_zero, "exact").influence(small.features, residual)
-    ekfac, ekfac_norms = measure(small.reduce, at_zero, "ekfac").influence(small.features, residual)
-    torch.testing.assert_close(ekfac.matrix(), exact.matrix(), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(ekfac_norms, exact_norms, rtol=1e-4, atol=1e-6)
+    uniform = torch.full((N, C), 1 / C).double()
+    residual = uniform - torch.nn.functional.one_hot(small.labels, C)
+    exact = measure(small.reduce, at_zero, "exact").influence(small.features, residual, uniform)
+    # what the factored curvature does with the same x
+    ekfac = measure(small.reduce, at_zero, "ekfac").influence(small.features, exact.loo_residual, uniform)
+    assert_same(ekfac, exact)
 
 
 @pytest.mark.parametrize("kind", ["exact", "ekfac"])
@@ -149,21 +223,20 @@ def test_the_curvature_does_not_depend_on_how_samples_are_sharded(small: Small, 
     shuffled = over_blocks(small.features[order], small.labels[order], [1, 20, 9])
     for weights in (small.probe.weights, small.probe.weights * 0):
         probe = Probe(weights, DAMPING, N, 0.0, 0.0)
-        one = measure(small.reduce, probe, kind).influence(small.features, small.residual)
-        other = measure(shuffled, probe, kind).influence(small.features, small.residual)
+        at = Small(small.features, small.labels, probe)
+        one, other = (influence_of(measure(reduce, probe, kind), at) for reduce in (small.reduce, shuffled))
         # not the bases themselves: an eigenvector's sign is nobody's
-        torch.testing.assert_close(other[0].matrix(), one[0].matrix(), rtol=1e-5, atol=1e-7)
-        torch.testing.assert_close(other[1], one[1], rtol=1e-5, atol=1e-7)
+        assert_same(other, one, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["exact", "ekfac"])
 def test_float32_features_give_the_influence_of_float64_ones(small: Small, kind: Kind):
-    double = measure(small.reduce, small.probe, kind).influence(small.features, small.residual)
+    double = influence_of(measure(small.reduce, small.probe, kind), small)
     reduce = over_blocks(small.features.float(), small.labels, 7)
-    single = measure(reduce, small.probe, kind).influence(small.features.float(), small.residual.float())
-    assert single[1].dtype == torch.float32
-    torch.testing.assert_close(single[0].matrix().double(), double[0].matrix(), rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(single[1].double(), double[1], rtol=1e-3, atol=1e-4)
+    rounded = (small.features.float(), small.residual.float(), small.probabilities.float())
+    single = measure(reduce, small.probe, kind).influence(*rounded)
+    assert single.solved_norm.dtype == single.shift.dtype == torch.float32
+    assert_same(single, double, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("fn", [hessian_block, class_factor, corrected_eigenvalues])
@@ -172,18 +245,6 @@ def test_a_bucket_without_live_samples_adds_nothing(small: Small, fn: BlockFn):
     with_an_empty_block = over_blocks(small.features, small.labels, [20, 0, 10])
     found = with_an_empty_block(fn, small.probe.weights, *more)[0]
     torch.testing.assert_close(found, small.reduce(fn, small.probe.weights, *more)[0])
-
-
-def test_a_leverage_applied_to_vectors_equals_its_matrix_times_them():
-    generator = torch.Generator().manual_seed(0)
-    basis = torch.linalg.qr(torch.randn(C, C, generator=generator)).Q
-    diagonal, vectors = torch.rand(9, C, generator=generator), torch.randn(9, C, generator=generator)
-    factored = FactoredLeverage(basis, diagonal)
-    dense = DenseLeverage(torch.stack([basis @ torch.diag(k) @ basis.T for k in diagonal]))
-    torch.testing.assert_close(factored.matrix(), dense.values)
-    torch.testing.assert_close(factored.product(vectors), dense.product(vectors))
-    plain = torch.stack([k @ v for k, v in zip(dense.values, vectors, strict=True)])
-    torch.testing.assert_close(dense.product(vectors), plain)
 
 
 def test_both_kinds_are_curvatures(small: Small):
