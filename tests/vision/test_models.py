@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from posttrain.errors import ModelError
 from posttrain.vision.models import (
@@ -70,6 +71,20 @@ def test_small_resnet_takes_grey_images_of_28_pixels_and_halves_them_twice():
     model.get_submodule("pool").register_forward_hook(lambda _, inputs, __: shapes.append(inputs[0].shape))
     model.eval()(torch.zeros(2, 1, 28, 28))
     assert shapes == [(2, 16, 7, 7)]
+
+
+def test_a_stem_of_stride_2_halves_the_image_once_more_at_a_quarter_of_the_cost():
+    shapes: list[torch.Size] = []
+    costs: list[int] = []
+    for stride in (1, 2):
+        model = small_resnet(10, width=4, stem_stride=stride).eval()
+        model.get_submodule("pool").register_forward_hook(lambda _, inputs, __: shapes.append(inputs[0].shape))
+        with FlopCounterMode(display=False) as counter:
+            model(torch.zeros(2, 3, 32, 32))
+        costs.append(counter.get_total_flops())
+    assert shapes == [(2, 16, 8, 8), (2, 16, 4, 4)]
+    assert costs[1] / costs[0] == pytest.approx(0.25, abs=0.001)
+    assert parameters(small_resnet(10, stem_stride=2)) == parameters(small_resnet(10))
 
 
 @pytest.mark.parametrize(
