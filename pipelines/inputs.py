@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from posttrain.config import Data, RunFile
-from posttrain.errors import DataError, LabelRangeError, ModelError
+from posttrain.errors import ConfigError, DataError, LabelRangeError, ModelError
 from posttrain.schema import ImageSpec, ModelSpec
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Inputs:
 def prepare(config: RunFile) -> Inputs:
     """Check the data and the model as far as that goes without reading images, and describe them.
 
-    Raises DataError, LabelRangeError or ModelError.
+    Raises ConfigError, DataError, LabelRangeError or ModelError.
     """
     import torch
 
@@ -48,6 +48,13 @@ def prepare(config: RunFile) -> Inputs:
         raise LabelRangeError(
             f"data.train = {config.data.train}: only one class ({classes[0] if classes else 'none'}); "
             "at least two are needed: is data.label the right column?"
+        )
+    noise = config.data.noise
+    if noise is not None and noise.matrix is not None and len(noise.matrix) != len(classes):
+        raise ConfigError(
+            f"data.noise.matrix has {len(noise.matrix)} rows, and there are {len(classes)} classes "
+            f"({', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}): give one row for each class, or set "
+            "data.classes"
         )
     model = models.build(config.model.factory, classes=len(classes), arguments=config.model.arguments)
     weights = None
@@ -82,14 +89,13 @@ def prepare(config: RunFile) -> Inputs:
     with torch.no_grad():
         # refuses images that the network cannot take, and a head that does not fit, before any work
         models.embed(model, head, torch.zeros(2, channels, *image.size))
-    noise = config.data.noise
     return Inputs(
         sources,
         classes,
         ModelSpec(config.model.factory, dict(config.model.arguments), len(classes), head, image),
         weights,
         None if "validation" in sources else config.data.validation_share,
-        reading.Noise(noise.rate, noise.seed) if noise else None,
+        reading.Noise(noise.kind, noise.rate, noise.seed, noise.matrix, image) if noise else None,
         _digest(listings),
     )
 

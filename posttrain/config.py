@@ -61,12 +61,67 @@ class Run(Section):
 class Noise(Section):
     """Labels flipped on purpose, to measure what is found again."""
 
-    kind: Literal["symmetric"] = "symmetric"
-    """symmetric: a flipped label becomes any of the other classes, all equally likely."""
-    rate: float = Field(default=0.2, ge=0, le=1)
-    """Share of the training and validation labels that are flipped; the test set stays as it is."""
+    kind: Literal["symmetric", "pair", "instance", "matrix"] = "symmetric"
+    """What a flipped label becomes. symmetric: any of the other classes, all equally likely. pair: the next
+    class (the last: the first). instance: what the image itself suggests (Xia et al. 2020, Part-dependent Label
+    Noise). matrix: drawn from the row of `matrix`."""
+    rate: Annotated[float, Field(ge=0, le=1)] | None = 0.2
+    """Share of the training and validation labels that are flipped; the test set stays as it is. Kind instance:
+    what the samples' own rates scatter around, cut to 0..1, so that slightly more flip where it is small. Kind
+    matrix: null."""
     seed: int = Field(default=0, ge=0, lt=2**32)
-    """Which labels are flipped depends on this seed and the sample's id alone."""
+    """Which labels are flipped depends on this seed and the sample's id alone, with kind instance also on the
+    image."""
+    matrix: tuple[tuple[float, ...], ...] | None = None
+    """Kind matrix only: row y holds the chance of each given label where the class is y, in the order of the
+    classes. A row adds up to 1; its value for y itself is the share that stays right."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_matrix_has_no_rate(cls, given: object) -> object:
+        # the default is a rate that a matrix contradicts
+        if isinstance(given, Mapping) and given.get("kind") == "matrix" and "rate" not in given:
+            return {**given, "rate": None}
+        return given
+
+    @model_validator(mode="after")
+    def _keys_fit_the_kind(self) -> Self:
+        if self.kind != "matrix":
+            if self.matrix is not None:
+                raise ValueError(
+                    f"data.noise.matrix is for data.noise.kind = matrix only, and data.noise.kind is {self.kind}: "
+                    "remove one or change the other"
+                )
+            if self.rate is None:
+                raise ValueError(
+                    f"data.noise.rate = null is for data.noise.kind = matrix only, and data.noise.kind is {self.kind}: "
+                    "give a rate from 0 to 1; data.noise = null flips nothing"
+                )
+            return self
+        if self.rate is not None:
+            raise ValueError(
+                f"data.noise.rate = {self.rate:g} does not go with data.noise.kind = matrix, whose rows say how many "
+                "labels are flipped: leave data.noise.rate out, or set it to null"
+            )
+        if self.matrix is None:
+            raise ValueError("data.noise.kind = matrix needs data.noise.matrix, one row for each class")
+        if len(self.matrix) < 2:
+            raise ValueError(f"data.noise.matrix has {len(self.matrix)} rows: give one for each class, at least two")
+        for number, row in enumerate(self.matrix):
+            if len(row) != len(self.matrix):
+                raise ValueError(
+                    f"data.noise.matrix has {len(self.matrix)} rows, and row {number} has {len(row)} values: "
+                    "give as many rows as values in a row, one for each class"
+                )
+            if min(row) < 0:
+                raise ValueError(
+                    f"data.noise.matrix has {min(row):g} in row {number}: give chances, from 0 to 1, that add up to 1"
+                )
+            if abs(sum(row) - 1) > 1e-6:
+                raise ValueError(
+                    f"data.noise.matrix: row {number} adds up to {sum(row):.7g}: give chances that add up to 1"
+                )
+        return self
 
 
 class Data(Section):

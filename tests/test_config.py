@@ -88,6 +88,40 @@ def test_digits_are_noisy_unless_the_user_says_otherwise(write):
     assert load(write(PARQUET)).data.noise is None
 
 
+def test_a_transition_matrix_takes_the_place_of_the_rate_and_is_written_out_whole(write):
+    config = load(write("data: {noise: {kind: matrix, matrix: [[0.9, 0.1], [0, 1]]}}"))
+    assert config.data.noise == Noise(kind="matrix", rate=None, matrix=((0.9, 0.1), (0.0, 1.0)))
+    assert load(write(dump(config))) == config
+    thirds = ", ".join(["[0.3333333, 0.3333333, 0.3333334]"] * 3)
+    assert load(None, [f"data.noise={{kind: matrix, matrix: [{thirds}]}}"]).data.noise is not None
+
+
+@pytest.mark.parametrize(
+    ("noise", "expected"),
+    [
+        ("{kind: matrix}", "data.noise.kind = matrix needs data.noise.matrix, one row for each class"),
+        ("{kind: matrix, matrix: [[1]]}", "data.noise.matrix has 1 rows: give one for each class, at least two"),
+        ("{kind: matrix, matrix: [[1, 0], [1]]}", "data.noise.matrix has 2 rows, and row 1 has 1 values: give as many"),
+        ("{kind: matrix, matrix: [[1, 0], [0.5, 0.4]]}", "data.noise.matrix: row 1 adds up to 0.9: give chances"),
+        ("{kind: matrix, matrix: [[1.5, -0.5], [0, 1]]}", "data.noise.matrix has -0.5 in row 0: give chances"),
+        ("{kind: matrix, matrix: [[1, 0], [.nan, 1]]}", "data.noise.matrix = [[1, 0], [NaN, 1]]: should be a finite"),
+        ("{kind: matrix, matrix: 3}", "data.noise.matrix = 3: should be a valid tuple"),
+        (
+            "{kind: matrix, rate: 0.1, matrix: [[1, 0], [0, 1]]}",
+            "data.noise.rate = 0.1 does not go with data.noise.kind = matrix, whose rows say how many labels are "
+            "flipped: leave data.noise.rate out, or set it to null",
+        ),
+        (
+            "{matrix: [[1, 0], [0, 1]]}",
+            "data.noise.matrix is for data.noise.kind = matrix only, and data.noise.kind is",
+        ),
+        ("{rate: null}", "data.noise.rate = null is for data.noise.kind = matrix only"),
+    ],
+)
+def test_noise_that_contradicts_itself_is_refused_with_what_to_do(noise, expected):
+    assert expected in complaint(None, f"data.noise={noise}")
+
+
 def test_sections_cannot_be_changed():
     with pytest.raises(ValueError, match="frozen"):
         RunFile().removal.budget = 0.5  # type: ignore[misc]
@@ -124,6 +158,7 @@ def test_one_damping_needs_no_list():
         ("probe.damping=[0.1, 0]", "probe.damping = [0.1, 0]: should be greater than 0"),
         ("probe.damping=[]", "probe.damping = []: "),
         ("data.noise.rate=2", "data.noise.rate = 2: should be less than or equal to 1"),
+        ("data.noise.kind=pairs", "data.noise.kind = \"pairs\": should be 'symmetric', 'pair', 'instance' or 'matrix'"),
         ("removal=3", "removal = 3: should be a mapping"),
         ("model.arguments=[1]", "model.arguments = [1]: should be a mapping"),
         ("model.weights=model.bin", '= "model.bin": should be a .pt, .pth or .safetensors file'),
@@ -259,7 +294,7 @@ def test_differences_name_the_keys_with_old_and_new_value():
     old = load(None, ["model.arguments={width: 16}"])
     new = load(None, ["removal.budget=0.1", "data.noise=null", "model.arguments={depth: 2, width: 32}"])
     assert differences(old, new) == [
-        'data.noise: {"kind": "symmetric", "rate": 0.2, "seed": 0} -> null',
+        'data.noise: {"kind": "symmetric", "rate": 0.2, "seed": 0, "matrix": n... -> null',
         "model.arguments.width: 16 -> 32",
         "model.arguments.depth: (not set) -> 2",
         "removal.budget: 0.05 -> 0.1",

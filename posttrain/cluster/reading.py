@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any, NoReturn, cast
+from typing import Any, Literal, NoReturn, cast
 
 import numpy as np
 import pyarrow as pa
@@ -34,13 +34,14 @@ from posttrain.schema import (
     SAMPLE_ID,
     SPLITS,
     TRUE_LABEL,
+    ImageSpec,
     bucket_boundaries,
     bucket_count,
     order_key,
     uniform,
 )
 from posttrain.store.folder import resolve
-from posttrain.vision.noise import symmetric
+from posttrain.vision.noise import from_matrix, instance_dependent, pair, symmetric
 
 # pyarrow makes these functions when it is imported: a type checker sees none of them
 pc = cast(Any, pyarrow.compute)
@@ -253,8 +254,14 @@ def highest_label(source: ParquetSource) -> int:
 class Noise:
     """Labels of the training and validation data that are flipped on purpose, for measuring."""
 
-    rate: float
+    kind: Literal["symmetric", "pair", "instance", "matrix"]
+    rate: float | None
+    """None with kind matrix."""
     seed: int
+    matrix: tuple[tuple[float, ...], ...] | None
+    """Kind matrix: row y holds the chance of each given label where the class is y."""
+    image: ImageSpec
+    """How images are seen: kind instance decodes them."""
 
 
 def read(
@@ -391,11 +398,7 @@ def normalise(
     keys = ids.to_numpy(zero_copy_only=False)
     if noise is not None:
         true_labels = labels if true_labels is None else true_labels
-        given = labels >= 0
-        labels = labels.copy()
-        labels[given] = symmetric(
-            labels[given], keys[given], classes=len(classes), rate=noise.rate, seed=noise.seed + _NOISE_DRAW
-        )
+        labels = _noisy(labels, keys, images, noise, len(classes))
     splits = np.full(table.num_rows, SPLITS.index(split), np.int64)
     if held_out is not None and held_out[0] is not None:
         drawn = uniform(keys, held_out[1] + _HELD_OUT_DRAW * 1_000_003) < held_out[0]
@@ -413,6 +416,32 @@ def normalise(
         TRUE_LABEL: pa.array(labels if true_labels is None else true_labels, pa.int32()),
     }
     return pa.table(columns)
+
+
+def _noisy(
+    labels: np.ndarray, ids: np.ndarray, images: pa.Array | pa.ChunkedArray, noise: Noise, classes: int
+) -> np.ndarray:
+    """A block's labels with the noise. An empty one stays, and with kind instance that of an unreadable image."""
+    seed = noise.seed + _NOISE_DRAW
+    noisy, given = labels.copy(), labels >= 0
+    if noise.kind == "matrix":
+        assert noise.matrix is not None, "the run file's check"
+        noisy[given] = from_matrix(labels[given], ids[given], matrix=np.array(noise.matrix), seed=seed)
+        return noisy
+    assert noise.rate is not None, "the run file's check"
+    if noise.kind == "instance":
+        from posttrain.vision.images import decode_column  # torch: the other kinds read without it
+
+        spec = noise.image
+        pixels, readable, _ = decode_column(images, channels=spec.channels, size=spec.size, shape=spec.shape)
+        seen = given & readable
+        noisy[seen] = instance_dependent(
+            labels[seen], ids[seen], pixels.numpy()[given[readable]], classes=classes, rate=noise.rate, seed=seed
+        )
+        return noisy
+    flip = {"symmetric": symmetric, "pair": pair}[noise.kind]
+    noisy[given] = flip(labels[given], ids[given], classes=classes, rate=noise.rate, seed=seed)
+    return noisy
 
 
 def _is_binary(kind: pa.DataType) -> bool:
