@@ -1,0 +1,478 @@
+"""Probes on several layers: which layers, their features in one pass, and a network that ends in such a probe.
+
+A layer goes by its module's dotted name and stands for that module's output; two names are special. The head's
+stands for the head's own *input*, as in `models.embed`; "input" stands for the images.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from posttrain.errors import ModelError
+from posttrain.schema import stream_seed
+from posttrain.vision import models
+
+INPUT = "input"
+"""The name of the images themselves as a layer, also where the model has a module of that name."""
+
+FACTORY = "posttrain.vision.layers:probed"
+"""What `model.factory` is called for a network that ends in a probe."""
+
+_GRIDS = (4, 2, 1)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a module, noted when it returned."""
+
+    name: str
+    module: nn.Module
+    input: object
+    output: Any
+
+
+# which layers
+
+
+def find(model: nn.Module, head: str, example: Tensor, *, most: int = 6) -> tuple[str, ...]:
+    """The layers worth a probe in the order of the forward pass, at most `most`: "input", stages, the head.
+
+    A stage has parameters and runs once, before the head; its output is one floating tensor [batch, ...] and not
+    yet what goes into the head. A module is opened into its children where it holds the head or more than half
+    of the network's layers, or is no stage itself; norms, activations and poolings that follow directly belong
+    to the stage before them. Where there are more stages than asked for, the last ones at each spatial size are
+    preferred and the rest is spread evenly.
+
+    Runs the model once on `example` (two images do) and leaves it in evaluation mode. Raises ModelError where
+    `models.embed` does, ValueError for `most` below 2.
+    """
+    if most < 2:
+        raise ValueError(f"most is {most}; the input and the head alone are 2 layers")
+    calls = _trace(model, head, example)
+    at = _head_at(calls, model, head)
+    stages = _stages(model, calls[:at], calls[at], len(example))
+    return (INPUT, *(stages[i].name for i in _thinned([_grid(stage.output) for stage in stages], most - 2)), head)
+
+
+def check(model: nn.Module, head: str, names: Sequence[str], example: Tensor) -> tuple[str, ...]:
+    """The names, each once, in the order of the forward pass.
+
+    Runs the model once on `example` and leaves it in evaluation mode. Raises ModelError for a layer that does not
+    exist, does not run exactly once and before the head, or whose output is not one floating tensor
+    [batch, ...] of 2 to 4 dimensions; it names the nearest layers that do.
+    """
+    calls = _trace(model, head, example)
+    at = _head_at(calls, model, head)
+    times = Counter(call.module for call in calls)
+    last = {call.module: place for place, call in enumerate(calls)}
+    modules = dict(model.named_modules(remove_duplicate=False))
+
+    def fault(name: str) -> str | None:
+        module = modules.get(name) if name else None
+        if module is None:
+            return "does not exist"
+        if times[module] != 1:
+            return f"runs {times[module]} times per forward pass, not once"
+        if last[module] > at:
+            return f"is not done before the head {head!r}"
+        output = calls[last[module]].output
+        return None if _serves(output, len(example)) else f"gives {_described(output)}, {_NEEDED}"
+
+    places = {INPUT: -1, head: at}
+    for name in names:
+        if name in places:
+            continue
+        found = fault(name)
+        if found:
+            serving = [INPUT, head, *(other for other in modules if fault(other) is None)]
+            nearest = difflib.get_close_matches(name, serving, n=3, cutoff=0)
+            raise ModelError(f"layer {name!r} {found}; the nearest that a probe can sit on: {', '.join(nearest)}")
+        places[name] = last[modules[name]]
+    return tuple(sorted(dict.fromkeys(names), key=lambda name: places[name]))
+
+
+def _trace(model: nn.Module, head: str, example: Tensor) -> list[_Call]:
+    """All calls of modules in one pass, in the order in which they returned."""
+    calls: list[_Call] = []
+
+    def noting(name: str) -> Callable[..., None]:
+        def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            calls.append(_Call(name, module, inputs[0] if inputs else None, output))
+
+        return note
+
+    # prepended: the layer of a `Probed` must be noted before its own hook ends the pass
+    hooks = [module.register_forward_hook(noting(name), prepend=True) for name, module in model.named_modules() if name]
+    try:
+        models.embed(model, head, example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def _head_at(calls: Sequence[_Call], model: nn.Module, head: str) -> int:
+    module = model.get_submodule(head)
+    return next(at for at, call in enumerate(calls) if call.module is module)
+
+
+def _stages(model: nn.Module, calls: Sequence[_Call], head: _Call, samples: int) -> list[_Call]:
+    times = Counter(call.module for call in calls)
+    serving = [call for call in calls if times[call.module] == 1 and _serves(call.output, samples)]
+    whole = {call.module for call in serving}
+    weighted = {call.module for call in calls if any(True for _ in call.module.parameters(recurse=False))}
+    candidates: set[nn.Module] = set()
+
+    def open_up(module: nn.Module) -> None:
+        for child in module.children():
+            candidates.add(child)
+            inside = set(child.modules())
+            if head.module in inside or child not in whole or 2 * len(inside & weighted) > len(weighted):
+                open_up(child)
+
+    open_up(model)
+    stages: list[_Call] = []
+    for call in serving:
+        if call.module not in candidates or call.name == INPUT:
+            continue
+        # the same tensor: an activation in place, or the module that encloses the last stage
+        if stages and (call.output is stages[-1].output or _completes(call, stages[-1])):
+            stages[-1] = call
+        elif any(True for _ in call.module.parameters()):
+            stages.append(call)
+    features: Any = head.input  # a tensor: models.embed refuses anything else
+    return [stage for stage in stages if not torch.equal(stage.output.flatten(1), features)]
+
+
+def _completes(call: _Call, stage: _Call) -> bool:
+    """Whether the call is a norm, an activation or a (not global) pooling right behind the stage."""
+    if call.input is not stage.output or any(parameter.ndim > 1 for parameter in call.module.parameters()):
+        return False
+    before, after = stage.output.shape, call.output.shape
+    if len(before) != 4 or len(after) != 4:
+        return before == after
+    smaller = all(new == old or 1 < new < old for old, new in zip(before[2:], after[2:], strict=True))
+    return before[1] == after[1] and smaller
+
+
+def _thinned(grids: Sequence[tuple[int, ...]], most: int) -> list[int]:
+    """Which at most `most` of the stages to take, by their spatial sizes; the last one always."""
+    if len(grids) <= most:
+        return list(range(len(grids)))
+    ends = [at for at, grid in enumerate(grids) if at + 1 == len(grids) or grids[at + 1] != grid]
+    if most <= 1:
+        return ends[-1:] if most else []
+    if len(ends) >= most:
+        return [ends[round(i * (len(ends) - 1) / (most - 1))] for i in range(most)]
+    starts = [-1, *ends[:-1]]
+    parts = [1] * len(ends)
+    for _ in range(most - len(ends)):
+        widest = max(range(len(ends)), key=lambda i: (ends[i] - starts[i]) / parts[i])
+        parts[widest] += 1
+    return [
+        start + round(part * (end - start) / count)
+        for start, end, count in zip(starts, ends, parts, strict=True)
+        for part in range(1, count + 1)
+    ]
+
+
+_NEEDED = "where one floating tensor [batch, ...] of 2 to 4 dimensions is needed"
+
+
+def _serves(output: object, samples: int) -> bool:
+    return (
+        isinstance(output, Tensor)
+        and output.is_floating_point()
+        and 2 <= output.ndim <= 4
+        and len(output) == samples
+        and output.numel() > 0
+    )
+
+
+def _described(output: object) -> str:
+    if isinstance(output, Tensor):
+        return f"a tensor {tuple(output.shape)} of {output.dtype}"
+    return f"a {type(output).__name__}"
+
+
+# features
+
+
+def pooled(output: Tensor, width: int) -> Tensor:
+    """A layer's output as features [n, d], float32, d <= width; they depend on nothing but their own sample.
+
+    Vectors [n, d] stay as they are. Maps [n, c, h, w] are averaged over the cells of the finest g x g grid,
+    g = 4, 2 or 1, that is no finer than the map and gives no more than 4 * width values (g = 1 may give more);
+    tokens [n, t, c] over t. What is still wider than `width` is projected by a Gaussian matrix [d, width] /
+    sqrt(width) that depends on d and width alone: distances are kept up to a factor of about
+    1 +- 1 / sqrt(width) (Johnson and Lindenstrauss 1984). Gradients flow through.
+
+    Maps with channels last, as swin's, cannot be told from others by shape in general: a square in dimensions 1
+    and 2 that is smaller than dimension 3 is taken for one, anything else for channels first.
+    """
+    features = output.float()
+    if features.ndim == 4:
+        features = _channels_first(features)
+        channels, *sides = features.shape[1:]
+        grid = next(g for g in _GRIDS if g == 1 or (g <= min(sides) and channels * g * g <= 4 * width))
+        features = F.adaptive_avg_pool2d(features, grid).flatten(1)
+    elif features.ndim == 3:
+        features = features.mean(dim=1)
+    elif features.ndim != 2:
+        raise ValueError(f"an output of shape {tuple(output.shape)} is neither vectors, tokens nor maps")
+    dim = features.shape[1]
+    return features if dim <= width else features @ _projection(dim, width, features.device)
+
+
+@functools.lru_cache(maxsize=16)
+def _projection(dim: int, width: int, device: torch.device) -> Tensor:
+    # not an inference tensor: the same matrix serves training afterwards
+    with torch.inference_mode(False):
+        generator = torch.Generator().manual_seed(stream_seed("layer projection", dim, width) % 2**63)
+        # drawn in float64: the vectorised float32 normals differ between processors in the last bits
+        gaussian = torch.randn(dim, width, generator=generator, dtype=torch.float64, device="cpu")
+        return (gaussian / width**0.5).float().to(device)
+
+
+def _channels_first(maps: Tensor) -> Tensor:
+    _, first, second, third = maps.shape
+    return maps.permute(0, 3, 1, 2) if first == second < third else maps
+
+
+def _grid(output: Tensor) -> tuple[int, ...]:
+    if output.ndim == 4:
+        return tuple(_channels_first(output).shape[2:])
+    return tuple(output.shape[1:-1])
+
+
+class _Enough(BaseException):
+    """Ends a forward pass; no Exception, so that no network takes it for a failure of its own."""
+
+
+def embed(model: nn.Module, layers: Sequence[str], head: str, batch: Tensor, *, width: int) -> dict[str, Tensor]:
+    """The features of each layer, float32 [n, d of the layer], from one forward pass without gradients.
+
+    The head's are its input exactly as `models.embed` gives it, never projected; all others are `pooled` to at
+    most `width`. The pass ends after the last layer unless the head is among them, and leaves the model in
+    evaluation mode. Raises ModelError where `models.embed` does, and for a layer that does not exist, does not
+    run once or gives no such tensor (see `check`).
+    """
+    found: dict[str, Tensor] = {}
+    modules = {name: _module(model, name) for name in layers if name not in (INPUT, head)}
+
+    def keep(name: str, output: Any) -> None:
+        if name in found:
+            raise ModelError(f"layer {name!r} runs more than once per forward pass; name one that runs once")
+        if not _serves(output, len(batch)):
+            raise ModelError(f"layer {name!r} gives {_described(output)}, {_NEEDED}")
+        features = pooled(output, width).detach()
+        # a copy: what follows may work in place
+        found[name] = features.clone() if features.data_ptr() == output.data_ptr() else features
+
+    def keeping(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            keep(name, output)
+            if head not in layers and all(other in found for other in modules):
+                raise _Enough
+
+        return hook
+
+    if INPUT in layers:
+        keep(INPUT, batch)
+    hooks = [module.register_forward_hook(keeping(name), prepend=True) for name, module in modules.items()]
+    try:
+        if modules or head in layers:
+            found[head] = models.embed(model, head, batch)[0]
+    except _Enough:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    absent = [name for name in layers if name not in found]
+    if absent:
+        raise ModelError(f"layer {absent[0]!r} does not run in a forward pass; name one that runs once")
+    return {name: found[name] for name in layers}
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if not name or name not in modules:
+        nearest = difflib.get_close_matches(name, [INPUT, *filter(None, modules)], n=3, cutoff=0)
+        raise ModelError(f"layer {name!r} does not exist (nearest: {', '.join(nearest)})")
+    return modules[name]
+
+
+# a network that ends in a probe
+
+
+class _Reached(BaseException):
+    """Carries a layer's output out of the network; no Exception for the reason of `_Enough`."""
+
+    def __init__(self, output: Tensor) -> None:
+        self.output = output
+
+
+def _reached(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+    raise _Reached(output)
+
+
+class Probed(nn.Module):
+    """A network up to one layer, `network`, and a linear probe on its pooled output, `probe`.
+
+    What lies behind the layer does not run and is no part of the module: a submodule that neither ran nor lent a
+    parameter to the features, in evaluation mode, is replaced by nn.Identity, and a parameter without effect
+    that is left over does not require a gradient. `network` alone cannot be called: its pass ends at the layer.
+    """
+
+    place: Tensor
+
+    def __init__(self, network: nn.Module, layer: str, width: int, classes: int, example: Tensor) -> None:
+        super().__init__()
+        self.network = network
+        self.layer = layer
+        self.width = width
+        # seen by the fingerprints: the same tensors give other features at another layer or width
+        place = torch.tensor(list(f"{layer}:{width}".encode()), dtype=torch.uint8)
+        self.register_buffer("place", place, persistent=False)
+        if layer != INPUT:
+            # one hook for good, without state: passes of several threads do not meet
+            network.get_submodule(layer).register_forward_hook(_reached)
+        self.eval()
+        self._drop_what_lies_behind(example)
+        with torch.no_grad():
+            self.probe = nn.Linear(self.features(example).shape[1], classes)
+        self.train()
+
+    def features(self, batch: Tensor) -> Tensor:
+        """What goes into the probe [n, d], float32, with gradients: as `embed` gives them for the layer."""
+        if self.layer == INPUT:
+            return pooled(batch, self.width)
+        try:
+            self.network(batch)
+        except _Reached as reached:
+            output = reached.output
+        else:
+            raise ModelError(f"layer {self.layer!r} of the probed network did not run")
+        return pooled(output, self.width)
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return self.probe(self.features(batch).to(self.probe.weight.dtype))
+
+    def _drop_what_lies_behind(self, example: Tensor) -> None:
+        started: set[nn.Module] = set()
+        hooks = [
+            module.register_forward_pre_hook(lambda module, _: started.add(module)) for module in self.network.modules()
+        ]
+        wanted = {parameter: parameter.requires_grad for parameter in self.network.parameters()}
+        # frozen parameters take part, too
+        for parameter in wanted:
+            parameter.requires_grad_(parameter.is_floating_point())
+        try:
+            with torch.enable_grad():
+                features = self.features(example)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        sought = [parameter for parameter in wanted if parameter.requires_grad]
+        gradients = (
+            torch.autograd.grad(features.sum(), sought, allow_unused=True)
+            if features.requires_grad
+            else [None] * len(sought)
+        )
+        used = {parameter for parameter, found in zip(sought, gradients, strict=True) if found is not None}
+        for parameter, trainable in wanted.items():
+            parameter.requires_grad_(trainable and parameter in used)
+        _drop(self.network, started, used)
+
+
+def _drop(module: nn.Module, started: Collection[nn.Module], used: Collection[nn.Parameter]) -> None:
+    for name, child in module.named_children():
+        parameters = [*child.parameters()]
+        # a parameter can be used without its module's running: nn.MultiheadAttention's out_proj
+        if parameters and not any(p in used for p in parameters) and not any(m in started for m in child.modules()):
+            setattr(module, name, nn.Identity())
+        else:
+            _drop(child, started, used)
+
+
+def probed(
+    classes: int,
+    *,
+    network: str,
+    arguments: dict[str, Any] | None = None,
+    network_head: str | None = None,
+    layer: str,
+    width: int,
+    size: Sequence[int],
+) -> nn.Module:
+    """The network of a factory (see `models.build`) up to `layer`, with an untrained probe on it: a `Probed`.
+
+    Itself a factory, `posttrain.vision.layers:probed`; `size` is (channels, height, width) of the images.
+    Raises ModelError where the network cannot be built or a probe cannot sit on the layer.
+    """
+    whole = models.build(network, classes=classes, arguments=arguments or {})
+    head = models.find_head(whole, classes=classes, name=network_head)
+    if layer == head:
+        raise ModelError(f"layer {layer!r} is the head: the network as it is has its probe there")
+    example = torch.zeros(2, *size)
+    check(whole, head, [layer], example)
+    return Probed(whole, layer, width, classes, example)
+
+
+def as_probed(
+    model: nn.Module,
+    head: str,
+    layer: str,
+    width: int,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    factory: str,
+    arguments: Mapping[str, Any],
+    size: Sequence[int],
+) -> tuple[str, dict[str, Any], Probed]:
+    """A model that `factory` and `arguments` built, cut at `layer`, with the probe weight [classes, d], bias [classes].
+
+    Returned are the factory and the arguments (JSON types, as far as `arguments` has such) that build the
+    `Probed` anew, and the `Probed` itself, on the CPU; the model stays as it is. Of a `Probed` model, whose
+    layers are called network.*, the probe is replaced: at its own layer, which is also its head's, or at an
+    earlier one. Raises ModelError as `probed` does and where the recipe does not fit the model, ValueError where
+    the weights do not fit the features.
+    """
+    trained = model
+    if factory == FACTORY:
+        assert isinstance(model, Probed), f"{FACTORY} builds nothing else"
+        trained = model.network
+        if layer == head:
+            layer, width = model.layer, model.width
+        recipe = {**arguments, "layer": layer.removeprefix("network."), "width": width}
+    else:
+        recipe = {
+            "network": factory,
+            "arguments": dict(arguments),
+            "network_head": head,
+            "layer": layer,
+            "width": width,
+            "size": list(size),
+        }
+    made = probed(len(weight), **recipe)
+    assert isinstance(made, Probed)
+    own, given = made.network.state_dict(), trained.state_dict()
+    unfit = [key for key in own if key not in given or given[key].shape != own[key].shape]
+    if unfit:
+        raise ModelError(f"model.factory {factory!r} called with {dict(arguments)} has other weights: {unfit[0]}")
+    # taken from the original state_dict, which carries the versions of its modules (mnasnet asks for them)
+    for key in given.keys() - own.keys():
+        del given[key]
+    made.network.load_state_dict(given)
+    models.replace_head(made, "probe", weight, bias)
+    return FACTORY, recipe, made
