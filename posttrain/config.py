@@ -300,24 +300,36 @@ class Probe(Section):
         tuple[Positive, ...],
         Field(min_length=1),
         BeforeValidator(_several, json_schema_input_type=Positive | tuple[Positive, ...]),
-    ] = (0.1,)
-    """The probe's L2 penalty lambda, on standardised features. Of several, the one with the lowest
-    cross-entropy on held-out data is taken."""
+    ] = (1.0, 0.1, 0.01)
+    """L2 penalty lambda of a probe, on standardised features. Of several, each layer takes the one with the
+    lowest cross-entropy on held-out labels."""
+    layers: tuple[Text, ...] | Literal["auto", "last"] = "auto"
+    """Layers to try probes on, by their dotted names (input: the images; the head's name: what goes into it). auto:
+    found by themselves. last: what goes into the head, alone. The boundary is drawn by the best ones together."""
+    width: int = Field(default=256, ge=8)
+    """Most features of a layer; what is wider is averaged over pixels and projected. The head's input is left
+    as it is."""
     curvature: Literal["auto", "exact", "ekfac"] = "auto"
     """exact: the full matrix. ekfac: Kronecker-factored, for any size. auto: exact up to `exact_limit`."""
-    exact_limit: int = Field(default=8192, ge=0)
+    exact_limit: int = Field(default=2048, ge=0)
     """Largest number of probe parameters (features x classes) for which auto takes the exact curvature."""
 
 
 class Removal(Section):
     """Which samples go, how many at a time, and when it is enough."""
 
-    score: Literal["loo_margin", "parameter", "data", "loss", "margin", "gradient_norm", "random"] = "loo_margin"
-    """What samples are ranked by. loo_margin: on which side of the boundary a sample falls when only the
-    others draw it. parameter, data: influence on the model, on the data. random: the control."""
+    score: Literal[
+        "directed_margin", "loo_margin", "parameter", "data", "loss", "margin", "gradient_norm", "random"
+    ] = "directed_margin"
+    """What samples are ranked by. directed_margin: on which side of the boundary a sample falls when only the
+    others draw it, with regard to the directions in which labels are confused; loo_margin: without that
+    regard. parameter, data: influence on the model, on the data. random: the control."""
     threshold: float = 1.0
-    """A sample may go only if its leave-one-out margin, in logits, is above this: 1 means that the others give
+    """A sample may go only if its directed margin, in logits, is above this: 1 means that the others give
     it another label with odds of more than e to 1. It holds for every score but random."""
+    share: Annotated[float, Field(ge=0, le=1)] | Literal["estimated"] = "estimated"
+    """Largest share of the samples removed in all rounds together. estimated: as many as labels are estimated to
+    be wrong, and none where there is no sign of wrong labels. random takes what is left of a number only."""
     budget: float = Field(default=0.05, gt=0, lt=1)
     """Largest share of the live samples removed in one round."""
     class_floor: float = Field(default=0.1, ge=0, le=1)

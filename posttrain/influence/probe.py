@@ -76,6 +76,20 @@ class Probe:
     gradient_norm: float
 
 
+def in_memory(features: Float[Tensor, "samples dim"], labels: Int[Tensor, " samples"], size: int = 2048) -> Reduce:
+    """Sums over blocks of `size` samples held in memory, in float64 and in their order."""
+    blocks = list(zip(features.split(size), labels.split(size), strict=True))
+
+    def reduce(fn: BlockFn, *arguments: Tensor) -> tuple[Tensor, ...]:
+        total: list[Tensor] | None = None
+        for h, y in blocks:
+            part = [t.double() for t in fn(h, y, *arguments)]
+            total = part if total is None else [a + b for a, b in zip(total, part, strict=True)]
+        return tuple(total or [])
+
+    return reduce
+
+
 def moments(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Count, sum and sum of squares of raw features, float64."""
     exact = features.double()

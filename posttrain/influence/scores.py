@@ -16,7 +16,7 @@ correlation of `loo_margin`, `parameter` and `data` is at least 0.999 with the e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,37 +24,69 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from posttrain.influence.audit import Audit
 from posttrain.influence.curvature import Curvature, Influence
 from posttrain.influence.probe import residuals
 
-Score = Literal["loo_margin", "parameter", "data", "loss", "margin", "gradient_norm", "random"]
+Score = Literal["directed_margin", "loo_margin", "parameter", "data", "loss", "margin", "gradient_norm", "random"]
+
+
+@dataclass(frozen=True)
+class ProbeEvidence:
+    """What one probe says of a batch."""
+
+    features: Float[Tensor, "batch dim"]
+    logits: Float[Tensor, "batch classes"]
+    residual: Float[Tensor, "batch classes"]
+    influence: Influence
+    damping: float
+    count: int
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the scores of a batch are computed from."""
+    """What the scores of a batch are computed from: what each member of the committee says."""
 
-    features: Float[Tensor, "batch dim"]
+    members: tuple[ProbeEvidence, ...]
     labels: Int[Tensor, " batch"]
-    logits: Float[Tensor, "batch classes"]
-    residual: Float[Tensor, "batch classes"]
-    influence: Influence
     draw: Float[Tensor, " batch"]
     """A number in [0, 1) that depends on the sample's id and the round's seed alone."""
-    damping: float
-    count: int
+    audit: Audit | None = None
+    """How far the leave-one-out logits can be taken; None: as they are."""
+
+    @property
+    def logits(self) -> Float[Tensor, "batch classes"]:
+        """The mean of the members' logits."""
+        return torch.stack([member.logits for member in self.members]).mean(dim=0)
 
     @property
     def loo_logits(self) -> Float[Tensor, "batch classes"]:
-        """z_i + K_i x_i: the sample's logits, had the probe been fitted without it (approximate leave-one-out)."""
-        return self.logits + self.influence.shift
+        """Mean of z_i + K_i x_i: the logits, had each member been fitted without the sample (to one Newton step)."""
+        return torch.stack([member.logits + member.influence.shift for member in self.members]).mean(dim=0)
 
 
-def evidence(features: Tensor, labels: Tensor, weights: Tensor, curvature: Curvature, draw: Tensor) -> Evidence:
-    """The evidence on a batch from the probe's weights [classes, d] and its curvature."""
-    logits, probabilities, residual = residuals(features, labels, weights)
-    influence = curvature.influence(features, residual, probabilities)
-    return Evidence(features, labels, logits, residual, influence, draw, curvature.damping, curvature.count)
+def evidence(
+    features: Tensor, labels: Tensor, weights: Tensor, curvature: Curvature, draw: Tensor, audit: Audit | None = None
+) -> Evidence:
+    """The evidence on a batch from one probe's weights [classes, d] and its curvature."""
+    return joint_evidence([(features, weights, curvature)], labels, draw, audit)
+
+
+def joint_evidence(
+    members: Sequence[tuple[Tensor, Tensor, Curvature]], labels: Tensor, draw: Tensor, audit: Audit | None = None
+) -> Evidence:
+    """The evidence on a batch from a committee: (features [n, d], weights [classes, d], curvature) of each member."""
+    found: list[ProbeEvidence] = []
+    for features, weights, curvature in members:
+        logits, probabilities, residual = residuals(features, labels, weights)
+        influence = curvature.influence(features, residual, probabilities)
+        found.append(ProbeEvidence(features, logits, residual, influence, curvature.damping, curvature.count))
+    return Evidence(tuple(found), labels, draw, audit)
+
+
+def _norm(parts: Sequence[Tensor]) -> Tensor:
+    """Norm of the mean's weights, whose blocks are the members' over their number: each part is a norm [n]."""
+    return torch.stack([part.square() for part in parts]).sum(dim=0).sqrt() / len(parts)
 
 
 def label_margin(logits: Tensor, labels: Tensor) -> Tensor:
@@ -62,6 +94,18 @@ def label_margin(logits: Tensor, labels: Tensor) -> Tensor:
     given = logits.gather(1, labels[:, None])[:, 0]
     others = logits.scatter(1, labels[:, None], float("-inf"))
     return others.max(dim=1).values - given
+
+
+def directed_margin(e: Evidence) -> Float[Tensor, " batch"]:
+    """The leave-one-out margin, with regard to the directions in which labels are confused (the default).
+
+        max_{c != y} (t z_c^(-i) + A[c, y])  -  (t z_y^(-i) - b)
+
+    with the t, b and A of `Audit`. Above 0, the others give the sample another label; where most labels y that
+    are wrong belong to class c, that other label is taken for c sooner.
+    """
+    adjusted = e.loo_logits if e.audit is None else e.audit.adjusted(e.loo_logits, e.labels)
+    return label_margin(adjusted, e.labels)
 
 
 def loo_margin(e: Evidence) -> Float[Tensor, " batch"]:
@@ -73,38 +117,42 @@ def loo_margin(e: Evidence) -> Float[Tensor, " batch"]:
 
 
 def parameter_influence(e: Evidence) -> Float[Tensor, " batch"]:
-    """How far the probe's weights would move without the sample.
+    """How far the boundary's weights would move without the sample.
 
-    ||H^-1 (x_i (x) h_i)|| / n
+    ||H^-1 (x_i (x) h_i)|| / n; of a committee, the norm of its members' movements, each over their number.
     """
-    return e.influence.solved_norm.clamp_min(0).sqrt() / e.count
+    return _norm([m.influence.solved_norm.clamp_min(0).sqrt() / m.count for m in e.members])
 
 
 def data_influence(e: Evidence) -> Float[Tensor, " batch"]:
-    """How much the predictions on all live samples would move without the sample.
+    """How much the predictions on all live samples would move without the sample; the mean over a committee.
 
         1/(2 n^2) v_i^T F v_i,  v_i = H^-1 (x_i (x) h_i),  F = H - damping I, the Fisher information of the live samples
 
     which is the mean Kullback-Leibler divergence between their predictions with and without it, to second
     order. Uses v_i^T H v_i = n x_i^T K_i x_i.
     """
-    quadratic = e.count * (e.influence.loo_residual * e.influence.shift).sum(dim=1)
-    return (quadratic - e.damping * e.influence.solved_norm).clamp_min(0) / (2 * e.count**2)
+
+    def of(m: ProbeEvidence) -> Tensor:
+        quadratic = m.count * (m.influence.loo_residual * m.influence.shift).sum(dim=1)
+        return (quadratic - m.damping * m.influence.solved_norm).clamp_min(0) / (2 * m.count**2)
+
+    return torch.stack([of(m) for m in e.members]).mean(dim=0)
 
 
 def loss(e: Evidence) -> Float[Tensor, " batch"]:
-    """Cross-entropy of the given label under the probe (baseline)."""
+    """Cross-entropy of the given label under the boundary (baseline)."""
     return torch.nn.functional.cross_entropy(e.logits, e.labels, reduction="none")
 
 
 def margin(e: Evidence) -> Float[Tensor, " batch"]:
-    """Margin of the fitted probe, the sample itself included (baseline)."""
+    """Margin of the fitted boundary, the sample itself included (baseline)."""
     return label_margin(e.logits, e.labels)
 
 
 def gradient_norm(e: Evidence) -> Float[Tensor, " batch"]:
-    """||r_i|| ||h_i||, the norm of the loss gradient by the probe's weights (baseline)."""
-    return e.residual.norm(dim=1) * e.features.norm(dim=1)
+    """||r_i|| ||h_i||, the norm of the loss gradient by the boundary's weights (baseline)."""
+    return _norm([m.residual.norm(dim=1) * m.features.norm(dim=1) for m in e.members])
 
 
 def at_random(e: Evidence) -> Float[Tensor, " batch"]:
@@ -113,6 +161,7 @@ def at_random(e: Evidence) -> Float[Tensor, " batch"]:
 
 
 SCORES: dict[Score, Callable[[Evidence], Tensor]] = {
+    "directed_margin": directed_margin,
     "loo_margin": loo_margin,
     "parameter": parameter_influence,
     "data": data_influence,
@@ -121,3 +170,31 @@ SCORES: dict[Score, Callable[[Evidence], Tensor]] = {
     "gradient_norm": gradient_norm,
     "random": at_random,
 }
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """What the others would label each sample."""
+
+    predicted: Int[Tensor, " batch"]
+    """The likeliest label of all."""
+    self_confidence: Float[Tensor, " batch"]
+    """Probability of the given label, calibrated on held-out labels."""
+    suggested: Int[Tensor, " batch"]
+    """The likeliest class but for the given label."""
+    confidence: Float[Tensor, " batch"]
+    """Probability that the sample belongs to the suggested class, the noise taken out."""
+
+
+def suggestion(e: Evidence) -> Suggestion:
+    """Labels and their probabilities from leave-one-out logits: none of them has seen the sample's own label.
+
+    Without an audit the probabilities are the plain softmax.
+    """
+    logits = e.loo_logits.double()
+    adjusted = logits if e.audit is None else e.audit.adjusted(logits, e.labels)
+    q = logits.softmax(dim=1) if e.audit is None else e.audit.probabilities(logits, e.labels)
+    p = q if e.audit is None else e.audit.clean_probabilities(logits, e.labels)
+    given = e.labels[:, None]
+    suggested = adjusted.scatter(1, given, -torch.inf).argmax(dim=1)
+    return Suggestion(q.argmax(dim=1), q.gather(1, given)[:, 0], suggested, p.gather(1, suggested[:, None])[:, 0])

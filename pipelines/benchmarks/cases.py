@@ -1,0 +1,403 @@
+"""The cases that the benchmarks of quality share: data sets, kinds of noise, and networks trained on them.
+
+A case is (data set, noise, network, seed). Everything of it that takes long is kept in a folder and not done again:
+the trained network, the margins seen in training, and out-of-sample predictions of networks trained on four fifths.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.dataset
+import torch
+from torch import Tensor, nn
+
+from posttrain.cluster.refining import Training, fit_network
+from posttrain.schema import ImageSpec
+from posttrain.vision import models, noise
+from posttrain.vision.images import decode_column, normalize
+
+NOISES = (
+    "clean",
+    "symmetric 20",
+    "symmetric 40",
+    "pair 20",
+    "pair 40",
+    "instance 20",
+    "instance 40",
+    "human aggre",
+    "human random1",
+)
+NETWORKS = ("memorised", "augmented")
+FOLDS = 5
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What the cases take of a data set, and the network that is trained on it."""
+
+    train: int
+    validation: int
+    test: int
+    factory: str
+    arguments: dict[str, Any]
+    image: ImageSpec
+    training: dict[str, Training]
+    """By network."""
+
+
+def _training(epochs: int, augment: str, **changes: Any) -> Training:
+    # memorised: no augmentation, until (nearly) every label is reproduced
+    until = 0.995 if augment == "none" else None
+    settings: dict[str, Any] = {
+        "epochs": epochs,
+        "batch_size": 64,
+        "optimizer": "adamw",
+        "learning_rate": 3e-3,
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "schedule": "cosine",
+        "augment": augment,
+        "until_train_accuracy": until,
+    }
+    return Training(**{**settings, **changes})
+
+
+DATASETS = {
+    "digits": DataSet(
+        1203,
+        134,
+        360,
+        "posttrain.vision.models:mlp",
+        {},
+        ImageSpec(1, (8, 8), (0.5,), (0.5,), (8, 8)),
+        {
+            "memorised": _training(200, "none", schedule="constant"),
+            "augmented": _training(60, "crop"),
+        },
+    ),
+    "fashion_mnist": DataSet(
+        3000,
+        1000,
+        5000,
+        "posttrain.vision.models:small_resnet",
+        {"width": 16, "channels": 1, "stem_stride": 2},
+        ImageSpec(1, (28, 28), (0.286,), (0.353,)),
+        {"memorised": _training(30, "none"), "augmented": _training(15, "crop_flip")},
+    ),
+    "cifar10n": DataSet(
+        4000,
+        1000,
+        5000,
+        "posttrain.vision.models:small_resnet",
+        {"width": 16, "stem_stride": 2},
+        ImageSpec(3, (32, 32), (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)),
+        {"memorised": _training(40, "none"), "augmented": _training(25, "crop_flip")},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell of the benchmark."""
+
+    dataset: str
+    noise: str
+    network: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.dataset}, {self.noise}, {self.network}, seed {self.seed}"
+
+    @property
+    def key(self) -> str:
+        """A name for files."""
+        return str(self).replace(", ", "-").replace(" ", "_")
+
+
+def cases(
+    datasets: Sequence[str], noises: Sequence[str], networks: Sequence[str], seeds: Sequence[int]
+) -> Iterator[Case]:
+    """Every case that exists: human labels are known of CIFAR-10N alone. Seeds vary slowest."""
+    for seed, dataset, kind, network in itertools.product(seeds, datasets, noises, networks):
+        if dataset == "cifar10n" or not kind.startswith("human"):
+            yield Case(dataset, kind, network, seed)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Samples of one split; `true` is for measuring."""
+
+    ids: np.ndarray
+    pixels: Tensor
+    """uint8 [n, channels, height, width]."""
+    given: np.ndarray
+    true: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def rows(self, keep: np.ndarray) -> Part:
+        """The part's rows by a mask or by positions."""
+        at = np.flatnonzero(keep) if keep.dtype == bool else keep
+        return Part(self.ids[at], self.pixels[torch.from_numpy(at)], self.given[at], self.true[at])
+
+
+@dataclass(frozen=True)
+class Data:
+    """The splits of a case."""
+
+    train: Part
+    validation: Part
+    test: Part
+    classes: int
+
+
+def load(case: Case) -> Data:
+    """The case's data: which samples, and which of their labels are wrong, depends on its seed."""
+    size = DATASETS[case.dataset]
+    pixels, columns = _whole(case.dataset, "train")
+    held_out, held_out_columns = _whole(case.dataset, "test")
+    order = np.random.default_rng(case.seed).permutation(len(pixels))
+    chosen = order[: size.train + size.validation]
+    true = columns["true"]
+    kind, _, detail = case.noise.partition(" ")
+    ids = np.arange(len(pixels))
+    if kind == "human":
+        given = columns[detail]
+    elif kind == "clean":
+        given = true
+    else:
+        common: dict[str, Any] = {"classes": 10, "rate": int(detail) / 100, "seed": case.seed}
+        given = true.copy()
+        some = {
+            "symmetric": lambda: noise.symmetric(true[chosen], ids[chosen], **common),
+            "pair": lambda: noise.pair(true[chosen], ids[chosen], **common),
+            "instance": lambda: noise.instance_dependent(true[chosen], ids[chosen], pixels[chosen].numpy(), **common),
+        }
+        given[chosen] = some[kind]()
+
+    def part(rows: np.ndarray) -> Part:
+        return Part(ids[rows], pixels[torch.from_numpy(rows)], given[rows], true[rows])
+
+    tested = np.random.default_rng([case.seed, 1]).permutation(len(held_out))[: size.test]
+    test_labels = held_out_columns["true"][tested]
+    test = Part(tested, held_out[torch.from_numpy(tested)], test_labels, test_labels)
+    return Data(part(chosen[: size.train]), part(chosen[size.train :]), test, 10)
+
+
+@cache
+def _whole(dataset: str, split: str) -> tuple[Tensor, dict[str, np.ndarray]]:
+    image = DATASETS[dataset].image
+    if dataset == "digits":
+        from posttrain.vision.datasets import digits
+
+        tables = digits(0)
+        table = tables[split]
+        columns = {"true": table["label"].to_numpy().astype(np.int64)}
+        column = table["image"]
+    else:
+        root = Path(os.environ.get("POSTTRAIN_DATA", Path(__file__).parents[3] / "shared" / "data"))
+        table = pyarrow.dataset.dataset(root / dataset / split).to_table()
+        names = {"label_clean": "true", "label": "true", "label_aggre": "aggre", "label_random1": "random1"}
+        columns = {names[name]: table[name].to_numpy().astype(np.int64) for name in table.column_names if name in names}
+        column = table["image"]
+    pixels, readable, _ = decode_column(column, channels=image.channels, size=image.size, shape=image.shape)
+    assert readable.all()
+    return pixels, columns
+
+
+# -- networks ----------------------------------------------------------------------------------------------
+
+
+class Images:
+    """Batches of a part in seeded random order, as `fit_network` takes them; `last` are their positions."""
+
+    def __init__(self, part: Part, seed: int, on_epoch: Callable[[int], None] = lambda epoch: None) -> None:
+        self._part, self._seed, self._on_epoch = part, seed, on_epoch
+        self._labels = torch.from_numpy(part.given)
+        self.last = np.empty(0, np.int64)
+
+    def batches(self, size: int, steps: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        self._on_epoch(epoch)
+        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._part))
+        for step in range(steps):
+            self.last = order[step * size : (step + 1) * size]
+            if len(self.last) < 2:
+                return
+            yield self._part.pixels[self.last], self._labels[self.last]
+
+
+@dataclass
+class Trained:
+    """A network and what was seen while it was trained."""
+
+    weights: bytes = field(repr=False)
+    accuracy: float
+    """On the given labels, in the last epoch."""
+    epochs: int
+    seconds: float
+    aum: np.ndarray | None = None
+    """[n] averaged logit margin over training, larger is better (Pleiss et al. 2020)."""
+    checkpoints: list[bytes] = field(default_factory=list, repr=False)
+
+
+def train(
+    case: Case,
+    part: Part,
+    *,
+    seed: int,
+    weights: bytes | None = None,
+    settings: Training | None = None,
+    watch: bool = False,
+    after_step: Callable[[nn.Module], None] | None = None,
+) -> Trained:
+    """The case's network, trained on a part's given labels as posttrain trains it; `watch` keeps what peers need.
+
+    AUM sums the margins of each sample's own training step; its cost is nothing but the bookkeeping.
+    """
+    dataset = DATASETS[case.dataset]
+    settings = settings or dataset.training[case.network]
+    model = network(case, seed) if weights is None else loaded(case, weights)
+    model.to(memory_format=torch.channels_last).train()
+    margins, seen = np.zeros(len(part)), np.zeros(len(part))
+    snapshots: list[bytes] = []
+
+    def remember(module: nn.Module, inputs: Any, logits: Tensor) -> None:
+        at = images.last
+        given = torch.from_numpy(part.given[at])
+        own = logits.detach().gather(1, given[:, None])[:, 0]
+        others = logits.detach().scatter(1, given[:, None], -torch.inf).max(dim=1).values
+        margins[at] += (own - others).numpy()
+        seen[at] += 1
+
+    # TracIn sums over checkpoints: a few on the way, the last is the network itself
+    every = max(1, settings.epochs // 6)
+    images = Images(
+        part, seed, lambda epoch: snapshots.append(models.to_bytes(model)) if watch and epoch % every == 0 else None
+    )
+    hooks = [model.register_forward_hook(remember)] if watch else []
+    if after_step is not None:
+        hooks.append(model.register_forward_pre_hook(lambda module, inputs: after_step(module)))
+    began = time.perf_counter()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        found = fit_network(
+            model,
+            images,  # pyright: ignore[reportArgumentType]  the same method, without Ray
+            settings,
+            spec=dataset.image,
+            live=len(part),
+            world=1,
+            device=torch.device("cpu"),
+            seed=seed,
+            progress=lambda done, total: None,
+        )
+    seconds = time.perf_counter() - began
+    for hook in hooks:
+        hook.remove()
+    aum = margins / np.maximum(seen, 1) if watch else None
+    # the first snapshot is the untrained network
+    return Trained(models.to_bytes(model), found["accuracy"], found["epochs"], seconds, aum, snapshots[1:])
+
+
+def network(case: Case, seed: int) -> nn.Module:
+    """The case's network with first weights drawn from the seed."""
+    dataset = DATASETS[case.dataset]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return models.build(dataset.factory, classes=10, arguments=dataset.arguments)
+
+
+def loaded(case: Case, weights: bytes) -> nn.Module:
+    """The case's network with these weights, in evaluation mode."""
+    model = network(case, 0)
+    models.load_bytes(model, weights)
+    return model.eval()
+
+
+def inputs(case: Case, part: Part) -> Iterator[Tensor]:
+    """A part's images as the network takes them, in batches of 500."""
+    image = DATASETS[case.dataset].image
+    for pixels in part.pixels.split(500):
+        yield normalize(pixels, image.mean, image.std).contiguous(memory_format=torch.channels_last)
+
+
+def logits(case: Case, model: nn.Module, part: Part) -> Tensor:
+    """[n, classes] of a network in evaluation mode."""
+    with torch.inference_mode():
+        return torch.cat([model.eval()(batch) for batch in inputs(case, part)])
+
+
+def accuracy(case: Case, model: nn.Module, part: Part) -> float:
+    """Share of the part's given labels that the network gives."""
+    return float((logits(case, model, part).argmax(dim=1).numpy() == part.given).mean())
+
+
+def trained(case: Case, data: Data, folder: Path) -> Trained:
+    """The case's network from `folder`, trained and kept there where it is not."""
+    path = folder / "networks" / f"{case.key}.pt"
+    found: Mapping[str, Any] | None = _kept(path)
+    if found is None:
+        result = train(case, data.train, seed=case.seed, watch=True)
+        found = {
+            "weights": result.weights,
+            "accuracy": result.accuracy,
+            "epochs": result.epochs,
+            "seconds": result.seconds,
+            "aum": torch.from_numpy(result.aum),
+            "checkpoints": result.checkpoints,
+        }
+        _keep(path, found)
+    return Trained(**{**found, "aum": found["aum"].numpy()})
+
+
+@dataclass(frozen=True)
+class OutOfSample:
+    """[n, classes] probabilities of each training sample from a network that was trained without it."""
+
+    probabilities: np.ndarray
+    seconds: float
+
+
+def out_of_sample(case: Case, data: Data, folder: Path) -> OutOfSample:
+    """From `FOLDS` networks, each trained on the other folds as the case's network was; kept in `folder`."""
+    path = folder / "out_of_sample" / f"{case.key}.pt"
+    found: Mapping[str, Any] | None = _kept(path)
+    if found is None:
+        began = time.perf_counter()
+        fold = np.random.default_rng([case.seed, 2]).permutation(len(data.train)) % FOLDS
+        probabilities = torch.zeros(len(fold), data.classes)
+        for number in range(FOLDS):
+            result = train(case, data.train.rows(fold != number), seed=case.seed + 100 * (number + 1))
+            out = data.train.rows(fold == number)
+            probabilities[torch.from_numpy(fold == number)] = logits(case, loaded(case, result.weights), out).softmax(
+                dim=1
+            )
+        found = {"probabilities": probabilities, "seconds": time.perf_counter() - began}
+        _keep(path, found)
+    return OutOfSample(found["probabilities"].numpy(), found["seconds"])
+
+
+def _kept(path: Path) -> Mapping[str, Any] | None:
+    return torch.load(path, weights_only=True) if path.exists() else None
+
+
+def _keep(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    torch.save(dict(content), aside)
+    os.replace(aside, path)
+
+
+def with_settings(settings: Training, **changes: Any) -> Training:
+    """The same training but for the changes."""
+    return replace(settings, **changes)

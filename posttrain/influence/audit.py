@@ -1,0 +1,256 @@
+"""How far the probes' leave-one-out word can be taken: calibration, directions of the noise, share of wrong labels.
+
+Everything is estimated from sums over the held-out samples (whose labels are as noisy as the rest, and which the
+network has not seen) and over the live samples (leave-one-out). No clean label is used. Notation: z_i are logits, for
+live samples leave-one-out ones; y_i the given label; t, b, A and the noise rate are what is estimated here.
+
+    t   inverse temperature: softmax(t z) has the lowest cross-entropy on the held-out labels
+    b   memorisation: what the given label's logit of a live sample is too high, because the network's features
+        have seen that label. With it the live samples' labels are as probable on average as the held-out ones
+    A   directions [C, C]: A[c, y] = (log T[c, y] - log T[y, c]) / 2, with T[c, y] how often what the others call c is
+        labelled y. Classes that merely look alike are confused both ways and cancel; labels that were changed in
+        one direction do not. Measured on 46 networks: average precision under pair flips 0.80 instead of 0.71,
+        under instance-dependent noise 0.86 instead of 0.83, under symmetric and human noise the same
+"""
+
+# torch.linalg, Tensor.norm and Tensor.split carry no complete types
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+_OFFSETS = 257
+_LARGEST_OFFSET = 16.0
+_BINS = 4096
+_DEEPEST = 16.0
+"""Confidences are binned by -log(1 - confidence), up to this: e^-16 is what float32 can still tell from 1."""
+_SHARPNESS = 4
+"""Power of the probabilities that count for T: the confident decide."""
+_PRIOR = 0.25
+"""Weight of a uniform T beside the observed one."""
+
+CONFIDENT_SHARE = 0.02
+LEAST_CONFIDENT = 50
+MOST_CONFIDENT = 2000
+CLEAN = 0.01
+"""Wrong labels among the most confident up to this share are what a clean set shows, too."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Sums over samples, which may be added over blocks."""
+
+    count: Tensor
+    support: Float[Tensor, " offsets"]
+    """Sum of the given label's probability, for each offset b of the grid."""
+    votes: Float[Tensor, "classes classes"]
+    """[c, y]: sum of p_c^4 over the samples labelled y."""
+    confident: Float[Tensor, " bins"]
+    """Samples by the confidence of their likeliest class."""
+    disagreeing: Float[Tensor, " bins"]
+    """Of these, the ones with another label."""
+
+    def sums(self) -> tuple[Tensor, ...]:
+        return self.count, self.support, self.votes, self.confident, self.disagreeing
+
+
+@dataclass(frozen=True)
+class NoiseEstimate:
+    """Share of wrong labels, from the held-out samples of which the probes are most confident."""
+
+    rate: float
+    low: float
+    high: float
+    """95 % interval (Clopper & Pearson 1934) of the share among the most confident."""
+    disagreeing: int
+    counted: int
+    found: bool
+    """Whether there are more wrong labels than a clean set shows, in either the held-out or the live samples."""
+
+    @property
+    def most(self) -> float:
+        """Largest share that may be removed: one standard error (Agresti & Coull 1998) above the rate."""
+        share = (self.disagreeing + 2) / (self.counted + 4)
+        return min(1.0, self.rate + math.sqrt(share * (1 - share) / (self.counted + 4))) if self.found else 0.0
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was estimated."""
+
+    temperature: float
+    """t."""
+    offset: float
+    """b, at least 0."""
+    directions: Float[Tensor, "classes classes"]
+    """A."""
+    noise: NoiseEstimate
+
+    def adjusted(
+        self, logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]
+    ) -> Float[Tensor, "batch classes"]:
+        """t z_c + A[c, y] for the other classes, t z_y - b for the given label."""
+        return self._without_memory(logits, labels) + self.directions.to(logits).T[labels]
+
+    def probabilities(
+        self, logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]
+    ) -> Float[Tensor, "batch classes"]:
+        """q: what label a sample like this would be given, calibrated on the held-out labels."""
+        return self._without_memory(logits, labels).softmax(dim=1)
+
+    def clean_probabilities(
+        self, logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]
+    ) -> Float[Tensor, "batch classes"]:
+        """Which class a sample like this belongs to: q with the noise taken out.
+
+            p_c = (q_c - e) / (1 - rate - e),  e = rate / (C - 1),    cut at 0 and scaled to sum 1
+
+        which inverts q = T p for noise that prefers no class.
+        """
+        q = self.probabilities(logits, labels)
+        classes = q.shape[1]
+        # beyond this the labels would say nothing, and the division would blow up rounding
+        rate = min(self.noise.rate, 0.9 * (classes - 1) / classes)
+        stray = rate / (classes - 1)
+        p = ((q - stray) / (1 - rate - stray)).clamp_min(1e-6)
+        return p / p.sum(dim=1, keepdim=True)
+
+    def _without_memory(self, logits: Tensor, labels: Tensor) -> Tensor:
+        scaled = self.temperature * logits
+        return scaled.scatter_add(1, labels[:, None], scaled.new_full((len(labels), 1), -self.offset))
+
+
+def survey(
+    logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"], temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The sums of a `Survey` over a batch."""
+    scaled = temperature * logits.double()
+    classes = scaled.shape[1]
+    p = scaled.softmax(dim=1)
+    given = labels[:, None]
+    others = scaled.scatter(1, given, -torch.inf).logsumexp(dim=1)
+    # sigmoid(u - b) is the given label's probability after its logit was lowered by b
+    u = scaled.gather(1, given)[:, 0] - others
+    support = torch.sigmoid(u[:, None] - _offsets().to(u)).sum(dim=0)
+    votes = torch.zeros(classes, classes, dtype=torch.float64, device=p.device)
+    votes.index_add_(0, labels, p**_SHARPNESS)
+    confidence, likeliest = p.max(dim=1)
+    depth = -torch.log1p(-confidence.clamp_max(1 - math.exp(-_DEEPEST)))
+    bins = (depth * (_BINS / _DEEPEST)).long().clamp_max(_BINS - 1)
+    confident = torch.bincount(bins, minlength=_BINS).double()
+    disagreeing = torch.bincount(bins[likeliest != labels], minlength=_BINS).double()
+    count = torch.tensor(float(len(labels)), dtype=torch.float64, device=p.device)
+    return count, support, votes.T.contiguous(), confident, disagreeing
+
+
+def held_out_survey(
+    features: Tensor, labels: Tensor, weights: Tensor, temperature: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`survey` of a block of features under a linear head [classes, d]; `temperature` is a number in a tensor."""
+    return survey(features @ weights.to(features).T, labels, float(temperature))
+
+
+def temperature_moments(
+    features: Tensor, labels: Tensor, weights: Tensor, temperature: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over a block of: 1, and the first and second derivative of the cross-entropy by t."""
+    logits = (features @ weights.to(features).T).double()
+    p = (temperature.to(logits) * logits).softmax(dim=1)
+    mean = (p * logits).sum(dim=1)
+    slope = mean - logits.gather(1, labels[:, None])[:, 0]
+    curve = (p * (logits - mean[:, None]).square()).sum(dim=1)
+    return torch.tensor(float(len(labels)), dtype=torch.float64), slope.sum(), curve.sum()
+
+
+def fitted_temperature(moments: Callable[[Tensor], tuple[Tensor, ...]], *, steps: int = 50) -> float:
+    """The t > 0 with the lowest cross-entropy (convex in t), within 1/20 and 20.
+
+    `moments(t)` are the sums of `temperature_moments`. Newton steps, each at most by a factor of 2.
+    """
+    t = 1.0
+    for _ in range(steps):
+        _, slope, curve = (float(part) for part in moments(torch.tensor(t, dtype=torch.float64)))
+        wanted = t - slope / curve if curve > 0 else (20.0 if slope < 0 else 0.05)
+        following = min(max(wanted, t / 2, 0.05), 2 * t, 20.0)
+        if abs(following - t) <= 1e-5 * t:
+            return following
+        t = following
+    return t
+
+
+def audit(held_out: Survey, live: Survey, temperature: float) -> Audit:
+    """The estimates from both surveys, which were made at this temperature."""
+    wanted = float(held_out.support[0] / held_out.count)
+    counted = [_most_confident(of) for of in (held_out, live)]
+    (disagreeing, number), _ = counted
+    low, high = _interval(disagreeing, number)
+    noise = NoiseEstimate(
+        disagreeing / number if number else 0.0,
+        low,
+        high,
+        disagreeing,
+        number,
+        found=any(_lowest(*pair) > CLEAN for pair in counted),
+    )
+    return Audit(temperature, _offset(live, wanted), _directions(live.votes, float(live.count)), noise)
+
+
+def _offsets() -> Tensor:
+    return torch.linspace(0, _LARGEST_OFFSET, _OFFSETS, dtype=torch.float64)
+
+
+def _offset(live: Survey, wanted: float) -> float:
+    """The b at which the live labels' mean probability falls to `wanted`; 0 where it is lower anyway."""
+    means, grid = (live.support / live.count).tolist(), _offsets().tolist()
+    if means[0] <= wanted:
+        return 0.0
+    for k in range(1, len(grid)):
+        if means[k] <= wanted:
+            share = (means[k - 1] - wanted) / (means[k - 1] - means[k])
+            return grid[k - 1] + share * (grid[k] - grid[k - 1])
+    return grid[-1]
+
+
+def _directions(votes: Tensor, count: float) -> Tensor:
+    classes = len(votes)
+    votes = votes.double().cpu()
+    total = float(votes.sum())
+    joint = votes * (count / total) if total else votes
+    joint = joint + _PRIOR * count / classes**2 if count else torch.ones_like(joint)
+    logs = (joint / joint.sum(dim=1, keepdim=True)).log()
+    return (logs - logs.T) / 2
+
+
+def _most_confident(of: Survey) -> tuple[int, int]:
+    """(disagreeing, counted): the bins from the most confident down to the wanted number."""
+    count = int(of.count)
+    wanted = min(count, max(LEAST_CONFIDENT, min(MOST_CONFIDENT, int(CONFIDENT_SHARE * count))))
+    from_above = of.confident.flip(0).cumsum(0)
+    last = int((from_above < wanted).sum())
+    if not wanted:
+        return 0, 0
+    return int(of.disagreeing.flip(0)[: last + 1].sum()), int(from_above[last])
+
+
+def _lowest(disagreeing: int, counted: int) -> float:
+    """One-sided 95 % bound from below on a share (Clopper & Pearson 1934)."""
+    from scipy.stats import beta  # pyright: ignore[reportMissingTypeStubs]  takes half a second: not at the top
+
+    return float(beta.ppf(0.05, disagreeing, counted - disagreeing + 1)) if disagreeing else 0.0
+
+
+def _interval(disagreeing: int, counted: int) -> tuple[float, float]:
+    from scipy.stats import beta  # pyright: ignore[reportMissingTypeStubs]
+
+    if not counted:
+        return 0.0, 1.0
+    low = float(beta.ppf(0.025, disagreeing, counted - disagreeing + 1)) if disagreeing else 0.0
+    high = float(beta.ppf(0.975, disagreeing + 1, counted - disagreeing)) if disagreeing < counted else 1.0
+    return low, high
