@@ -1,4 +1,4 @@
-"""Probes on several layers: which layers, their features in one pass, and a network that ends in such a probe.
+"""Probes on several layers: which layers, their features in one pass, and a network that ends in a probe on them.
 
 A layer goes by its module's dotted name and stands for that module's output; two names are special. The head's
 stands for the head's own *input*, as in `models.embed`; "input" stands for the images.
@@ -10,6 +10,7 @@ import difflib
 import functools
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,7 +111,7 @@ def _trace(model: nn.Module, head: str, example: Tensor) -> list[_Call]:
 
         return note
 
-    # prepended: the layer of a `Probed` must be noted before its own hook ends the pass
+    # prepended: the last layer of a `Probed` must be noted before its own hook ends the pass
     hooks = [module.register_forward_hook(noting(name), prepend=True) for name, module in model.named_modules() if name]
     try:
         models.embed(model, head, example)
@@ -257,6 +258,44 @@ def _grid(output: Tensor) -> tuple[int, ...]:
 class _Enough(BaseException):
     """Ends a forward pass; no Exception, so that no network takes it for a failure of its own."""
 
+    def __init__(self, ended: _Pass) -> None:
+        self.ended = ended
+
+
+class _Pass:
+    """The features that one forward pass is to give, and those that it gave so far."""
+
+    def __init__(self, layers: Collection[str], head: str, width: int, batch: Tensor) -> None:
+        self.layers, self.head, self.width = layers, head, width
+        self.samples = len(batch)
+        self.found: dict[str, Tensor] = {}
+        if INPUT in layers:
+            self._take(INPUT, batch)
+
+    def done(self) -> bool:
+        return all(name in self.found for name in self.layers)
+
+    def meet(self, name: str, output: object) -> None:
+        """Takes the output of a layer, the head's input for the head; raises _Enough after the last one."""
+        self._take(name, output)
+        if self.done():
+            raise _Enough(self)
+
+    def _take(self, name: str, output: Any) -> None:
+        if name in self.found:
+            raise ModelError(f"layer {name!r} runs more than once per forward pass; name one that runs once")
+        if not _serves(output, self.samples):
+            raise ModelError(f"layer {name!r} gives {_described(output)}, {_NEEDED}")
+        # copies: what follows may work in place, and the gradient of the pooling asks for its input as it was
+        tracked = torch.is_grad_enabled() and output.requires_grad
+        own = output.clone() if tracked else output
+        features = own.float() if name == self.head else pooled(own, self.width)
+        self.found[name] = features.clone() if features.data_ptr() == output.data_ptr() else features
+
+    def missing(self) -> ModelError:
+        name = next(name for name in self.layers if name not in self.found)
+        return ModelError(f"layer {name!r} does not run in a forward pass; name one that runs once")
+
 
 def embed(model: nn.Module, layers: Sequence[str], head: str, batch: Tensor, *, width: int) -> dict[str, Tensor]:
     """The features of each layer, float32 [n, d of the layer], from one forward pass without gradients.
@@ -266,41 +305,26 @@ def embed(model: nn.Module, layers: Sequence[str], head: str, batch: Tensor, *, 
     evaluation mode. Raises ModelError where `models.embed` does, and for a layer that does not exist, does not
     run once or gives no such tensor (see `check`).
     """
-    found: dict[str, Tensor] = {}
     modules = {name: _module(model, name) for name in layers if name not in (INPUT, head)}
+    with torch.no_grad():
+        wanted = _Pass(layers, head, width, batch)
 
-    def keep(name: str, output: Any) -> None:
-        if name in found:
-            raise ModelError(f"layer {name!r} runs more than once per forward pass; name one that runs once")
-        if not _serves(output, len(batch)):
-            raise ModelError(f"layer {name!r} gives {_described(output)}, {_NEEDED}")
-        features = pooled(output, width).detach()
-        # a copy: what follows may work in place
-        found[name] = features.clone() if features.data_ptr() == output.data_ptr() else features
+    def meeting(name: str) -> Callable[..., None]:
+        return lambda module, inputs, output: wanted.meet(name, output)
 
-    def keeping(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            keep(name, output)
-            if head not in layers and all(other in found for other in modules):
-                raise _Enough
-
-        return hook
-
-    if INPUT in layers:
-        keep(INPUT, batch)
-    hooks = [module.register_forward_hook(keeping(name), prepend=True) for name, module in modules.items()]
+    # prepended: before the hook of a `Probed` on the same layer ends the pass
+    hooks = [module.register_forward_hook(meeting(name), prepend=True) for name, module in modules.items()]
     try:
         if modules or head in layers:
-            found[head] = models.embed(model, head, batch)[0]
+            wanted.found[head] = models.embed(model, head, batch)[0]
     except _Enough:
         pass
     finally:
         for hook in hooks:
             hook.remove()
-    absent = [name for name in layers if name not in found]
-    if absent:
-        raise ModelError(f"layer {absent[0]!r} does not run in a forward pass; name one that runs once")
-    return {name: found[name] for name in layers}
+    if not wanted.done():
+        raise wanted.missing()
+    return {name: wanted.found[name] for name in layers}
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:
@@ -313,39 +337,43 @@ def _module(model: nn.Module, name: str) -> nn.Module:
 
 # a network that ends in a probe
 
-
-class _Reached(BaseException):
-    """Carries a layer's output out of the network; no Exception for the reason of `_Enough`."""
-
-    def __init__(self, output: Tensor) -> None:
-        self.output = output
+_RUNNING: ContextVar[_Pass | None] = ContextVar("running", default=None)
+"""The pass of the `Probed` that runs in this thread: its hooks stay, so that passes of several threads do not meet."""
 
 
-def _reached(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-    raise _Reached(output)
+def _met(name: str, module: nn.Module, inputs: tuple[Any, ...], output: object) -> None:
+    running = _RUNNING.get()
+    if running is not None:
+        running.meet(name, output)
 
 
 class Probed(nn.Module):
-    """A network up to one layer, `network`, and a linear probe on its pooled output, `probe`.
+    """A network up to the last of some layers, `network`, and one linear probe on all their features, `probe`.
 
-    What lies behind the layer does not run and is no part of the module: a submodule that neither ran nor lent a
-    parameter to the features, in evaluation mode, is replaced by nn.Identity, and a parameter without effect
-    that is left over does not require a gradient. `network` alone cannot be called: its pass ends at the layer.
+    The probe sees the layers side by side, in the order given: a mean of probes on each of them is such a probe.
+    What lies behind the last layer does not run and is no part of the module: a submodule that neither ran nor
+    lent a parameter to the features, in evaluation mode, is replaced by nn.Identity, as the network's own head
+    is in any case, and a parameter without effect that is left over does not require a gradient. `network` alone
+    is of no use: what it returns has lost its meaning.
     """
 
     place: Tensor
 
-    def __init__(self, network: nn.Module, layer: str, width: int, classes: int, example: Tensor) -> None:
+    def __init__(
+        self, network: nn.Module, head: str, layers: Sequence[str], width: int, classes: int, example: Tensor
+    ) -> None:
         super().__init__()
         self.network = network
-        self.layer = layer
+        self.network_head = head
+        self.layers = tuple(layers)
         self.width = width
-        # seen by the fingerprints: the same tensors give other features at another layer or width
-        place = torch.tensor(list(f"{layer}:{width}".encode()), dtype=torch.uint8)
+        # seen by the fingerprints: the same tensors give other features at other layers or another width
+        place = torch.tensor(list("\n".join([*layers, str(width)]).encode()), dtype=torch.uint8)
         self.register_buffer("place", place, persistent=False)
-        if layer != INPUT:
-            # one hook for good, without state: passes of several threads do not meet
-            network.get_submodule(layer).register_forward_hook(_reached)
+        _replace(network, network.get_submodule(head), nn.Identity())
+        for name in self.layers:
+            if name != INPUT:
+                network.get_submodule(name).register_forward_hook(functools.partial(_met, name))
         self.eval()
         self._drop_what_lies_behind(example)
         with torch.no_grad():
@@ -353,16 +381,21 @@ class Probed(nn.Module):
         self.train()
 
     def features(self, batch: Tensor) -> Tensor:
-        """What goes into the probe [n, d], float32, with gradients: as `embed` gives them for the layer."""
-        if self.layer == INPUT:
-            return pooled(batch, self.width)
-        try:
-            self.network(batch)
-        except _Reached as reached:
-            output = reached.output
-        else:
-            raise ModelError(f"layer {self.layer!r} of the probed network did not run")
-        return pooled(output, self.width)
+        """What goes into the probe [n, d], float32, with gradients: `embed`'s features of the layers side by side."""
+        wanted = _Pass(self.layers, self.network_head, self.width, batch)
+        if not wanted.done():
+            before = _RUNNING.set(wanted)
+            try:
+                self.network(batch)
+            except _Enough as enough:
+                # of somebody who embeds a layer of this network
+                if enough.ended is not wanted:
+                    raise
+            else:
+                raise wanted.missing()
+            finally:
+                _RUNNING.reset(before)
+        return torch.cat([wanted.found[name] for name in self.layers], dim=1)
 
     def forward(self, batch: Tensor) -> Tensor:
         return self.probe(self.features(batch).to(self.probe.weight.dtype))
@@ -394,6 +427,13 @@ class Probed(nn.Module):
         _drop(self.network, started, used)
 
 
+def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts a module into the place of another one, under each of its names."""
+    for name, module in [*network.named_modules(remove_duplicate=False)]:
+        if name and module is old:
+            network.set_submodule(name, new)
+
+
 def _drop(module: nn.Module, started: Collection[nn.Module], used: Collection[nn.Parameter]) -> None:
     for name, child in module.named_children():
         parameters = [*child.parameters()]
@@ -410,28 +450,32 @@ def probed(
     network: str,
     arguments: dict[str, Any] | None = None,
     network_head: str | None = None,
-    layer: str,
+    layers: Sequence[str],
     width: int,
     size: Sequence[int],
 ) -> nn.Module:
-    """The network of a factory (see `models.build`) up to `layer`, with an untrained probe on it: a `Probed`.
+    """The network of a factory (see `models.build`) up to the last of `layers`, with one untrained probe on them all.
 
-    Itself a factory, `posttrain.vision.layers:probed`; `size` is (channels, height, width) of the images.
-    Raises ModelError where the network cannot be built or a probe cannot sit on the layer.
+    A `Probed`, and itself a factory, `posttrain.vision.layers:probed`; `size` is (channels, height, width) of the
+    images. Raises ModelError where the network cannot be built or a probe cannot sit on the layers.
     """
+    if not layers or len(set(layers)) < len(layers):
+        raise ModelError(f"layers are {list(layers)}; name at least one, and each once")
     whole = models.build(network, classes=classes, arguments=arguments or {})
+    if isinstance(whole, Probed):
+        raise ModelError("the network ends in a probe itself; name its own network and layers of that")
     head = models.find_head(whole, classes=classes, name=network_head)
-    if layer == head:
-        raise ModelError(f"layer {layer!r} is the head: the network as it is has its probe there")
+    if set(layers) == {head}:
+        raise ModelError(f"layer {head!r} is the head: the network as it is has its probe there")
     example = torch.zeros(2, *size)
-    check(whole, head, [layer], example)
-    return Probed(whole, layer, width, classes, example)
+    check(whole, head, layers, example)
+    return Probed(whole, head, layers, width, classes, example)
 
 
 def as_probed(
     model: nn.Module,
     head: str,
-    layer: str,
+    layers: Sequence[str],
     width: int,
     weight: Tensor,
     bias: Tensor,
@@ -440,27 +484,29 @@ def as_probed(
     arguments: Mapping[str, Any],
     size: Sequence[int],
 ) -> tuple[str, dict[str, Any], Probed]:
-    """A model that `factory` and `arguments` built, cut at `layer`, with the probe weight [classes, d], bias [classes].
+    """A model that `factory` and `arguments` built, cut behind `layers`, with weight [classes, d] and bias [classes].
 
-    Returned are the factory and the arguments (JSON types, as far as `arguments` has such) that build the
-    `Probed` anew, and the `Probed` itself, on the CPU; the model stays as it is. Of a `Probed` model, whose
-    layers are called network.*, the probe is replaced: at its own layer, which is also its head's, or at an
-    earlier one. Raises ModelError as `probed` does and where the recipe does not fit the model, ValueError where
-    the weights do not fit the features.
+    d are the features of all layers side by side, in the order given. Returned are the factory and the arguments
+    (JSON types, as far as `arguments` has such) that build the `Probed` anew, and the `Probed` itself, on the CPU;
+    the model stays as it is. Of a `Probed` model only the probe can be replaced: `layers` are its head alone, and
+    `width` and `size` remain what they were. Raises ModelError as `probed` does and where the recipe does not fit
+    the model, ValueError where the weights do not fit the features.
     """
     trained = model
     if factory == FACTORY:
         assert isinstance(model, Probed), f"{FACTORY} builds nothing else"
-        trained = model.network
-        if layer == head:
-            layer, width = model.layer, model.width
-        recipe = {**arguments, "layer": layer.removeprefix("network."), "width": width}
+        if tuple(layers) != (head,):
+            raise ModelError(
+                f"the model ends in a probe on {', '.join(model.layers)}, which can only be replaced: "
+                f"name {head!r} alone instead of {', '.join(layers)}, or start from the network below the probe"
+            )
+        trained, recipe = model.network, dict(arguments)
     else:
         recipe = {
             "network": factory,
             "arguments": dict(arguments),
             "network_head": head,
-            "layer": layer,
+            "layers": list(layers),
             "width": width,
             "size": list(size),
         }
