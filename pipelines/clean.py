@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,7 @@ def clean(config: RunFile, *, verbose: bool = False, quiet: bool = False) -> dic
             limits = rounds.Limits(config.removal.max_rounds, config.removal.minimum, config.removal.patience)
             outcome = rounds.clean(state, run.as_steps(), limits)
             progress.say(f"stopped: {outcome.reason}")
+            outcome = replace(outcome, state=run.better_boundary(outcome.state))
             summary = finish(run, outcome, began)
     if not quiet:
         print_summary(Console(), summary)
@@ -184,7 +186,7 @@ def first_model(run: CleaningRun) -> Network:
     model = run.train(
         run.network(untrained(run.config, run.inputs)),
         run.config.pretrain,
-        {},
+        run.live,
         name="pretrain",
         seed=run.config.run.seed,
     )
@@ -197,15 +199,19 @@ def finish(run: CleaningRun, outcome: rounds.Outcome[Network], began: float) -> 
     from posttrain.store import results
 
     folder, state, classes = run.folder, outcome.state, run.inputs.classes
-    numbers = [r.number for r in state.history if r.removed]
+    numbers = [r.number for r in state.history if r.removed or r.relabelled]
     # the scores of a last round that removed nothing are the latest word on what is kept
     candidates = [folder.round(number, "scores.parquet") for number in (state.number + 1, state.number)]
     last_scores = next((path for path in candidates if folder.exists(path)), None)
     files: dict[str, str] = {}
     with run.progress.step("results") as tell:
         folder.write_bytes(folder.path("model.safetensors"), state.model.weights)
-        removed = results.write_removed(folder, numbers or [state.number + 1], classes)
-        results.write_issues(folder, numbers, last_scores, run.excluded, classes)
+        write_model(run, state.model)
+        removed = results.write_taken(folder, "removed", numbers or [state.number + 1], classes)
+        relabelled = sum(r.relabelled for r in state.history)
+        if relabelled:
+            results.write_taken(folder, "relabelled", numbers, classes)
+        results.write_issues(folder, numbers, last_scores, run.live.excluded, run.relabelled, classes)
         kept = state.live
         if run.config.results.cleaned in ("both", "parquet"):
             from posttrain.cluster.writing import write_cleaned
@@ -214,6 +220,7 @@ def finish(run: CleaningRun, outcome: rounds.Outcome[Network], began: float) -> 
             kept = write_cleaned(
                 run.splits["train"],
                 run.excluded,
+                run.relabelled,
                 folder,
                 columns=(data.id, data.image, data.label),
                 classes=classes,
@@ -221,13 +228,16 @@ def finish(run: CleaningRun, outcome: rounds.Outcome[Network], began: float) -> 
             )
             files["clean data set"] = folder.path("cleaned")
         if run.config.results.cleaned in ("both", "manifest"):
-            kept = results.write_manifest(folder, last_scores, run.excluded)
+            kept = results.write_manifest(folder, last_scores, run.excluded, run.relabelled)
             files["its ids"] = folder.path("cleaned", "manifest.parquet")
         files |= {
             "what was removed": folder.path("removed.parquet"),
             "issues": folder.path("issues.csv"),
             "refined weights": folder.path("model.safetensors"),
+            "how to build the model": folder.path("model.yaml"),
         }
+        if relabelled:
+            files["what was relabelled"] = folder.path("relabelled.parquet")
     quarantined = sum(len(rows) for rows in run.quarantined.values())
     check_counts(run.splits["train"].rows, kept, removed, quarantined)
     first, last = state.history[0].metrics, state.history[-1].metrics
@@ -240,21 +250,47 @@ def finish(run: CleaningRun, outcome: rounds.Outcome[Network], began: float) -> 
         "ended": outcome.reason,
         "live": kept,
         "removed": removed,
+        "relabelled": relabelled,
         "quarantined": quarantined,
+        "noise": run.noise,
+        "boundary": run.boundaries.as_record(),
         **{
             f"{split}_accuracy_{when}": metrics.get(f"{split}_accuracy")
             for split in ("validation", "test")
             for when, metrics in (("before", first), ("after", last))
         },
         "test_accuracy_refit": first.get("refit_test_accuracy"),
+        "test_accuracy_boundary": first.get("boundary_test_accuracy"),
         "removal_precision": last.get("removal_precision"),
         "removal_recall": last.get("removal_recall"),
+        "relabel_accuracy": last.get("relabel_accuracy"),
         "seconds": round(time.perf_counter() - began, 1),
         "steps": {name: round(seconds, 2) for name, seconds in run.progress.seconds.items()},
         "files": files,
     }
     run.ledger.finish(summary)
     return summary
+
+
+def write_model(run: CleaningRun, model: Network) -> None:
+    """`model.yaml`: the section `model` of a run file that takes the refined model."""
+    import yaml
+
+    from pipelines.steps import recipe
+
+    spec = model.spec
+    section = {
+        **recipe(spec),
+        "weights": run.folder.path("model.safetensors"),
+        "channels": spec.image.channels,
+        "image_size": list(spec.image.size),
+        "mean": list(spec.image.mean),
+        "std": list(spec.image.std),
+    }
+    text = "# Written by posttrain: this section of a run file takes the refined model.\n"
+    run.folder.write_bytes(
+        run.folder.path("model.yaml"), (text + yaml.safe_dump({"model": section}, sort_keys=False)).encode()
+    )
 
 
 def check_counts(samples: int, kept: int, removed: int, quarantined: int) -> None:
@@ -273,10 +309,11 @@ def log_results(run: CleaningRun, outcome: rounds.Outcome[Network]) -> str:
     tracking = run.tracking
     assert tracking is not None
     if run.folder.is_local:
-        for name in ("run.yaml", "removed.parquet", "issues.csv"):
-            tracking.log_artifact(run.folder.local / name)
+        for name in ("run.yaml", "model.yaml", "removed.parquet", "relabelled.parquet", "issues.csv"):
+            if (run.folder.local / name).exists():
+                tracking.log_artifact(run.folder.local / name)
         if run.config.tracking.log_model:
-            spec = run.inputs.spec
+            spec = outcome.state.model.spec
             tracking.log_model(
                 run.folder.local / "model.safetensors",
                 factory=spec.factory,

@@ -6,13 +6,15 @@ import hashlib
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from posttrain.config import Data, RunFile
 from posttrain.errors import ConfigError, DataError, LabelRangeError, ModelError
 from posttrain.schema import ImageSpec, ModelSpec
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from posttrain.cluster.reading import Listing, Noise, Source
 
 
@@ -23,6 +25,8 @@ class Inputs:
     sources: dict[str, Source]
     classes: tuple[str, ...]
     spec: ModelSpec
+    layers: tuple[str, ...]
+    """Layers to try probes on."""
     weights: bytes | None
     """Weights to start from; None where posttrain has to pre-train."""
     held_out_share: float | None
@@ -86,18 +90,49 @@ def prepare(config: RunFile) -> Inputs:
         _per_channel(config.model.std, channels),
         config.data.image_shape or listings["train"].image_shape,
     )
-    with torch.no_grad():
-        # refuses images that the network cannot take, and a head that does not fit, before any work
-        models.embed(model, head, torch.zeros(2, channels, *image.size))
+    # refuses images that the network cannot take, layers and a head that do not fit, before any work
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        example = torch.randn(2, channels, *image.size)
+    tried = _layers(config.probe.layers, model, head, example)
     return Inputs(
         sources,
         classes,
-        ModelSpec(config.model.factory, dict(config.model.arguments), len(classes), head, image),
+        ModelSpec(
+            config.model.factory,
+            dict(config.model.arguments),
+            len(classes),
+            head,
+            image,
+            # the head's own features serve the evaluation
+            (*(name for name in tried if name != head), head),
+            config.probe.width,
+        ),
+        tried,
         weights,
         None if "validation" in sources else config.data.validation_share,
         reading.Noise(noise.kind, noise.rate, noise.seed, noise.matrix, image) if noise else None,
         _digest(listings),
     )
+
+
+def _layers(
+    wanted: tuple[str, ...] | Literal["auto", "last"], model: nn.Module, head: str, example: Tensor
+) -> tuple[str, ...]:
+    from posttrain.vision import layers, models
+
+    ends_in_probe = isinstance(model, layers.Probed)
+    if ends_in_probe and wanted not in ("auto", "last"):
+        raise ConfigError(
+            "probe.layers names layers of a model that ends in a probe already; leave it out, or start from the "
+            "network that the probe was put on"
+        )
+    if wanted == "auto" and not ends_in_probe:
+        return layers.find(model, head, example)
+    if wanted in ("auto", "last"):
+        models.embed(model, head, example)
+        return (head,)
+    return layers.check(model, head, wanted, example)
 
 
 def list_files(config: RunFile) -> str:

@@ -17,14 +17,18 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 import torch
 
+from pipelines.boundary import Boundaries, Drawn, Live
 from pipelines.inputs import Inputs
 from posttrain.cluster import measuring, refining
 from posttrain.cluster.reading import Split
-from posttrain.cluster.workers import Network, View, Workers, load_network, standardize
+from posttrain.cluster.workers import Network, Verdict, View, Workers, load_network
 from posttrain.config import RunFile
 from posttrain.config import Training as TrainingSection
 from posttrain.errors import PosttrainError, StepError
+from posttrain.influence import audit as audits
 from posttrain.influence import curvature, probe
+from posttrain.influence.audit import NoiseEstimate
+from posttrain.influence.committee import held_out_audit
 from posttrain.influence.probe import Standardizer
 from posttrain.influence.selection import Selection, select
 from posttrain.report.progress import StepLog
@@ -35,17 +39,19 @@ from posttrain.schema import (
     ROW,
     SAMPLE_ID,
     Excluded,
+    ModelSpec,
+    Relabelled,
     Round,
-    excluded_digest,
     excluded_rows,
     merged,
+    relabelled_rows,
     stream_seed,
 )
-from posttrain.store.features import ShardSummary, quarantine_table
+from posttrain.store.features import ShardSummary, quarantine_table, read_shard
 from posttrain.store.folder import RunFolder
 from posttrain.store.ledger import Ledger
 from posttrain.store.results import reason
-from posttrain.vision import models
+from posttrain.vision import layers, models
 
 if TYPE_CHECKING:
     from posttrain.store.tracking import Tracking
@@ -57,33 +63,27 @@ _BINS = 60
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """A probe with the view that it was fitted on."""
-
-    view: View
-    standardizer: Standardizer
-    probe: probe.Probe
-    validation_loss: float
-    validation_accuracy: float
-
-
-@dataclass(frozen=True)
 class Scored:
     """The scores of a round, in `scores.parquet`."""
 
     path: str
     class_counts: np.ndarray
     """Live samples of each class."""
+    noise: NoiseEstimate
 
 
 @dataclass(frozen=True)
 class Removal:
-    """What a round takes out, in `removed.parquet`."""
+    """What a round takes out, in `removed.parquet`, and what it relabels, in `relabelled.parquet`."""
 
     selection: Selection
     scored: int
     excluded: Excluded
     """Of this round alone."""
+    relabelled: Relabelled
+    """Of this round alone."""
+    noise: NoiseEstimate
+    exhausted: bool
     figures: dict[str, bytes]
 
 
@@ -100,11 +100,26 @@ class CleaningRun:
     tracking: Tracking | None
     progress: StepLog
     removed: Excluded = field(default_factory=dict)
+    relabelled: Relabelled = field(default_factory=dict)
     quarantined: Excluded = field(default_factory=dict)
     quota: Sequence[int] | None = None
     """Samples to remove in each round instead of the budget: for controls."""
-    _fitted: dict[tuple[str, str], Fitted] = field(default_factory=dict)
-    _probe_metrics: dict[str, float] = field(default_factory=dict)
+    _first: Network | None = None
+    """The network as it came. With `refine.scope: head` it is the backbone of all rounds."""
+    _found: dict[str, float] = field(default_factory=dict)
+    """What the steps of the round found out, for its metrics."""
+    noise: dict[str, float] | None = None
+    """The latest estimate of the share of wrong labels: rate, low, high, whether it is more than a clean set shows."""
+
+    def __post_init__(self) -> None:
+        self.boundaries = Boundaries(
+            self.workers,
+            self.folder,
+            self.splits,
+            len(self.inputs.classes),
+            self.config.probe,
+            self.inputs.layers,
+        )
 
     @property
     def ledger(self) -> Ledger:
@@ -115,59 +130,84 @@ class CleaningRun:
         """What takes no part in training and scoring: removed or quarantined."""
         return merged(self.quarantined, self.removed)
 
+    @property
+    def live(self) -> Live:
+        return Live(self.excluded, self.relabelled)
+
     # -- the steps -------------------------------------------------------------------------------------
 
     def embed(self, state: State[Network]) -> str:
         """The feature store of the model's backbone, by its fingerprint; written where it is not there."""
         self.progress.begin_round(state.number + 1)
-        return self._embed(state.model, ("train", "validation"))
+        return self._embed(self._backbone(state.model), ("train", "validation"))
 
-    def fit(self, state: State[Network], backbone: str) -> Fitted:
-        """The probe on the live samples."""
+    def fit(self, state: State[Network], backbone: str) -> Drawn:
+        """The boundary on the live samples."""
         with self.progress.step("fit"):
-            return self._fit(backbone, self.excluded)
+            return self.boundaries.draw(backbone, self.live, number=state.number + 1)
 
-    def score(self, state: State[Network], backbone: str, fitted: Fitted) -> Scored:
+    def score(self, state: State[Network], backbone: str, drawn: Drawn) -> Scored:
         """Every score of every live sample, streamed to the round's `scores.parquet`."""
-        classes, dim = fitted.probe.weights.shape
-        kind = self.config.probe.curvature
-        if kind == "auto":
-            kind = "exact" if classes * dim <= self.config.probe.exact_limit else "ekfac"
+        boundary, probes = drawn.boundary, self.config.probe
+        classes = len(self.inputs.classes)
+        kinds: list[curvature.Kind] = []
+        curvatures = []
         with self.progress.step("curvature"):
-            found = curvature.measure(self.workers.reducer(fitted.view), fitted.probe, kind)
+            for layer, standardizer, fitted in zip(
+                boundary.layers, boundary.standardizers, boundary.probes, strict=True
+            ):
+                fits = fitted.weights.numel() <= probes.exact_limit
+                kind = ("exact" if fits else "ekfac") if probes.curvature == "auto" else probes.curvature
+                reduce = self.boundaries.samples(backbone, self.live).standardised((layer,), (standardizer,))
+                curvatures.append(curvature.measure(reduce, fitted, kind))
+                kinds.append(kind)
+        verdict = Verdict(boundary, tuple(curvatures), stream_seed("control", self.config.run.seed, state.number))
+        with self.progress.step("audit"):
+            held_out = self.workers.reducer(drawn.held_out)
+            of_held_out, temperature = held_out_audit(held_out, boundary.weights)
+            audit = audits.audit(of_held_out, self.workers.survey(drawn.live, verdict, temperature), temperature)
+        verdict = replace(verdict, audit=audit)
         path = self.folder.round(state.number + 1, "scores.parquet")
         counts = np.zeros(classes, np.int64)
         with self.progress.step("score") as tell, self.folder.writing(path) as stream:
             writer: pq.ParquetWriter | None = None
             done = 0
-            seed = stream_seed("control", self.config.run.seed, state.number)
-            for table in self.workers.score(fitted.view, fitted.probe.weights, found, seed):
+            for table in self.workers.score(drawn.live, verdict):
                 writer = writer or pq.ParquetWriter(stream, table.schema, compression="zstd")
                 writer.write_table(table)
                 counts += np.bincount(table[LABEL].to_numpy(), minlength=classes)
                 done += table.num_rows
-                tell(done, fitted.probe.count)
+                tell(done, boundary.probes[0].count)
             if writer is None:
                 raise StepError("no sample is left to score; the run folder's quarantine.parquet says why")
             writer.close()
-        self._probe_metrics = {
-            "probe_damping": fitted.probe.damping,
-            "probe_validation_loss": fitted.validation_loss,
-            "probe_validation_accuracy": fitted.validation_accuracy,
-            "curvature_is_exact": float(kind == "exact"),
+        noise = audit.noise
+        self._found = {
+            "probe_validation_loss": boundary.loss,
+            "probe_validation_accuracy": boundary.accuracy,
+            "curvature_is_exact": float(all(kind == "exact" for kind in kinds)),
+            **{f"probe_damping_{layer.replace('.', '_')}": damping for layer, damping in boundary.members},
+            "temperature": audit.temperature,
+            "memorisation": audit.offset,
+            "noise_rate": noise.rate,
+            "noise_low": noise.low,
+            "noise_high": noise.high,
+            "noise_found": float(noise.found),
         }
-        return Scored(path, counts)
+        self.noise = {"rate": noise.rate, "low": noise.low, "high": noise.high, "found": noise.found}
+        return Scored(path, counts, noise)
 
     def select(self, state: State[Network], scored: Scored) -> Removal:
-        """The round's cut, and its rows in `removed.parquet`."""
+        """The round's cut: its rows in `removed.parquet`, and in `relabelled.parquet` those that only change labels."""
         settings = self.config.removal
         number = state.number + 1
         floors = np.ceil(settings.class_floor * self.splits["train"].class_counts).astype(np.int64)
+        in_all = self._in_all(state, scored.noise)
         with self.progress.step("select") as tell:
             selection = select(
                 lambda: self._candidates(scored.path),
                 classes=len(self.inputs.classes),
-                at_most=self._at_most(number, int(scored.class_counts.sum())),
+                at_most=min(self._at_most(number, int(scored.class_counts.sum())), in_all),
                 caps=np.maximum(scored.class_counts - floors, 0),
                 threshold=-np.inf,
             )
@@ -181,41 +221,63 @@ class CleaningRun:
                 values = table[settings.score].to_numpy()
                 kept += np.histogram(values[~mask], edges)[0]
                 gone += np.histogram(values[mask], edges)[0]
-                part = table.filter(pa.array(mask))
-                part = part.append_column("round", pa.array(np.full(part.num_rows, number), pa.int32()))
-                part = part.append_column("reason", reason(part, settings.score, number, self.inputs.classes))
-                parts.append(part)
-            table = pa.concat_tables(parts)
-            if table.num_rows != selection.total:
-                raise StepError(f"{selection.total} samples were selected but {table.num_rows} found again")
-            self.folder.write_table(self.folder.round(number, "removed.parquet"), table)
+                parts.append(table.filter(pa.array(mask)))
+            taken = pa.concat_tables(parts)
+            if taken.num_rows != selection.total:
+                raise StepError(f"{selection.total} samples were selected but {taken.num_rows} found again")
+            taken = taken.append_column("round", pa.array(np.full(taken.num_rows, number), pa.int32()))
+            change = np.zeros(taken.num_rows, bool)
+            if settings.action == "relabel":
+                change = taken["confidence"].to_numpy() >= settings.relabel_above
+            removed, relabelled = taken.filter(pa.array(~change)), taken.filter(pa.array(change))
+            for name, table in (("removed", removed), ("relabelled", relabelled)):
+                if name == "removed" or table.num_rows:
+                    why = reason(table, settings.score, number, self.inputs.classes)
+                    self.folder.write_table(
+                        self.folder.round(number, f"{name}.parquet"), table.append_column("reason", why)
+                    )
             tell(selection.total, selection.total)
         figures: dict[str, bytes] = {}
         if self.tracking is not None:
             from posttrain.store.tracking import score_histogram
 
-            lowest = pc.min(table[settings.score]).as_py() if table.num_rows else None
+            lowest = pc.min(taken[settings.score]).as_py() if taken.num_rows else None
             figures["scores.png"] = score_histogram(edges, kept, gone, score=settings.score, cut=lowest)
-        scored_samples = int(scored.class_counts.sum())
         return Removal(
-            selection, scored_samples, excluded_rows(table[BUCKET].to_numpy(), table[ROW].to_numpy()), figures
+            selection,
+            int(scored.class_counts.sum()),
+            excluded_rows(removed[BUCKET].to_numpy(), removed[ROW].to_numpy()),
+            relabelled_rows(
+                relabelled[BUCKET].to_numpy(), relabelled[ROW].to_numpy(), relabelled["suggested_label"].to_numpy()
+            ),
+            scored.noise,
+            in_all == 0,
+            figures,
         )
 
     def count(self, removal: Removal) -> Cut:
-        """How many samples were scored, how many are candidates, and how many of them go."""
-        return Cut(removal.scored, removal.selection.candidates, removal.selection.total)
+        """How many samples were scored, how many are candidates, and what becomes of them."""
+        relabelled = sum(len(rows) for rows, _ in removal.relabelled.values())
+        return Cut(
+            removal.scored,
+            removal.selection.candidates,
+            removal.selection.total - relabelled,
+            relabelled,
+            in_words(removal.noise),
+            removal.exhausted,
+        )
 
-    def refine(self, state: State[Network], backbone: str, removal: Removal, fitted: Fitted) -> Network:
+    def refine(self, state: State[Network], backbone: str, removal: Removal, drawn: Drawn) -> Network:
         """The model without the samples of this round: a new head, or the whole network trained on."""
-        excluded = merged(self.excluded, removal.excluded)
+        live = self._after(removal)
         settings = self.config.refine
         if settings.scope == "head":
             with self.progress.step("refine"):
-                return self.new_head(state.model, backbone, excluded)
+                return self.redrawn(backbone, drawn.boundary.members, live)
         return self.train(
             state.model,
             settings,
-            excluded,
+            live,
             name="refine",
             seed=self.config.run.seed + 1000 * (state.number + 1),
         )
@@ -223,17 +285,14 @@ class CleaningRun:
     def evaluate(self, state: State[Network], model: Network) -> dict[str, float]:
         """Accuracy and cross-entropy on what was never trained on and never cleaned."""
         splits = [name for name in ("validation", "test") if name in self.splits]
-        backbone = self._embed(model, splits)
+        first = self._backbone(model)
+        backbone = self._embed(first, splits)
         with self.progress.step("evaluate") as tell:
-            head = models.head_of(load_network(model), self.inputs.spec.head)
+            # a new head sits on layers of the first network, whose features are there
+            layers = (model.spec.head,) if model.spec == first.spec else tuple(model.spec.arguments["layers"])
+            head = models.head_of(load_network(model), model.spec.head)
             bias = torch.zeros(head.out_features) if head.bias is None else head.bias.detach()
-            weights = torch.cat([head.weight.detach(), bias[:, None]], dim=1)
-            dim = head.in_features
-            as_stored = Standardizer(torch.zeros(dim).double(), torch.ones(dim).double())
-            metrics = {}
-            for name in splits:
-                loss, accuracy = self._measure(self._view(backbone, name, {}, as_stored), weights)
-                metrics |= {f"{name}_accuracy": accuracy, f"{name}_loss": loss}
+            metrics = self._measured(backbone, layers, head.weight.detach(), bias)
             total = sum(self.splits[name].rows for name in splits)
             tell(total, total)
         return metrics
@@ -241,43 +300,96 @@ class CleaningRun:
     def commit(self, state: State[Network], removal: Removal, model: Network, done: Round) -> Round:
         """Make the round last, then tell MLflow."""
         with self.progress.step("commit"):
-            self.folder.write_bytes(self.folder.checkpoint(done.number), model.weights)
+            self._write_checkpoint(done.number, model)
+            live = self._after(removal)
             self.removed = merged(self.removed, removal.excluded)
-            metrics = {**done.metrics, **self._probe_metrics}
+            self.relabelled = live.relabelled
+            metrics = {**done.metrics, **self._found}
             if self._true_labels_known():
-                found = measuring.detection(self.splits["train"], self.removed)
-                metrics |= _known(removal_precision=found.precision, removal_recall=found.recall)
+                found = measuring.detection(self.splits["train"], self.removed, self.relabelled)
+                metrics |= _known(
+                    removal_precision=found.precision,
+                    removal_recall=found.recall,
+                    relabel_accuracy=found.relabel_accuracy,
+                )
         done = replace(done, metrics=metrics, seconds=self.progress.seconds_of_round())
         self.ledger.commit(done)
         # the next round's features are those of the new backbone: the old ones are not asked for again
-        self.folder.keep_only_features(models.backbone_fingerprint(load_network(model), self.inputs.spec.head))
+        self.folder.keep_only_features(self._backbone(model).backbone)
         self.tell_round(done, removal.figures)
         self.progress.say(self._line(done))
         return done
 
-    def new_head(self, model: Network, backbone: str, excluded: Excluded) -> Network:
-        """The network with the probe on what is not excluded as its head."""
-        refined = self._fit(backbone, excluded)
-        weight, bias = refined.standardizer.fold(refined.probe.weights)
-        changed = load_network(model)
-        models.replace_head(changed, self.inputs.spec.head, weight.float(), bias.float())
-        return self.network(models.to_bytes(changed))
+    def redrawn(self, backbone: str, members: Sequence[tuple[str, float]], live: Live) -> Network:
+        """The first network with the boundary of these members on the live samples as its head.
 
-    def as_steps(self) -> Steps[str, Fitted, Scored, Removal, Network]:
+        Where a member sits before the last layer, it is the network up to the last of the members' layers.
+        """
+        assert self._first is not None
+        boundary = self.boundaries.of(backbone, members, live).boundary
+        weight, bias = (part.float() for part in boundary.fold())
+        first, spec = load_network(self._first), self._first.spec
+        if boundary.layers == (spec.head,):
+            models.replace_head(first, spec.head, weight, bias)
+            return self.network(models.to_bytes(first), spec)
+        size = (spec.image.channels, *spec.image.size)
+        factory, arguments, probed = layers.as_probed(
+            first,
+            spec.head,
+            boundary.layers,
+            spec.width,
+            weight,
+            bias,
+            factory=spec.factory,
+            arguments=spec.arguments,
+            size=size,
+        )
+        spec = replace(spec, factory=factory, arguments=arguments, head="probe", layers=("probe",))
+        return self.network(models.to_bytes(probed), spec)
+
+    def as_steps(self) -> Steps[str, Drawn, Scored, Removal, Network]:
         """The steps as `posttrain.rounds.clean` takes them."""
         return Steps(self.embed, self.fit, self.score, self.select, self.count, self.refine, self.evaluate, self.commit)
+
+    def better_boundary(self, state: State[Network]) -> State[Network]:
+        """Where no label was found wrong, the first network with the chosen boundary, if that is clearly better.
+
+        With `refine.scope: head` alone, and by more than two standard errors of the validation accuracy: a network
+        that is not known to be worse than another stays as it came.
+        """
+        before = state.history[0].metrics
+        n = self._validation_samples + 4
+        share = (before["validation_accuracy"] * self._validation_samples + 2) / n
+        error = 2 * (2 * share * (1 - share) / n) ** 0.5
+        gain = before["boundary_validation_accuracy"] - before["validation_accuracy"]
+        if state.number or self.config.refine.scope != "head" or gain <= error:
+            return state
+        assert self._first is not None
+        backbone = self._first.backbone
+        choice = self.boundaries.chosen(backbone)
+        assert choice is not None
+        with self.progress.step("refine"):
+            model = self.redrawn(backbone, choice.members, self.live)
+        metrics = {**self.evaluate(state, model), **self._found}
+        done = Round(1, self._live(), 0, 0, 0, metrics, self.progress.seconds_of_round())
+        self._write_checkpoint(1, model)
+        self.ledger.commit(done)
+        self.tell_round(done, {})
+        self.progress.say(f"nothing is removed, but a new boundary is better: {self._line(done)}")
+        return replace(state, history=(*state.history, done), model=model)
 
     # -- before the first round ------------------------------------------------------------------------
 
     def begin(self, model: Network) -> State[Network]:
         """Round 0: the model as it came, everything embedded once and what cannot be read quarantined."""
-        self.folder.write_bytes(self.folder.checkpoint(0), model.weights)
+        self._first = model
+        self._write_checkpoint(0, model)
         self.progress.begin_round(0)
         backbone = self._embed(model, [name for name in ("train", "validation", "test") if name in self.splits])
         metrics = self.evaluate(State((), model, self._validation_samples), model)
         with self.progress.step("fit"):
-            metrics |= self._refitted(backbone)
-        done = Round(0, self._live(), 0, 0, metrics, self.progress.seconds_of_round())
+            metrics |= self._without_removal(backbone)
+        done = Round(0, self._live(), 0, 0, 0, metrics, self.progress.seconds_of_round())
         self.ledger.commit(done)
         self.tell_round(done, {})
         self.progress.say(self._line(done))
@@ -291,24 +403,39 @@ class CleaningRun:
             table = table.filter(pc.equal(table["split"], "train"))
             self.quarantined = excluded_rows(table[BUCKET].to_numpy(), table[ROW].to_numpy())
         self.removed = self.ledger.excluded(rounds)
+        self.relabelled = self.ledger.relabelled(rounds)
+        self.boundaries.recall([done.number for done in rounds])
+        self._first = self._read_checkpoint(0)
         for done in rounds:
             self.tell_round(done, {})
-        weights = self.folder.read_bytes(self.folder.checkpoint(rounds[-1].number))
-        return State(rounds, self.network(weights), self._validation_samples)
+            if "noise_rate" in done.metrics:
+                self.noise = {name: done.metrics[f"noise_{name}"] for name in ("rate", "low", "high", "found")}
+        return State(rounds, self._read_checkpoint(rounds[-1].number), self._validation_samples)
 
-    def network(self, weights: bytes) -> Network:
-        """The run's network with these weights."""
-        model = models.build(
-            self.inputs.spec.factory, classes=self.inputs.spec.classes, arguments=self.inputs.spec.arguments
-        )
+    def network(self, weights: bytes, spec: ModelSpec | None = None) -> Network:
+        """A network with these weights: the run's own, or that of another recipe."""
+        spec = spec or self.inputs.spec
+        model = models.build(spec.factory, classes=spec.classes, arguments=spec.arguments)
         models.load_bytes(model, weights)
-        return Network(self.inputs.spec, weights, models.fingerprint(model))
+        return Network(spec, weights, models.fingerprint(model))
+
+    def _write_checkpoint(self, number: int, model: Network) -> None:
+        self.folder.write_bytes(self.folder.checkpoint(number), model.weights)
+        self.folder.write_json(self.folder.round(number, "checkpoint", "model.json"), recipe(model.spec))
+
+    def _read_checkpoint(self, number: int) -> Network:
+        weights = self.folder.read_bytes(self.folder.checkpoint(number))
+        kept = self.folder.read_json(self.folder.round(number, "checkpoint", "model.json"))
+        spec = self.inputs.spec
+        if kept["head"] != spec.head or kept["factory"] != spec.factory:
+            spec = replace(spec, **kept, layers=(kept["head"],))
+        return self.network(weights, spec)
 
     def train(
         self,
         model: Network,
         settings: TrainingSection,
-        excluded: Excluded,
+        live: Live,
         *,
         name: str,
         seed: int,
@@ -322,7 +449,8 @@ class CleaningRun:
             trained = refining.train(
                 model,
                 self.splits["train"],
-                excluded,
+                live.excluded,
+                live.relabelled,
                 refining.Training(**settings.model_dump(exclude={"scope"}), max_steps=max_steps),
                 seed=seed,
                 workers=self.train_workers,
@@ -335,12 +463,12 @@ class CleaningRun:
             f"  {name}: {trained.epochs} epochs, {trained.steps} steps, accuracy on the given labels "
             f"{100 * trained.train_accuracy:.1f} %"
         )
-        return self.network(trained.weights)
+        return self.network(trained.weights, model.spec)
 
     # -- what the steps share --------------------------------------------------------------------------
 
     def _embed(self, model: Network, splits: Iterable[str]) -> str:
-        backbone = models.backbone_fingerprint(load_network(model), self.inputs.spec.head)
+        backbone = model.backbone
         summaries: dict[str, list[ShardSummary]] = {}
         for name in splits:
             split = self.splits[name]
@@ -388,55 +516,79 @@ class CleaningRun:
                 "are data.image and data.image_shape right?"
             )
 
-    def _fit(self, backbone: str, excluded: Excluded) -> Fitted:
-        key = (backbone, excluded_digest(excluded))
-        if key not in self._fitted:
-            raw = self._view(backbone, "train", excluded, None)
-            standardizer = standardize(self.workers, raw)
-            view = self._view(backbone, "train", excluded, standardizer)
-            held_out = self._view(backbone, "validation", {}, standardizer)
-            fits = []
-            for damping in self.config.probe.damping:
-                found = probe.fit(
-                    self.workers.reducer(view),
-                    classes=len(self.inputs.classes),
-                    dim=len(standardizer.mean) + 1,
-                    damping=damping,
-                    start=fits[-1][0].weights if fits else None,
-                )
-                fits.append((found, *self._measure(held_out, found.weights)))
-            best, loss, accuracy = min(fits, key=lambda fit: fit[1])
-            # the last two serve: the probe after a removal is the next round's probe
-            self._fitted = dict(list(self._fitted.items())[-1:])
-            self._fitted[key] = Fitted(view, standardizer, best, loss, accuracy)
-        return self._fitted[key]
+    def _backbone(self, model: Network) -> Network:
+        """The network whose features are used: with a new head alone, the first one in all rounds."""
+        return model if self.config.refine.scope == "network" or self._first is None else self._first
 
-    def _refitted(self, backbone: str) -> dict[str, float]:
-        """Accuracies of the head refitted with nothing removed: what a removal has to be compared with."""
-        fitted = self._fit(backbone, self.excluded)
-        metrics = {"refit_validation_accuracy": fitted.validation_accuracy}
-        if "test" in self.splits:
-            view = self._view(backbone, "test", {}, fitted.standardizer)
-            metrics["refit_test_accuracy"] = self._measure(view, fitted.probe.weights)[1]
+    def _after(self, removal: Removal) -> Live:
+        """The live samples once the removal is made."""
+        labels = dict(self.relabelled)
+        for bucket, (rows, new) in removal.relabelled.items():
+            labels = relabelled_rows(np.full(len(rows), bucket), rows, new, labels)
+        return Live(merged(self.excluded, removal.excluded), labels)
+
+    def _without_removal(self, backbone: str) -> dict[str, float]:
+        """What a removal has to be compared with: a new head, and the chosen boundary, with nothing removed.
+
+        The boundary is chosen here for round 1, too.
+        """
+        drawn = self.boundaries.draw(backbone, self.live, number=0)
+        of_head = [c for c in self.boundaries.choices[-1].candidates() if c[0] == self.inputs.spec.head]
+        damping = of_head[0][1] if of_head else self.config.probe.damping[len(self.config.probe.damping) // 2]
+        head = self.boundaries.of(backbone, [(self.inputs.spec.head, damping)], self.live)
+        metrics: dict[str, float] = {}
+        for name, boundary in (("refit", head.boundary), ("boundary", drawn.boundary)):
+            weight, bias = boundary.fold()
+            found = self._measured(backbone, boundary.layers, weight.float(), bias.float())
+            metrics |= {f"{name}_{key}": value for key, value in found.items() if key.endswith("accuracy")}
         return metrics
 
-    def _measure(self, view: View, weights: torch.Tensor) -> tuple[float, float]:
-        """(mean cross-entropy, accuracy) of a linear head on a view."""
-        count, loss, correct, _ = self.workers.reducer(view)(probe.loss_gradient, weights)
-        return float(loss / count), float(correct / count)
+    def _measured(
+        self, backbone: str, names: tuple[str, ...], weight: torch.Tensor, bias: torch.Tensor
+    ) -> dict[str, float]:
+        """Accuracy and cross-entropy of a linear head on raw features of these layers, on both held-out sets."""
+        # one block of columns and its 1 per layer: the bias goes with the first
+        sizes = self._widths(backbone, names)
+        parts = []
+        for at, own in enumerate(weight.split(sizes, dim=1)):
+            parts += [own, (bias if at == 0 else torch.zeros_like(bias))[:, None]]
+        standardizers = tuple(Standardizer(torch.zeros(size).double(), torch.ones(size).double()) for size in sizes)
+        metrics: dict[str, float] = {}
+        for name in ("validation", "test"):
+            if name not in self.splits:
+                continue
+            buckets = tuple(bucket.index for bucket in self.splits[name].buckets)
+            view = View(self.folder, backbone, name, buckets, {}, {}, names, standardizers)
+            count, loss, correct, _ = self.workers.reducer(view)(probe.loss_gradient, torch.cat(parts, dim=1))
+            metrics |= {f"{name}_accuracy": float(correct / count), f"{name}_loss": float(loss / count)}
+        return metrics
 
-    def _view(self, backbone: str, split: str, excluded: Excluded, standardizer: Standardizer | None) -> View:
-        buckets = tuple(bucket.index for bucket in self.splits[split].buckets)
-        return View(self.folder, backbone, split, buckets, excluded, standardizer)
+    def _widths(self, backbone: str, names: tuple[str, ...]) -> list[int]:
+        bucket = self.splits["validation"].buckets[0].index
+        shard = read_shard(self.folder, self.folder.features(backbone, "validation", bucket), names)
+        return [matrix.shape[1] for matrix in shard.features.values()]
+
+    def _in_all(self, state: State[Network], noise: NoiseEstimate) -> int:
+        """Samples that may still be dealt with in this and all later rounds."""
+        settings = self.config.removal
+        if self.quota is not None:
+            return self.splits["train"].rows
+        first = state.history[0].live
+        share = noise.most if settings.share == "estimated" else settings.share
+        done = sum(r.removed + r.relabelled for r in state.history)
+        return max(0, int(share * first) - done)
 
     def _candidates(self, path: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """(ids, labels, score) with a score of -inf for what does not look wrong."""
         settings = self.config.removal
-        columns = list(dict.fromkeys([SAMPLE_ID, LABEL, settings.score, "loo_margin"]))
+        columns = list(dict.fromkeys([SAMPLE_ID, BUCKET, ROW, LABEL, settings.score, "directed_margin"]))
         for table in self.folder.row_groups(path, columns):
             scores = table[settings.score].to_numpy().copy()
             if settings.score != "random":
-                scores[table["loo_margin"].to_numpy() <= settings.threshold] = -np.inf
+                scores[table["directed_margin"].to_numpy() <= settings.threshold] = -np.inf
+            # what has been relabelled once is let be: it would go back and forth
+            if table.num_rows and (changed := self.relabelled.get(table[BUCKET][0].as_py())) is not None:
+                scores[np.isin(table[ROW].to_numpy(), changed[0])] = -np.inf
             yield table[SAMPLE_ID].to_numpy(), table[LABEL].to_numpy(), scores
 
     def _edges(self, path: str) -> np.ndarray:
@@ -472,28 +624,48 @@ class CleaningRun:
             "live": done.live,
             "candidates": done.candidates,
             "removed": done.removed,
+            "relabelled": done.relabelled,
             **done.metrics,
             **{f"seconds_{name.replace(' ', '_')}": value for name, value in done.seconds.items()},
         }
         settings = self.config.removal
-        paths = ("removed.parquet",) if done.removed and self.folder.is_local else ()
-        artifacts = [self.folder.local / "rounds" / f"{done.number:04d}" / name for name in (*paths, "round.json")]
+        names = ("removed.parquet", "relabelled.parquet", "probes.json", "round.json")
+        artifacts = []
+        if self.folder.is_local:
+            there = self.folder.local / "rounds" / f"{done.number:04d}"
+            artifacts = [there / name for name in names if (there / name).exists()]
         self.tracking.log_round(
             done.number,
             params={"score": settings.score, "budget": settings.budget, "scope": self.config.refine.scope},
             metrics=metrics,
             figures=figures,
-            artifacts=artifacts if self.folder.is_local else [],
+            artifacts=artifacts,
         )
 
     def _line(self, done: Round) -> str:
         parts = [f"round {done.number}: live {done.live:,}"]
         if done.number:
-            parts.append(f"removed {done.removed:,} of {done.candidates:,} candidates")
+            relabelled = f" and relabelled {done.relabelled:,}" if done.relabelled else ""
+            parts.append(f"removed {done.removed:,}{relabelled} of {done.candidates:,} candidates")
         parts.append(f"validation accuracy {100 * done.metrics['validation_accuracy']:.1f} %")
         if "test_accuracy" in done.metrics:
             parts.append(f"test accuracy {100 * done.metrics['test_accuracy']:.1f} %")
         return ", ".join(parts)
+
+
+def in_words(noise: NoiseEstimate) -> str:
+    """The estimate of the share of wrong labels, as a clause."""
+    seen = (
+        f"of the {noise.counted} held-out samples that the others are surest of, {noise.disagreeing} have another label"
+    )
+    if not noise.found:
+        return f"{seen}, no more than in a clean set"
+    return f"{seen} ({100 * noise.rate:.0f} %, between {100 * noise.low:.0f} and {100 * noise.high:.0f} %)"
+
+
+def recipe(spec: ModelSpec) -> dict[str, Any]:
+    """What builds the model anew: factory, arguments, head."""
+    return {"factory": spec.factory, "arguments": spec.arguments, "head": spec.head}
 
 
 def _known(**metrics: float | None) -> dict[str, float]:

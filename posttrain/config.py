@@ -329,9 +329,14 @@ class Removal(Section):
     it another label with odds of more than e to 1. It holds for every score but random."""
     share: Annotated[float, Field(ge=0, le=1)] | Literal["estimated"] = "estimated"
     """Largest share of the samples removed in all rounds together. estimated: as many as labels are estimated to
-    be wrong, and none where there is no sign of wrong labels. random takes what is left of a number only."""
+    be wrong, and none where there is no sign of wrong labels."""
+    action: Literal["remove", "relabel"] = "remove"
+    """remove: selected samples go. relabel: those whose suggested label is certain enough get that label and stay,
+    the others go."""
+    relabel_above: float = Field(default=0.95, gt=0, le=1)
+    """Confidence of the suggested label from which on a sample is relabelled (action relabel only)."""
     budget: float = Field(default=0.05, gt=0, lt=1)
-    """Largest share of the live samples removed in one round."""
+    """Largest share of the live samples removed or relabelled in one round."""
     class_floor: float = Field(default=0.1, ge=0, le=1)
     """Smallest share of its initial live samples that each class keeps."""
     max_rounds: int = Field(default=10, ge=1)

@@ -56,6 +56,17 @@ class Cut:
     """Samples that were scored."""
     candidates: int
     removed: int
+    relabelled: int
+    """Samples that stay, with another label."""
+    estimate: str
+    """What is known of the share of wrong labels, as a clause."""
+    exhausted: bool
+    """Whether as many labels have been dealt with as are estimated to be wrong; true where there is no sign of any."""
+
+    @property
+    def taken(self) -> int:
+        """Samples that were dealt with."""
+        return self.removed + self.relabelled
 
 
 @dataclass(frozen=True)
@@ -90,11 +101,11 @@ def clean(start: State[Model], steps: Steps[Features, Probe, Scores, Removal, Mo
         scores = steps.score(state, features, probe)
         removal = steps.select(state, scores)
         cut = steps.count(removal)
-        if cut.removed == 0 or cut.candidates < limits.minimum * cut.live:
+        if cut.taken == 0 or cut.candidates < limits.minimum * cut.live:
             return Outcome(state, nothing_left(cut))
         model = steps.refine(state, features, removal, probe)
         metrics = steps.evaluate(state, model)
-        done = Round(state.number + 1, cut.live - cut.removed, cut.candidates, cut.removed, metrics)
+        done = Round(state.number + 1, cut.live - cut.removed, cut.candidates, cut.removed, cut.relabelled, metrics)
         done = steps.commit(state, removal, model, done)
         state = replace(state, history=(*state.history, done), model=model)
     return Outcome(state, reason)
@@ -125,7 +136,9 @@ def limit_reached(state: State[Model], limits: Limits) -> str | None:
 
 
 def nothing_left(cut: Cut) -> str:
-    """The reason where what is left no longer looks wrong."""
-    if cut.candidates and not cut.removed:
+    """The reason where there is nothing (more) to do."""
+    if cut.exhausted:
+        return f"as many samples are out as labels are estimated to be wrong: {cut.estimate}"
+    if cut.candidates and not cut.taken:
         return f"{cut.candidates} samples look wrong, but the budget or the class floors let none of them go"
     return f"what is left no longer looks wrong: {cut.candidates} of {cut.live} samples would be candidates"

@@ -98,6 +98,10 @@ class ModelSpec:
     classes: int
     head: str
     image: ImageSpec
+    layers: tuple[str, ...]
+    """Layers whose features are kept, the head's name for what goes into it."""
+    width: int
+    """Most features of a layer other than the head's."""
 
 
 Excluded = dict[int, np.ndarray]
@@ -118,11 +122,50 @@ def excluded_rows(buckets: np.ndarray, rows: np.ndarray, before: Excluded | None
     return merged(before or {}, new)
 
 
+Relabelled = dict[int, tuple[np.ndarray, np.ndarray]]
+"""bucket -> (rows in it, int32, sorted; their new labels, int32)."""
+
+
+def relabelled_rows(
+    buckets: np.ndarray, rows: np.ndarray, labels: np.ndarray, before: Relabelled | None = None
+) -> Relabelled:
+    """`before` with the rows of a table of (bucket, row, new label) added; no row may be in both."""
+    both = dict(before or {})
+    for bucket in np.unique(buckets):
+        mine = buckets == bucket
+        known, given = both.get(int(bucket), (np.empty(0, np.int32), np.empty(0, np.int32)))
+        all_rows = np.concatenate([known, rows[mine].astype(np.int32)])
+        order = np.argsort(all_rows, kind="stable")
+        both[int(bucket)] = (all_rows[order], np.concatenate([given, labels[mine].astype(np.int32)])[order])
+    return both
+
+
+def current_labels(labels: np.ndarray, rows: np.ndarray, bucket: int, relabelled: Relabelled) -> np.ndarray:
+    """The labels of a bucket's `rows` (sorted) with the new ones in their place."""
+    if bucket not in relabelled or not len(rows):
+        return labels
+    changed, new = relabelled[bucket]
+    at = np.searchsorted(rows, changed).clip(max=len(rows) - 1)
+    there = rows[at] == changed
+    labels = labels.copy()
+    labels[at[there]] = new[there]
+    return labels
+
+
 def excluded_digest(excluded: Excluded) -> str:
     """16 hexadecimal digits that tell one set of excluded rows from another."""
     digest = hashlib.sha256()
     for bucket in sorted(excluded):
         digest.update(f"{bucket}:".encode() + excluded[bucket].astype(np.int32).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def relabelled_digest(relabelled: Relabelled) -> str:
+    """16 hexadecimal digits that tell one set of new labels from another."""
+    digest = hashlib.sha256()
+    for bucket in sorted(relabelled):
+        rows, labels = relabelled[bucket]
+        digest.update(f"{bucket}:".encode() + rows.astype(np.int32).tobytes() + labels.astype(np.int32).tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -135,6 +178,7 @@ class Round:
     """Samples that take part after this round."""
     candidates: int
     removed: int
+    relabelled: int
     metrics: dict[str, float]
     """`validation_accuracy` and more, of the model after this round."""
     seconds: dict[str, float] = field(default_factory=dict)

@@ -30,7 +30,7 @@ from posttrain import rounds
 from posttrain.config import RunFile, load
 from posttrain.report.progress import StepLog
 
-CONTROLS = {"posttrain": "loo_margin", "random removal": "random", "removal by loss": "loss", "no removal": None}
+CONTROLS = {"posttrain": "directed_margin", "random removal": "random", "removal by loss": "loss", "no removal": None}
 
 
 def measured(
@@ -74,9 +74,12 @@ def without_removal(run: CleaningRun, state: rounds.State[Any], budget: Sequence
     for number, steps in enumerate(budget, start=1):
         if run.config.refine.scope == "network":
             seed = run.config.run.seed + 1000 * number
-            model = run.train(model, run.config.refine, {}, name="refine", seed=seed, max_steps=steps)
+            model = run.train(model, run.config.refine, run.live, name="refine", seed=seed, max_steps=steps)
         else:
-            model = run.new_head(model, run.embed(state), run.excluded)
+            backbone = run.embed(state)
+            choice = run.boundaries.chosen(backbone)
+            assert choice is not None, "round 0 chose"
+            model = run.redrawn(backbone, choice.members, run.live)
         metrics = run.evaluate(state, model)
         history.append(metrics)
     before = state.history[0].metrics
@@ -130,7 +133,7 @@ def main() -> None:
         quota: list[int] | None = None
         for name in found:
             folder = options.folder / f"{name.replace(' ', '_')}-{seed}"
-            score = CONTROLS[name] or "loo_margin"
+            score = CONTROLS[name] or "directed_margin"
             config = load(
                 options.runfile,
                 [*options.overrides, f"run.path={folder}", f"run.seed={seed}", f"removal.score={score}"],

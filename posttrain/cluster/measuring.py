@@ -9,7 +9,7 @@ import pyarrow as pa
 import ray
 
 from posttrain.cluster.reading import Split
-from posttrain.schema import LABEL, TRUE_LABEL, Excluded
+from posttrain.schema import LABEL, TRUE_LABEL, Excluded, Relabelled
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,13 @@ class Detection:
     wrong: int
     removed: int
     removed_wrong: int
+    relabelled: int
+    relabelled_right: int
+    """Relabelled samples whose new label is the true one."""
+
+    @property
+    def relabel_accuracy(self) -> float | None:
+        return self.relabelled_right / self.relabelled if self.relabelled else None
 
     @property
     def precision(self) -> float | None:
@@ -30,9 +37,10 @@ class Detection:
 
 
 @ray.remote
-def _count(block: pa.Table, removed: np.ndarray) -> tuple[int, int]:
+def _count(block: pa.Table, removed: np.ndarray, relabelled: np.ndarray, labels: np.ndarray) -> tuple[int, int, int]:
     wrong = is_wrong(block)
-    return int(wrong.sum()), int(wrong[removed].sum())
+    right = block[TRUE_LABEL].to_numpy()[relabelled] == labels
+    return int(wrong.sum()), int(wrong[removed].sum()), int(right.sum())
 
 
 @ray.remote
@@ -46,14 +54,21 @@ def is_wrong(block: pa.Table) -> np.ndarray:
     return (given >= 0) & (true >= 0) & (given != true)
 
 
-def detection(split: Split, removed: Excluded) -> Detection:
+def detection(split: Split, removed: Excluded, relabelled: Relabelled) -> Detection:
     """Counts over all of the split's samples; `removed` without the quarantined."""
     nothing = np.empty(0, np.int32)
-    counts = ray.get([_count.remote(b.block, removed.get(b.index, nothing)) for b in split.buckets])
+    counts = ray.get(
+        [
+            _count.remote(b.block, removed.get(b.index, nothing), *relabelled.get(b.index, (nothing, nothing)))
+            for b in split.buckets
+        ]
+    )
     return Detection(
-        sum(wrong for wrong, _ in counts),
+        sum(wrong for wrong, _, _ in counts),
         sum(len(rows) for rows in removed.values()),
-        sum(found for _, found in counts),
+        sum(found for _, found, _ in counts),
+        sum(len(rows) for rows, _ in relabelled.values()),
+        sum(right for _, _, right in counts),
     )
 
 

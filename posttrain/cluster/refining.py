@@ -28,7 +28,7 @@ from torch.nn.functional import cross_entropy
 from posttrain.cluster.reading import Bucket, Progress, Split, explain
 from posttrain.cluster.workers import Network, load_network
 from posttrain.errors import StepError
-from posttrain.schema import IMAGE, LABEL, Excluded, ImageSpec
+from posttrain.schema import IMAGE, LABEL, Excluded, ImageSpec, Relabelled, current_labels
 from posttrain.store.folder import RunFolder
 from posttrain.vision import models
 from posttrain.vision.images import augmentation, decode_column, normalize
@@ -71,6 +71,7 @@ def train(
     network: Network,
     split: Split,
     excluded: Excluded,
+    relabelled: Relabelled,
     training: Training,
     *,
     seed: int,
@@ -80,7 +81,7 @@ def train(
     run_name: str,
     progress: Progress,
 ) -> Trained:
-    """The network after training on the split's samples but the excluded ones.
+    """The network after training on the split's samples but the excluded ones, under their present labels.
 
     `progress` counts samples; with `workers > 0` it is called once, at the end. Raises StepError where the loss is
     not finite or training fails.
@@ -90,6 +91,7 @@ def train(
         "network": network,
         "buckets": split.buckets,
         "excluded": excluded,
+        "relabelled": relabelled,
         "training": training,
         "seed": seed,
         "threads": None if workers == 0 else 1,
@@ -152,6 +154,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
         images = LiveImages(
             config["buckets"][rank::world],
             config["excluded"],
+            config["relabelled"],
             network.spec.image,
             seed=config["seed"] + 7919 * rank,
         )
@@ -248,13 +251,15 @@ class LiveImages:
         self,
         buckets: tuple[Bucket, ...],
         excluded: Excluded,
+        relabelled: Relabelled,
         spec: ImageSpec,
         *,
         seed: int,
         window_bytes: int = WINDOW_BYTES,
         get: Callable[[Any], Any] = ray.get,
     ) -> None:
-        self._buckets, self._excluded, self._spec, self._seed, self._get = buckets, excluded, spec, seed, get
+        self._buckets, self._excluded, self._relabelled = buckets, excluded, relabelled
+        self._spec, self._seed, self._get = spec, seed, get
         height, width = spec.size
         rows = max((b.rows for b in buckets), default=1)
         self._window = max(1, window_bytes // max(1, rows * spec.channels * height * width))
@@ -311,7 +316,7 @@ class LiveImages:
             decoded, readable, _ = decode_column(
                 block[IMAGE], channels=self._spec.channels, size=self._spec.size, shape=self._spec.shape
             )
-            given = block[LABEL].to_numpy()
+            given = current_labels(block[LABEL].to_numpy(), rows, bucket.index, self._relabelled)
             # before the first embedding nothing has been quarantined yet
             kept = torch.from_numpy(given[readable] >= 0)
             pixels.append(decoded[kept])

@@ -7,11 +7,12 @@ arguments alone: an actor that died is started again by Ray and goes on with the
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,14 +23,27 @@ from torch import Tensor
 
 from posttrain.cluster.reading import Bucket, Progress, explain
 from posttrain.errors import ConfigError
-from posttrain.influence import probe as probes
+from posttrain.influence.audit import Audit, Survey, survey
+from posttrain.influence.committee import Boundary
 from posttrain.influence.curvature import Curvature, hessian_block
 from posttrain.influence.probe import BlockFn, Standardizer
-from posttrain.influence.scores import SCORES, evidence, label_margin
-from posttrain.schema import BUCKET, FILE, IMAGE, LABEL, ROW, SAMPLE_ID, Excluded, ModelSpec, uniform
+from posttrain.influence.scores import SCORES, Evidence, joint_evidence, suggestion
+from posttrain.schema import (
+    BUCKET,
+    FILE,
+    IMAGE,
+    LABEL,
+    ROW,
+    SAMPLE_ID,
+    Excluded,
+    ModelSpec,
+    Relabelled,
+    current_labels,
+    uniform,
+)
 from posttrain.store.features import Shard, ShardSummary, read_shard, summarise_shard, write_shard
 from posttrain.store.folder import RunFolder
-from posttrain.vision import models
+from posttrain.vision import layers, models
 from posttrain.vision.images import decode_column, normalize
 
 REDUCTION_GROUPS = 32
@@ -38,8 +52,8 @@ depends neither on the number of actors nor on which of them was faster."""
 
 EMBEDDING_BATCH = 256
 
-_VIEWS_KEPT = 4
-"""Views whose features an actor keeps: raw and standardised, held-out, and the one before."""
+_VIEWS_KEPT = 8
+"""Views whose features an actor keeps at most: those of a committee's members, live and held out."""
 
 _view_numbers = itertools.count()
 
@@ -53,7 +67,11 @@ class View:
     split: str
     buckets: tuple[int, ...]
     excluded: Excluded
-    standardizer: Standardizer | None
+    relabelled: Relabelled
+    layers: tuple[str, ...]
+    """Whose features lie side by side."""
+    standardizers: tuple[Standardizer, ...] | None
+    """Of each layer, whose features a 1 then follows; None: raw features, without the 1."""
     key: str = field(default_factory=lambda: f"{os.getpid()}-{next(_view_numbers)}")
 
 
@@ -64,6 +82,13 @@ class Network:
     spec: ModelSpec
     weights: bytes = field(repr=False)
     key: str
+
+    @property
+    def backbone(self) -> str:
+        """Tells one feature store from another: everything that its features depend on."""
+        backbone = models.backbone_fingerprint(load_network(self), self.spec.head)
+        kept = f"{backbone}:{self.spec.layers}:{self.spec.width}"
+        return hashlib.sha256(kept.encode()).hexdigest()[:16]
 
 
 def load_network(network: Network) -> torch.nn.Module:
@@ -76,22 +101,37 @@ def _for_inference(network: Network, device: torch.device) -> torch.nn.Module:
     return load_network(network).to(device).to(memory_format=torch.channels_last).eval()
 
 
-def probe_scores(
-    features: Tensor, labels: Tensor, sample_ids: np.ndarray, weights: Tensor, curvature: Curvature, seed: int
-) -> dict[str, np.ndarray]:
+@dataclass(frozen=True)
+class Verdict:
+    """What it takes to score a bucket: the boundary, each member's curvature, and the audit."""
+
+    boundary: Boundary
+    curvatures: tuple[Curvature, ...]
+    seed: int
+    """Of the control's draw."""
+    audit: Audit | None = None
+
+
+def evidence_of(features: Tensor, labels: Tensor, sample_ids: np.ndarray, verdict: Verdict) -> Evidence:
+    """The evidence on a batch of features side by side."""
+    draw = torch.from_numpy(uniform(sample_ids, verdict.seed)).to(features)
+    parts = verdict.boundary.parts(features)
+    members = [
+        (own, fitted.weights.to(features), curvature)
+        for own, fitted, curvature in zip(parts, verdict.boundary.probes, verdict.curvatures, strict=True)
+    ]
+    return joint_evidence(members, labels, draw, verdict.audit)
+
+
+def score_columns(evidence: Evidence) -> dict[str, np.ndarray]:
     """Every score of a batch, and what the others would label it: columns of `scores.parquet`."""
-    draw = torch.from_numpy(uniform(sample_ids, seed)).to(features)
-    found = evidence(features, labels, weights.to(features), curvature, draw)
-    columns = {name: score(found) for name, score in SCORES.items()}
-    probabilities = found.loo_logits.double().softmax(dim=1)
-    others = probabilities.scatter(1, labels[:, None], -1.0)
-    confidence, suggested = others.max(dim=1)
+    columns = {str(name): score(evidence) for name, score in SCORES.items()}
+    found = suggestion(evidence)
     columns |= {
-        "loo_margin": label_margin(found.loo_logits, labels),
-        "predicted_label": probabilities.argmax(dim=1).int(),
-        "self_confidence": probabilities.gather(1, labels[:, None])[:, 0].float(),
-        "suggested_label": suggested.int(),
-        "confidence": confidence.float(),
+        "predicted_label": found.predicted.int(),
+        "self_confidence": found.self_confidence.float(),
+        "suggested_label": found.suggested.int(),
+        "confidence": found.confidence.float(),
     }
     return {name: column.cpu().numpy() for name, column in columns.items()}
 
@@ -124,7 +164,7 @@ class _Worker:
             self.network = (network.key, _for_inference(network, self.device))
         shard, quarantined = embed_block(self.network[1], network.spec, block, skip, self.device)
         write_shard(folder, path, shard, quarantined)
-        return ShardSummary(bucket, len(shard.rows), shard.features.shape[1], quarantined)
+        return ShardSummary(bucket, len(shard.rows), quarantined)
 
     def reduce(
         self,
@@ -146,11 +186,26 @@ class _Worker:
             sums.append([t.cpu().numpy() for t in total or []])
         return sums
 
-    def score(self, view_in: list[Any], key: str, bucket: int, constants_in: list[Any]) -> pa.Table:
-        weights, curvature, seed = ray.get(constants_in[0])
+    def survey(
+        self, view_in: list[Any], key: str, groups: Sequence[Sequence[int]], verdict_in: list[Any], temperature: float
+    ) -> list[list[np.ndarray]]:
+        verdict: Verdict = ray.get(verdict_in[0])
+        sums = []
+        for group in groups:
+            total: tuple[Tensor, ...] | None = None
+            for bucket in group:
+                shard, features, labels = self._block(view_in, key, bucket)
+                found = evidence_of(features, labels, shard.sample_ids.to_numpy(zero_copy_only=False), verdict)
+                part = survey(found.loo_logits, labels, temperature)
+                total = part if total is None else tuple(a + b for a, b in zip(total, part, strict=True))
+            sums.append([t.cpu().numpy() for t in total or ()])
+        return sums
+
+    def score(self, view_in: list[Any], key: str, bucket: int, verdict_in: list[Any]) -> pa.Table:
+        verdict: Verdict = ray.get(verdict_in[0])
         shard, features, labels = self._block(view_in, key, bucket)
         ids = shard.sample_ids.to_numpy(zero_copy_only=False)
-        columns = probe_scores(features, labels, ids, weights, curvature, seed)
+        columns = score_columns(evidence_of(features, labels, ids, verdict))
         return pa.table(
             {
                 SAMPLE_ID: shard.sample_ids,
@@ -162,7 +217,7 @@ class _Worker:
         )
 
     def _block(self, view_in: list[Any], key: str, bucket: int) -> tuple[Shard, Tensor, Tensor]:
-        """A bucket's live rows: the shard, features (standardised, 1 appended), labels; cached while they fit."""
+        """A bucket's live rows: the shard, features side by side, labels; cached while they fit."""
         if key not in self.views:
             self.views[key] = {}
             while len(self.views) > _VIEWS_KEPT:
@@ -171,8 +226,7 @@ class _Worker:
         if bucket not in blocks:
             view: View = ray.get(view_in[0])
             shard = read_live(view, bucket)
-            features = torch.from_numpy(shard.features.copy()).to(self.device)
-            features = features.float() if view.standardizer is None else view.standardizer(features)
+            features = side_by_side(shard, view).to(self.device)
             block = (shard, features, torch.from_numpy(shard.labels.astype(np.int64)).to(self.device))
             while self.cached + features.nbytes > self.cache_bytes and next(iter(self.views)) != key:
                 self._forget_oldest()
@@ -188,13 +242,23 @@ class _Worker:
 
 
 def read_live(view: View, bucket: int) -> Shard:
-    """The live rows of a bucket, features as stored (float16)."""
-    shard = read_shard(view.folder, view.folder.features(view.backbone, view.split, bucket))
+    """The live rows of a bucket with their present labels, features as stored (float16)."""
+    shard = read_shard(view.folder, view.folder.features(view.backbone, view.split, bucket), view.layers)
+    labels = current_labels(shard.labels, shard.rows, bucket, view.relabelled)
     excluded = view.excluded.get(bucket)
     if excluded is None or not len(excluded):
-        return shard
+        return replace(shard, labels=labels)
     live = ~np.isin(shard.rows, excluded)
-    return Shard(shard.rows[live], shard.sample_ids.filter(pa.array(live)), shard.labels[live], shard.features[live])
+    features = {layer: matrix[live] for layer, matrix in shard.features.items()}
+    return Shard(shard.rows[live], shard.sample_ids.filter(pa.array(live)), labels[live], features)
+
+
+def side_by_side(shard: Shard, view: View) -> Tensor:
+    """The features of the view's layers in one matrix, float32."""
+    raw = [torch.from_numpy(shard.features[layer].copy()) for layer in view.layers]
+    if view.standardizers is None:
+        return torch.cat([features.float() for features in raw], dim=1)
+    return torch.cat([s(features) for s, features in zip(view.standardizers, raw, strict=True)], dim=1)
 
 
 def embed_block(
@@ -208,17 +272,18 @@ def embed_block(
     labels = block[LABEL].to_numpy()
     why = dict(zip(np.flatnonzero(~readable).tolist(), reasons, strict=True))
     why |= {int(at): "no label" for at in np.flatnonzero(readable & (labels < 0))}
-    parts = []
+    parts: dict[str, list[Tensor]] = {layer: [] for layer in spec.layers}
+    # a bucket without a readable image: one black image gives the widths
+    batches = pixels.split(EMBEDDING_BATCH) if len(pixels) else [pixels.new_zeros(1, image.channels, *image.size)]
     with torch.inference_mode():
-        for batch in pixels.split(EMBEDDING_BATCH):
+        for batch in batches:
             inputs = normalize(batch.to(device), image.mean, image.std)
             inputs = inputs.contiguous(memory_format=torch.channels_last)
-            features, _ = models.embed(model, spec.head, inputs)
-            parts.append(features.float().cpu())
-    dim = models.head_of(model, spec.head).in_features
-    embedded = torch.cat(parts) if parts else torch.empty(0, dim)
-    halves = embedded.half()
-    finite = torch.isfinite(halves).all(dim=1).numpy()
+            embedded = layers.embed(model, spec.layers, spec.head, inputs, width=spec.width)
+            for layer, features in embedded.items():
+                parts[layer].append(features[: len(pixels)].cpu().half())
+    halves = {layer: torch.cat(found) for layer, found in parts.items()}
+    finite = torch.stack([torch.isfinite(matrix).all(dim=1) for matrix in halves.values()]).all(dim=0).numpy()
     where_readable = np.flatnonzero(readable)
     for at in where_readable[~finite]:
         why.setdefault(int(at), "features are not finite in float16 (an extreme image, or weights that overflow)")
@@ -231,7 +296,7 @@ def embed_block(
     ]
     if isinstance(ids, pa.ChunkedArray):
         ids = pa.concat_arrays(ids.chunks) if ids.num_chunks else pa.array([], ids.type)
-    kept = halves.numpy()[good[where_readable]]
+    kept = {layer: matrix.numpy()[good[where_readable]] for layer, matrix in halves.items()}
     return Shard(rows[good], ids.filter(pa.array(good)), labels[good], kept), quarantined
 
 
@@ -360,12 +425,29 @@ class Workers:
             progress(done, total)
         return [summary for summary in (found[b.index] for b in buckets) if summary is not None]
 
-    def score(self, view: View, weights: Tensor, curvature: Curvature, seed: int) -> Iterator[pa.Table]:
+    def survey(self, view: View, verdict: Verdict, temperature: float) -> Survey:
+        """The survey of the live samples by their leave-one-out logits."""
+        self.start()
+        verdict_in = [ray.put(verdict)]
+        reducer = self.reducer(view)
+        sums = reducer.over_groups(
+            reduction_groups(view.buckets, REDUCTION_GROUPS),
+            lambda actor, groups: actor.survey.remote(reducer.view_in, view.key, groups, verdict_in, temperature),
+        )
+        return Survey(*sums)
+
+    def score(self, view: View, verdict: Verdict) -> Iterator[pa.Table]:
         """The score tables of all buckets, in their order."""
         view_in = [ray.put(view)]
-        constants = [ray.put((weights.float(), curvature, seed))]
-        calls = [lambda actor, b=b: actor.score.remote(view_in, view.key, b, constants) for b in view.buckets]
+        verdict_in = [ray.put(verdict)]
+        calls = [lambda actor, b=b: actor.score.remote(view_in, view.key, b, verdict_in) for b in view.buckets]
         yield from self.each(calls)
+
+
+def reduction_groups(buckets: Sequence[int], count: int) -> list[list[int]]:
+    """At most `count` groups of buckets, the same for any number of actors."""
+    count = max(1, min(count, len(buckets)))
+    return [list(buckets[first::count]) for first in range(count)]
 
 
 class _Reducer:
@@ -377,28 +459,26 @@ class _Reducer:
 
     def __init__(self, workers: Workers, view: View) -> None:
         self._workers, self._view = workers, view
-        self._view_in = [ray.put(view)]
-
-    def _groups(self, fn: BlockFn, arguments: Sequence[Tensor]) -> list[list[int]]:
-        buckets = self._view.buckets
-        count = min(REDUCTION_GROUPS, len(buckets))
-        if fn is hessian_block:
-            # every group sends a matrix of (d C)^2 float64 to the driver
-            count = max(1, min(count, self._MATRICES_BYTES // (8 * arguments[0].numel() ** 2)))
-        return [list(buckets[first::count]) for first in range(count)]
+        self.view_in = [ray.put(view)]
 
     def __call__(self, fn: BlockFn, *arguments: Tensor) -> tuple[Tensor, ...]:
-        actors = self._workers._actors
         plain = [a.detach().cpu().numpy() for a in arguments]
         large = sum(a.nbytes for a in plain) > self._INLINE_BYTES
         arguments_in = [ray.put(plain)] if large else [plain]
-        groups = self._groups(fn, arguments)
+        count = REDUCTION_GROUPS
+        if fn is hessian_block:
+            # every group sends a matrix of (d C)^2 float64 to the driver
+            count = min(count, self._MATRICES_BYTES // (8 * arguments[0].numel() ** 2))
+        return self.over_groups(
+            reduction_groups(self._view.buckets, count),
+            lambda actor, groups: actor.reduce.remote(self.view_in, self._view.key, groups, fn, arguments_in),
+        )
+
+    def over_groups(self, groups: list[list[int]], call: Callable[[Any, list[list[int]]], Any]) -> tuple[Tensor, ...]:
+        """The sums of all groups, each formed by one actor, added up in their order."""
+        actors = self._workers._actors
         owned = [list(range(i, len(groups), len(actors))) for i in range(len(actors))]
-        pending = [
-            actor.reduce.remote(self._view_in, self._view.key, [groups[g] for g in mine], fn, arguments_in)
-            for actor, mine in zip(actors, owned, strict=True)
-            if mine
-        ]
+        pending = [call(actor, [groups[g] for g in mine]) for actor, mine in zip(actors, owned, strict=True) if mine]
         try:
             parts = ray.get(pending)
         except Exception as error:
@@ -413,8 +493,3 @@ class _Reducer:
             part = [torch.from_numpy(np.array(a)) for a in by_group[g]]
             total = part if total is None else [a + b for a, b in zip(total, part, strict=True)]
         return tuple(total or [])
-
-
-def standardize(workers: Workers, view: View) -> Standardizer:
-    """The standardizer of a view's live samples (the view itself without one)."""
-    return Standardizer.from_moments(*workers.reducer(view)(probes.moments))

@@ -9,14 +9,16 @@ import pyarrow as pa
 import ray
 
 from posttrain.cluster.reading import Progress, Split, explain
-from posttrain.schema import IMAGE, LABEL, SAMPLE_ID, Excluded
+from posttrain.schema import IMAGE, LABEL, SAMPLE_ID, Excluded, Relabelled, current_labels
 from posttrain.store.folder import RunFolder
 
 
 @ray.remote
 def _write(
     block: pa.Table,
+    bucket: int,
     skip: np.ndarray,
+    relabelled: Relabelled,
     folder: RunFolder,
     path: str,
     columns: tuple[str, str, str],
@@ -24,6 +26,8 @@ def _write(
 ) -> int:
     rows = np.setdiff1d(np.arange(block.num_rows), skip)
     kept = block.take(pa.array(rows)).select([SAMPLE_ID, IMAGE, LABEL])
+    labels = current_labels(kept[LABEL].to_numpy(), rows, bucket, relabelled)
+    kept = kept.set_column(2, LABEL, pa.array(labels, pa.int32()))
     names = pa.array(classes).take(kept[LABEL])
     kept = kept.rename_columns(list(columns))
     if "class_name" not in columns:
@@ -35,22 +39,26 @@ def _write(
 def write_cleaned(
     split: Split,
     excluded: Excluded,
+    relabelled: Relabelled,
     folder: RunFolder,
     *,
     columns: tuple[str, str, str],
     classes: Sequence[str],
     progress: Progress,
 ) -> int:
-    """Writes `cleaned/part-*.parquet` with what is in no row of `excluded`; returns the number of samples.
+    """Writes `cleaned/part-*.parquet` with what is in no row of `excluded`, under its present label.
 
-    `columns`: the names of id, image and label, which are those of the input where it has names.
+    Returns the number of samples. `columns`: the names of id, image and label, which are those of the input where
+    it has names.
     """
     nothing = np.empty(0, np.int32)
     kept = seen = 0
     pending = [
         _write.remote(
             b.block,
+            b.index,
             excluded.get(b.index, nothing),
+            {b.index: relabelled[b.index]} if b.index in relabelled else {},
             folder,
             folder.path("cleaned", f"part-{b.index:05d}.parquet"),
             columns,

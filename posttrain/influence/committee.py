@@ -130,9 +130,8 @@ def draw(
         return mean_and_error(*sums(paired_losses, before, after))
 
     members = choose(tried, columns, sum(widths), change, most=most)
-    boundary = refit(
-        live, held_out, [(fit.layer, fit.damping) for fit in members], classes=classes, start=[f.probe for f in members]
-    )
+    # from zero, as any later refit: the same members on the same samples give the same bits
+    boundary = refit(live, held_out, [(fit.layer, fit.damping) for fit in members], classes=classes)
     return Boundary(
         boundary.layers, boundary.standardizers, boundary.probes, boundary.loss, boundary.accuracy, tuple(tried)
     )
@@ -144,14 +143,13 @@ def refit(
     members: Sequence[tuple[str, float]],
     *,
     classes: int,
-    start: Sequence[Probe] = (),
 ) -> Boundary:
     """The boundary of these members (layer, damping), fitted on the live samples."""
     layers = tuple(layer for layer, _ in members)
     standardizers = standardizers_of(live, layers)
     fitted = tuple(
-        _fitted(live, layer, standardizer, damping, classes, start=start[at].weights if start else None)
-        for at, ((layer, damping), standardizer) in enumerate(zip(members, standardizers, strict=True))
+        _fitted(live, layer, standardizer, damping, classes, start=None)
+        for (layer, damping), standardizer in zip(members, standardizers, strict=True)
     )
     weights = stacked([member.weights for member in fitted])
     loss, accuracy = _measured(held_out.standardised(layers, standardizers), weights)

@@ -19,6 +19,7 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
         ("rounds", f"{summary['rounds']}", ""),
         ("live", f"{summary['live']:,}", "samples kept: the clean data set"),
         ("removed", f"{summary['removed']:,}", _share(summary)),
+        ("relabelled", f"{summary['relabelled']:,}" if summary["relabelled"] else None, "kept, with another label"),
         ("quarantined", f"{summary['quarantined']:,}", "unreadable; see quarantine.parquet"),
         (
             "validation accuracy",
@@ -28,6 +29,9 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
         ("test accuracy", _change(summary["test_accuracy_before"], summary["test_accuracy_after"]), _refit(summary)),
         ("removal precision", _percent(summary["removal_precision"]), "of the removed, how many were wrong"),
         ("removal recall", _percent(summary["removal_recall"]), "of the wrong, how many were removed"),
+        ("relabel accuracy", _percent(summary["relabel_accuracy"]), "of the relabelled, how many are right now"),
+        ("wrong labels", *_noise(summary)),
+        ("boundary", *_boundary(summary)),
         ("seconds", f"{summary['seconds']:.1f}", _longest(summary["steps"])),
     ]
     for name, value, remark in rows:
@@ -43,8 +47,32 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
 
 
 def _refit(summary: Mapping[str, Any]) -> str:
-    refit = summary["test_accuracy_refit"]
-    return "" if refit is None else f"a new head alone, nothing removed: {100 * refit:.1f} %"
+    refit, boundary = summary["test_accuracy_refit"], summary["test_accuracy_boundary"]
+    if refit is None or boundary is None:
+        return ""
+    return f"nothing removed: new head {100 * refit:.1f} %, chosen boundary {100 * boundary:.1f} %"
+
+
+def _noise(summary: Mapping[str, Any]) -> tuple[str | None, str]:
+    noise = summary["noise"]
+    if noise is None:
+        return None, ""
+    if not noise["found"]:
+        return "no sign", f"at most {100 * noise['high']:.0f} % where the others are surest"
+    return (
+        f"{100 * noise['rate']:.0f} %",
+        f"estimated; between {100 * noise['low']:.0f} and {100 * noise['high']:.0f} %",
+    )
+
+
+def _boundary(summary: Mapping[str, Any]) -> tuple[str | None, str]:
+    boundary = summary["boundary"]
+    if boundary is None:
+        return None, ""
+    members = boundary["members"]
+    tried = len({row["layer"] for row in boundary["tried"]})
+    named = ", ".join(f"{member['layer']} ({member['damping']:g})" for member in members)
+    return f"{len(members)} of {tried} layers", f"layer (damping): {named}"
 
 
 def _percent(value: float | None) -> str | None:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from posttrain.config import RunFile, differences, dump, without_credentials
 from posttrain.errors import RunFolderError
-from posttrain.schema import BUCKET, ROW, Excluded, Round, excluded_rows
+from posttrain.schema import BUCKET, ROW, Excluded, Relabelled, Round, excluded_rows, relabelled_rows
 from posttrain.store.folder import RunFolder
 
 _PACKAGES = (
@@ -134,6 +134,18 @@ class Ledger:
                 table = self.removed(done.number, [BUCKET, ROW])
                 excluded = excluded_rows(table[BUCKET].to_numpy(), table[ROW].to_numpy(), excluded)
         return excluded
+
+    def relabelled(self, rounds: tuple[Round, ...]) -> Relabelled:
+        """(bucket, row) and new label of all that the committed rounds relabelled."""
+        relabelled: Relabelled = {}
+        for done in rounds:
+            if done.relabelled:
+                path = self.folder.round(done.number, "relabelled.parquet")
+                table = self.folder.read_table(path, [BUCKET, ROW, "suggested_label"])
+                relabelled = relabelled_rows(
+                    table[BUCKET].to_numpy(), table[ROW].to_numpy(), table["suggested_label"].to_numpy(), relabelled
+                )
+        return relabelled
 
     def removed(self, number: int, columns: list[str] | None = None) -> pa.Table:
         return self.folder.read_table(self.folder.round(number, "removed.parquet"), columns)

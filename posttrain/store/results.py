@@ -11,7 +11,7 @@ import pyarrow.compute
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from posttrain.schema import BUCKET, LABEL, ROW, SAMPLE_ID, Excluded
+from posttrain.schema import BUCKET, LABEL, ROW, SAMPLE_ID, Excluded, Relabelled, current_labels, merged
 from posttrain.store.folder import RunFolder
 
 # pyarrow makes these functions when it is imported: a type checker sees none of them
@@ -34,16 +34,16 @@ def live_rows(table: pa.Table, excluded: Excluded) -> pa.Table:
     return table.filter(pa.array(mask))
 
 
-def write_removed(folder: RunFolder, rounds: Sequence[int], classes: Sequence[str]) -> int:
-    """`removed.parquet`: all removed samples of the run in the order of their rounds; returns their number.
+def write_taken(folder: RunFolder, name: str, rounds: Sequence[int], classes: Sequence[str]) -> int:
+    """`<name>.parquet`: all removed (or relabelled) samples of the run in the order of their rounds; their number.
 
     Where none was removed, `rounds` names the one that found nothing, for its columns.
     """
     count = 0
-    with folder.writing(folder.path("removed.parquet")) as stream:
+    with folder.writing(folder.path(f"{name}.parquet")) as stream:
         writer: pq.ParquetWriter | None = None
         for number in rounds:
-            path = folder.round(number, "removed.parquet")
+            path = folder.round(number, f"{name}.parquet")
             if not folder.exists(path):
                 continue
             table = folder.read_table(path).drop_columns(list(_INNER))
@@ -65,17 +65,18 @@ def write_issues(
     rounds: Sequence[int],
     last_scores: str | None,
     excluded: Excluded,
+    relabelled: Relabelled,
     classes: Sequence[str],
 ) -> int:
     """`issues.csv`: every scored sample in the columns of cleanlab; returns the number of rows.
 
     `label_quality` (cleanlab's `find_label_issues`) and `label_score` (its Datalab) are the same number here: the
-    leave-one-out probability of the given label. The removed come first, in the order of their rounds.
+    leave-one-out probability of the given label. The removed and relabelled come first, in the order of their rounds.
     """
     count = 0
     with folder.writing(folder.path("issues.csv")) as stream:
         writer = None
-        for table, is_issue in _scored(folder, rounds, last_scores, excluded):
+        for table, is_issue in _scored(folder, rounds, last_scores, excluded, relabelled):
             part = _issues(table, is_issue, classes)
             if writer is None:
                 writer = pyarrow.csv.CSVWriter(stream, part.schema)
@@ -87,13 +88,17 @@ def write_issues(
 
 
 def _scored(
-    folder: RunFolder, rounds: Sequence[int], last_scores: str | None, excluded: Excluded
+    folder: RunFolder, rounds: Sequence[int], last_scores: str | None, excluded: Excluded, relabelled: Relabelled
 ) -> Iterator[tuple[pa.Table, bool]]:
     for number in rounds:
-        yield folder.read_table(folder.round(number, "removed.parquet")), True
+        for name in ("removed", "relabelled"):
+            if folder.exists(path := folder.round(number, f"{name}.parquet")):
+                yield folder.read_table(path), True
+    # a relabelled sample is live, and listed above under the label that it was given
+    others = merged(excluded, {bucket: rows for bucket, (rows, _) in relabelled.items()})
     if last_scores is not None:
         for table in folder.row_groups(last_scores):
-            yield live_rows(table, excluded), False
+            yield live_rows(table, others), False
 
 
 def _issues(table: pa.Table, is_issue: bool, classes: Sequence[str]) -> pa.Table:
@@ -112,13 +117,14 @@ def _issues(table: pa.Table, is_issue: bool, classes: Sequence[str]) -> pa.Table
     )
 
 
-def write_manifest(folder: RunFolder, last_scores: str | None, excluded: Excluded) -> int:
-    """`cleaned/manifest.parquet`: id and label of every kept sample; returns their number."""
+def write_manifest(folder: RunFolder, last_scores: str | None, excluded: Excluded, relabelled: Relabelled) -> int:
+    """`cleaned/manifest.parquet`: id and present label of every kept sample; returns their number."""
     count = 0
     with folder.writing(folder.path("cleaned", "manifest.parquet")) as stream:
         writer: pq.ParquetWriter | None = None
         for table in folder.row_groups(last_scores, [SAMPLE_ID, LABEL, BUCKET, ROW]) if last_scores else ():
-            kept = live_rows(table, excluded).select([SAMPLE_ID, LABEL])
+            live = live_rows(table, excluded)
+            kept = live.select([SAMPLE_ID]).append_column(LABEL, pa.array(_present(live, relabelled), pa.int32()))
             writer = writer or pq.ParquetWriter(stream, kept.schema, compression="zstd")
             writer.write_table(kept)
             count += kept.num_rows
@@ -127,6 +133,16 @@ def write_manifest(folder: RunFolder, last_scores: str | None, excluded: Exclude
         else:
             writer.close()
     return count
+
+
+def _present(table: pa.Table, relabelled: Relabelled) -> np.ndarray:
+    """The labels of a table with (bucket, row), the new ones in their place."""
+    labels = table[LABEL].to_numpy().copy()
+    buckets, rows = table[BUCKET].to_numpy(), table[ROW].to_numpy()
+    for bucket in np.unique(buckets):
+        mine = buckets == bucket
+        labels[mine] = current_labels(labels[mine], rows[mine], int(bucket), relabelled)
+    return labels
 
 
 def reason(table: pa.Table, score: str, number: int, classes: Sequence[str]) -> pa.Array:
