@@ -410,8 +410,8 @@ def _head(findings: Sequence[Finding], command: str) -> list[str]:
         "",
         "Quality in percent, mean over cases ± standard deviation over seeds. Seconds are wall seconds on top of the",
         "trained network, the methods of a case one after the other in one process, but for what was added later.",
-        f"Those of cleanlab hold the training of its {cases.FOLDS} networks, as it took when they were trained; AUM and",
-        "TracIn need a training that was watched, which is not counted. A number in brackets: so many cases were",
+        f"Those of cleanlab hold the training of its {cases.FOLDS} networks, as it took when they were trained; AUM",
+        "and TracIn need a training that was watched, which is not counted. A number in brackets: so many cases were",
         "measured, while others in the table have more; such a mean is over other cases, and never bold.",
     ]
 
