@@ -44,7 +44,7 @@ def clean(config: RunFile, *, verbose: bool = False, quiet: bool = False) -> dic
             limits = rounds.Limits(config.removal.max_rounds, config.removal.minimum, config.removal.patience)
             outcome = rounds.clean(state, run.as_steps(), limits)
             progress.say(f"stopped: {outcome.reason}")
-            outcome = replace(outcome, state=run.better_boundary(outcome.state))
+            outcome = replace(outcome, state=run.last_boundary(outcome.state, outcome.reason))
             summary = finish(run, outcome, began)
     if not quiet:
         print_summary(Console(), summary)

@@ -131,6 +131,12 @@ class CleaningRun:
         return merged(self.quarantined, self.removed)
 
     @property
+    def first(self) -> Network:
+        """The network as it came."""
+        assert self._first is not None, "there is none before round 0"
+        return self._first
+
+    @property
     def live(self) -> Live:
         return Live(self.excluded, self.relabelled)
 
@@ -273,7 +279,8 @@ class CleaningRun:
         settings = self.config.refine
         if settings.scope == "head":
             with self.progress.step("refine"):
-                return self.redrawn(backbone, drawn.boundary.members, live)
+                assert self.first.backbone == backbone
+                return self.redrawn(self.first, drawn.boundary.members, live)
         return self.train(
             state.model,
             settings,
@@ -320,21 +327,19 @@ class CleaningRun:
         self.progress.say(self._line(done))
         return done
 
-    def redrawn(self, backbone: str, members: Sequence[tuple[str, float]], live: Live) -> Network:
-        """The first network with the boundary of these members on the live samples as its head.
+    def redrawn(self, network: Network, members: Sequence[tuple[str, float]], live: Live) -> Network:
+        """The network with the boundary of these members on the live samples as its head.
 
         Where a member sits before the last layer, it is the network up to the last of the members' layers.
         """
-        assert self._first is not None
-        boundary = self.boundaries.of(backbone, members, live).boundary
+        boundary = self.boundaries.of(network.backbone, members, live).boundary
         weight, bias = (part.float() for part in boundary.fold())
-        first, spec = load_network(self._first), self._first.spec
+        model, spec = load_network(network), network.spec
         if boundary.layers == (spec.head,):
-            models.replace_head(first, spec.head, weight, bias)
-            return self.network(models.to_bytes(first), spec)
-        size = (spec.image.channels, *spec.image.size)
+            models.replace_head(model, spec.head, weight, bias)
+            return self.network(models.to_bytes(model), spec)
         factory, arguments, probed = layers.as_probed(
-            first,
+            model,
             spec.head,
             boundary.layers,
             spec.width,
@@ -342,7 +347,7 @@ class CleaningRun:
             bias,
             factory=spec.factory,
             arguments=spec.arguments,
-            size=size,
+            size=(spec.image.channels, *spec.image.size),
         )
         spec = replace(spec, factory=factory, arguments=arguments, head="probe", layers=("probe",))
         return self.network(models.to_bytes(probed), spec)
@@ -351,31 +356,36 @@ class CleaningRun:
         """The steps as `posttrain.rounds.clean` takes them."""
         return Steps(self.embed, self.fit, self.score, self.select, self.count, self.refine, self.evaluate, self.commit)
 
-    def better_boundary(self, state: State[Network]) -> State[Network]:
-        """Where no label was found wrong, the first network with the chosen boundary, if that is clearly better.
+    def last_boundary(self, state: State[Network], reason: str) -> State[Network]:
+        """After the last round: the boundary as the network's new head, where that is due; kept as a round of its own.
 
-        With `refine.scope: head` alone, and by more than two standard errors of the validation accuracy: a network
-        that is not known to be worse than another stays as it came.
+        With `refine.scope: both` after a removal, unless the validation accuracy falls. With `head` where no label
+        was found wrong, and only if the validation accuracy rises by more than two standard errors: a network that
+        is not known to be worse than another stays as it came.
         """
-        before = state.history[0].metrics
-        n = self._validation_samples + 4
-        share = (before["validation_accuracy"] * self._validation_samples + 2) / n
-        error = 2 * (2 * share * (1 - share) / n) ** 0.5
-        gain = before["boundary_validation_accuracy"] - before["validation_accuracy"]
-        if state.number or self.config.refine.scope != "head" or gain <= error:
+        scope, last = self.config.refine.scope, state.history[-1]
+        due = (scope == "both" and state.number > 0) or (scope == "head" and state.number == 0)
+        if not due or last.ended:
             return state
-        assert self._first is not None
-        backbone = self._first.backbone
-        choice = self.boundaries.chosen(backbone)
-        assert choice is not None
+        n = self._validation_samples + 4
+        share = (last.metrics["validation_accuracy"] * self._validation_samples + 2) / n
+        needed = 0.0 if scope == "both" else 2 * (2 * share * (1 - share) / n) ** 0.5
+        number = state.number + 1
+        self.progress.begin_round(number)
+        backbone = self._embed(state.model, ("train", "validation"))
+        with self.progress.step("fit"):
+            drawn = self.boundaries.draw(backbone, self.live, number=number)
+        gain = drawn.boundary.accuracy - last.metrics["validation_accuracy"]
+        if gain < needed or (scope == "head" and gain == 0):
+            return state
         with self.progress.step("refine"):
-            model = self.redrawn(backbone, choice.members, self.live)
-        metrics = {**self.evaluate(state, model), **self._found}
-        done = Round(1, self._live(), 0, 0, 0, metrics, self.progress.seconds_of_round())
-        self._write_checkpoint(1, model)
+            model = self.redrawn(state.model, drawn.boundary.members, self.live)
+        metrics = {**last.metrics, **self.evaluate(state, model)}
+        self._write_checkpoint(number, model)
+        done = Round(number, self._live(), 0, 0, 0, metrics, self.progress.seconds_of_round(), reason)
         self.ledger.commit(done)
         self.tell_round(done, {})
-        self.progress.say(f"nothing is removed, but a new boundary is better: {self._line(done)}")
+        self.progress.say(f"the boundary as the new head, nothing removed: {self._line(done)}")
         return replace(state, history=(*state.history, done), model=model)
 
     # -- before the first round ------------------------------------------------------------------------
@@ -518,7 +528,7 @@ class CleaningRun:
 
     def _backbone(self, model: Network) -> Network:
         """The network whose features are used: with a new head alone, the first one in all rounds."""
-        return model if self.config.refine.scope == "network" or self._first is None else self._first
+        return model if self.config.refine.scope != "head" or self._first is None else self._first
 
     def _after(self, removal: Removal) -> Live:
         """The live samples once the removal is made."""

@@ -281,9 +281,10 @@ class Pretrain(Training):
 class Refine(Training):
     """Refining the boundary after each removal."""
 
-    scope: Literal["head", "network"] = "head"
-    """head: the probe fitted on what is left becomes the new head, and the other keys of this section have no
-    effect. network: the whole network is trained on the images that are left."""
+    scope: Literal["head", "network", "both"] = "head"
+    """head: the boundary fitted on what is left becomes the new head, and the other keys of this section have no
+    effect. network: the whole network is trained on the images that are left. both: the network in every round,
+    and in the end the boundary becomes its new head, unless the held-out labels speak against it."""
 
 
 def _several(value: object) -> object:

@@ -72,14 +72,14 @@ def without_removal(run: CleaningRun, state: rounds.State[Any], budget: Sequence
     model, metrics = state.model, state.history[-1].metrics
     history = [metrics]
     for number, steps in enumerate(budget, start=1):
-        if run.config.refine.scope == "network":
+        if run.config.refine.scope != "head":
             seed = run.config.run.seed + 1000 * number
             model = run.train(model, run.config.refine, run.live, name="refine", seed=seed, max_steps=steps)
         else:
             backbone = run.embed(state)
             choice = run.boundaries.chosen(backbone)
             assert choice is not None, "round 0 chose"
-            model = run.redrawn(backbone, choice.members, run.live)
+            model = run.redrawn(run.first, choice.members, run.live)
         metrics = run.evaluate(state, model)
         history.append(metrics)
     before = state.history[0].metrics
