@@ -61,7 +61,7 @@ class Cut:
     estimate: str
     """What is known of the share of wrong labels, as a clause."""
     exhausted: bool
-    """Whether as many labels have been dealt with as are estimated to be wrong; true where there is no sign of any."""
+    """Whether as many samples have been dealt with as may be in all rounds; true from the start where none may."""
 
     @property
     def taken(self) -> int:
@@ -102,7 +102,7 @@ def clean(start: State[Model], steps: Steps[Features, Probe, Scores, Removal, Mo
         removal = steps.select(state, scores)
         cut = steps.count(removal)
         if cut.taken == 0 or cut.candidates < limits.minimum * cut.live:
-            return Outcome(state, nothing_left(cut))
+            return Outcome(state, nothing_left(state, cut))
         model = steps.refine(state, features, removal, probe)
         metrics = steps.evaluate(state, model)
         done = Round(state.number + 1, cut.live - cut.removed, cut.candidates, cut.removed, cut.relabelled, metrics)
@@ -113,6 +113,8 @@ def clean(start: State[Model], steps: Steps[Features, Probe, Scores, Removal, Mo
 
 def limit_reached(state: State[Model], limits: Limits) -> str | None:
     """Why no round may follow; None where one may."""
+    if state.history[-1].ended:
+        return state.history[-1].ended
     if state.number >= limits.max_rounds:
         return f"removal.max_rounds = {limits.max_rounds} reached"
     accuracies = [r.metrics["validation_accuracy"] for r in state.history]
@@ -135,10 +137,13 @@ def limit_reached(state: State[Model], limits: Limits) -> str | None:
     return None
 
 
-def nothing_left(cut: Cut) -> str:
+def nothing_left(state: State[Model], cut: Cut) -> str:
     """The reason where there is nothing (more) to do."""
     if cut.exhausted:
-        return f"as many samples are out as labels are estimated to be wrong: {cut.estimate}"
+        done = sum(r.removed + r.relabelled for r in state.history)
+        if not done:
+            return f"removal.share lets no sample go; {cut.estimate}"
+        return f"{done} samples are dealt with, as many as removal.share allows; {cut.estimate}"
     if cut.candidates and not cut.taken:
         return f"{cut.candidates} samples look wrong, but the budget or the class floors let none of them go"
     return f"what is left no longer looks wrong: {cut.candidates} of {cut.live} samples would be candidates"

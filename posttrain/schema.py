@@ -183,3 +183,5 @@ class Round:
     """`validation_accuracy` and more, of the model after this round."""
     seconds: dict[str, float] = field(default_factory=dict)
     """By step."""
+    ended: str = ""
+    """Why no further round follows, where that was decided before this one."""
