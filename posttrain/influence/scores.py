@@ -183,7 +183,10 @@ class Suggestion:
     suggested: Int[Tensor, " batch"]
     """The likeliest class but for the given label."""
     confidence: Float[Tensor, " batch"]
-    """Probability that the sample belongs to the suggested class, the noise taken out."""
+    """Probability that a sample like this belongs to the suggested class, the noise taken out.
+
+    It is what the others say: that this sample was given another label does not count.
+    """
 
 
 def suggestion(e: Evidence) -> Suggestion:

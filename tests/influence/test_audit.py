@@ -1,0 +1,599 @@
+"""The audit against simulations in which the truth is known, and against plain loops.
+
+In a simulation the logits are the logarithm of what label a sample like this is given: a model that is as good as one
+can be, whose temperature, memory and noise are then put in by hand.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize_scalar
+from scipy.stats import binomtest
+from sklearn.metrics import average_precision_score
+from torch import Tensor
+
+from posttrain.influence import audit as audits
+from posttrain.influence.audit import Audit, NoiseEstimate, Survey, fitted_temperature, survey, temperature_moments
+from posttrain.influence.curvature import Influence
+from posttrain.influence.probe import in_memory
+from posttrain.influence.scores import Evidence, ProbeEvidence, directed_margin, suggestion
+
+GRID = np.linspace(0, 16, 257)
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """Samples whose true class is known."""
+
+    logits: Tensor
+    labels: Tensor
+    true: Tensor
+
+    @property
+    def wrong(self) -> Tensor:
+        return self.labels != self.true
+
+    def remembered(self, offset: float) -> Simulated:
+        """The same, the given label's logit too high."""
+        return replace(self, logits=lowered(self.logits, self.labels, -offset))
+
+    def cooled(self, temperature: float) -> Simulated:
+        """The same, with logits that are right at this inverse temperature."""
+        return replace(self, logits=self.logits / temperature)
+
+
+def lowered(logits: Tensor, labels: Tensor, by: float) -> Tensor:
+    return logits - by * torch.nn.functional.one_hot(labels, logits.shape[1])
+
+
+def symmetric(classes: int, rate: float) -> np.ndarray:
+    """T[c, y]: how often what belongs to c is labelled y."""
+    return np.where(np.eye(classes, dtype=bool), 1 - rate, rate / (classes - 1))
+
+
+def paired(classes: int, rate: float) -> np.ndarray:
+    return (1 - rate) * np.eye(classes) + rate * np.roll(np.eye(classes), 1, axis=1)
+
+
+def simulated(
+    samples: int, noise: np.ndarray, *, apart: float = 3.0, seed: int = 0, sizes: np.ndarray | None = None
+) -> Simulated:
+    """Samples of Gaussian classes in 8 dimensions; `sizes` are the classes' shares, `apart` scales their distances."""
+    classes = len(noise)
+    drawn = np.random.default_rng(seed)
+    share = np.full(classes, 1 / classes) if sizes is None else sizes / sizes.sum()
+    centres = np.random.default_rng(1).normal(size=(classes, 8)) * apart / 2**0.5
+    true = drawn.choice(classes, size=samples, p=share)
+    points = centres[true] + drawn.normal(size=(samples, 8))
+    logits = torch.from_numpy(-np.square(points[:, None] - centres).sum(axis=2) / 2 + np.log(share))
+    given = (noise[true].cumsum(axis=1) < drawn.random(samples)[:, None]).sum(axis=1).clip(max=classes - 1)
+    q = (logits.softmax(dim=1) @ torch.from_numpy(noise)).clamp_min(1e-300)
+    return Simulated(q.log(), torch.from_numpy(given), torch.from_numpy(true))
+
+
+def surveyed(of: Simulated, temperature: float = 1.0) -> Survey:
+    return Survey(*survey(of.logits, of.labels, temperature))
+
+
+def audited(held_out: Simulated, live: Simulated) -> Audit:
+    temperature = temperature_of(held_out.logits, held_out.labels)
+    return audits.audit(surveyed(held_out, temperature), surveyed(live, temperature), temperature)
+
+
+def temperature_of(logits: Tensor, labels: Tensor) -> float:
+    reduce = in_memory(logits, labels, 501)
+    unit = torch.eye(logits.shape[1], dtype=torch.float64)
+    return fitted_temperature(lambda t: reduce(temperature_moments, unit, t))
+
+
+def of_votes(votes: np.ndarray) -> Survey:
+    """A survey of which only the votes and the count say anything."""
+    flat = torch.linspace(0.5, 0, len(GRID), dtype=torch.float64)
+    count = torch.tensor(float(votes.sum()), dtype=torch.float64)
+    confident, disagreeing = torch.zeros(2, 4096, dtype=torch.float64)
+    confident[0] = count
+    return Survey(count, flat * count, torch.from_numpy(votes), confident, disagreeing)
+
+
+def of_bins(confident: Tensor, disagreeing: Tensor) -> Survey:
+    """A survey of which only the confidences say anything."""
+    count = confident.sum()
+    votes = torch.zeros(3, 3, dtype=torch.float64)
+    return Survey(count, torch.ones(257, dtype=torch.float64), votes, confident, disagreeing)
+
+
+def evidence_of(of: Simulated, audit: Audit | None) -> Evidence:
+    zeros = torch.zeros_like(of.logits)
+    influence = Influence(zeros, zeros, zeros[:, 0])
+    probe = ProbeEvidence(of.logits, of.logits, zeros, influence, 0.1, len(of.labels))
+    return Evidence((probe,), of.labels, zeros[:, 0], audit)
+
+
+def found_noise(rate: float) -> NoiseEstimate:
+    return NoiseEstimate(rate, 0.0, 1.0, round(1000 * rate), 1000, found=True)
+
+
+# -- t -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("right_at", [0.1, 0.6, 1.0, 3.0, 15.0])
+def test_the_temperature_is_where_scipy_finds_the_lowest_cross_entropy(right_at: float):
+    held_out = simulated(2000, symmetric(5, 0.2), apart=1.5).cooled(right_at)
+
+    def loss(log_t: float) -> float:
+        return float(torch.nn.functional.cross_entropy(math.exp(log_t) * held_out.logits, held_out.labels))
+
+    known = minimize_scalar(loss, bounds=(math.log(0.05), math.log(20)), method="bounded", options={"xatol": 1e-9})
+    found = temperature_of(held_out.logits, held_out.labels)
+    assert found == pytest.approx(math.exp(known.x), rel=1e-4)  # pyright: ignore[reportAttributeAccessIssue]
+    assert found == pytest.approx(right_at, rel=0.1)
+
+
+def test_the_temperature_stays_within_its_bounds_where_no_other_is_best():
+    logits = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    assert temperature_of(logits, torch.tensor([0, 1])) == pytest.approx(20)
+    assert temperature_of(logits, torch.tensor([1, 0])) == pytest.approx(0.05)
+
+
+def test_the_temperature_is_found_where_the_logits_are_saturated_or_flat():
+    labels = torch.tensor([0, 1, 1, 0])
+    for logits in (1e4 * torch.eye(2).double()[[0, 1, 0, 0]], torch.zeros(4, 2).double(), 1e-9 * torch.ones(4, 2)):
+        assert 0.05 <= temperature_of(logits.double(), labels) <= 20
+
+
+def test_the_moments_of_the_temperature_are_derivatives_of_the_cross_entropy():
+    held_out = simulated(300, symmetric(4, 0.2), apart=1.0)
+    t = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    loss = torch.nn.functional.cross_entropy(t * held_out.logits, held_out.labels, reduction="sum")
+    (slope,) = torch.autograd.grad(loss, t, create_graph=True)
+    (curve,) = torch.autograd.grad(slope, t)
+    found = temperature_moments(held_out.logits, held_out.labels, torch.eye(4).double(), t.detach())
+    assert [float(part) for part in found] == pytest.approx([300, slope.item(), curve.item()], rel=1e-9)
+
+
+# -- b -----------------------------------------------------------------------------------------------------
+
+
+def test_the_support_is_the_given_labels_probability_after_its_logit_was_lowered():
+    live = simulated(200, symmetric(6, 0.3), apart=1.0)
+    found = survey(live.logits, live.labels, 0.7)[1]
+    for k in (0, 1, 16, 100, 256):
+        p = lowered(0.7 * live.logits, live.labels, GRID[k]).softmax(dim=1)
+        assert float(found[k]) == pytest.approx(float(p.gather(1, live.labels[:, None]).sum()), rel=1e-9)
+
+
+@pytest.mark.parametrize("offset", [0.3, 1.0, 2.72, 6.0, 12.0])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_an_offset_that_was_added_to_the_given_labels_is_found_again(offset: float, temperature: float):
+    held_out = simulated(4000, symmetric(10, 0.2), apart=1.5)
+    # in units of the calibrated logits
+    live, seen = held_out.remembered(offset).cooled(temperature), held_out.cooled(temperature)
+    found = audits.audit(surveyed(seen, temperature), surveyed(live, temperature), temperature)
+    assert found.offset == pytest.approx(offset, abs=0.05)
+
+
+def test_an_offset_is_found_on_other_samples_than_the_held_out_ones():
+    errors = []
+    for seed in range(10):
+        held_out = simulated(4000, symmetric(10, 0.2), apart=1.5, seed=seed)
+        live = simulated(8000, symmetric(10, 0.2), apart=1.5, seed=100 + seed).remembered(1.0)
+        errors.append(audited(held_out, live).offset - 1.0)
+    assert abs(float(np.mean(errors))) < 0.05
+
+
+def test_there_is_no_offset_where_none_was_added_or_the_live_labels_are_less_probable():
+    held_out = simulated(4000, symmetric(10, 0.2), apart=1.5)
+    assert audited(held_out, held_out).offset == 0.0
+    assert audited(held_out, held_out.remembered(-1.0)).offset == 0.0
+
+
+def test_without_the_offset_live_labels_are_as_probable_as_held_out_ones():
+    held_out = simulated(3000, symmetric(10, 0.2), apart=1.5)
+    live = simulated(3000, symmetric(10, 0.2), apart=1.5, seed=5).remembered(2.0)
+    found = audited(held_out, live)
+    q = found.probabilities(live.logits, live.labels).gather(1, live.labels[:, None]).mean()
+    p = (found.temperature * held_out.logits).softmax(dim=1).gather(1, held_out.labels[:, None]).mean()
+    assert float(q) == pytest.approx(float(p), abs=1e-4)
+
+
+def test_an_offset_beyond_all_that_are_tried_is_the_largest_of_them():
+    held_out = simulated(500, symmetric(3, 0.4), apart=0.5)
+    assert audits.audit(surveyed(held_out), surveyed(held_out.remembered(40.0)), 1.0).offset == 16.0
+
+
+# -- A -----------------------------------------------------------------------------------------------------
+
+
+def directions_by_hand(votes: np.ndarray) -> np.ndarray:
+    """Class by class: a uniform T of weight 1/4, less where a class has few samples."""
+    classes = len(votes)
+    size = [sum(votes[c]) for c in range(classes)]
+    found = np.zeros((classes, classes))
+    for c in range(classes):
+        for y in range(classes):
+            there = (votes[c][y] / size[c] + 0.25 / classes) / 1.25
+            back = (votes[y][c] / size[y] + 0.25 / classes) / 1.25
+            fewer = min(size[c], size[y])
+            found[c, y] = (math.log(there) - math.log(back)) / 2 * fewer / (fewer + 5)
+    return found
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10])
+def test_the_directions_equal_a_plain_loop_and_are_antisymmetric(classes: int):
+    votes = np.random.default_rng(classes).gamma(0.5, 40.0, size=(classes, classes))
+    found = audits.audit(of_votes(votes), of_votes(votes), 1.0).directions
+    np.testing.assert_allclose(found.numpy(), directions_by_hand(votes), rtol=1e-9, atol=1e-12)
+    assert torch.equal(found, -found.T)
+
+
+def test_the_votes_are_powers_of_the_probabilities_by_given_label():
+    live = simulated(60, symmetric(4, 0.3), apart=1.0)
+    votes = np.zeros((4, 4))
+    for p, y in zip((0.8 * live.logits).softmax(dim=1).tolist(), live.labels.tolist(), strict=True):
+        for c in range(4):
+            votes[c, y] += p[c] ** 4
+    np.testing.assert_allclose(surveyed(live, 0.8).votes.numpy(), votes, rtol=1e-9)
+
+
+def test_the_votes_are_taken_for_as_many_samples_as_there_are():
+    # only the confident vote: their shares count, not their sum
+    votes = np.random.default_rng(0).gamma(0.5, 40.0, size=(4, 4))
+    few = of_votes(votes)
+    many = replace(few, votes=few.votes / 7)
+    found, again = (audits.audit(of, of, 1.0).directions for of in (few, many))
+    torch.testing.assert_close(found, again)
+
+
+@pytest.mark.parametrize("sizes", [[100, 100, 100, 100], [1000, 300, 30, 10]], ids=["balanced", "100:1"])
+@pytest.mark.parametrize("rate", [0.0, 0.2, 0.5])
+def test_confusions_that_go_both_ways_alike_have_no_direction(sizes: list[int], rate: float):
+    alike = np.eye(4)
+    alike[:2, :2] = [[0.7, 0.3], [0.3, 0.7]]
+    for confusion in (symmetric(4, rate), alike):
+        votes = np.array(sizes, dtype=float)[:, None] * confusion
+        assert float(audits.audit(of_votes(votes), of_votes(votes), 1.0).directions.abs().max()) <= 1e-12
+
+
+@pytest.mark.parametrize("sizes", [None, np.geomspace(1, 0.1, 10)], ids=["balanced", "10:1"])
+@pytest.mark.parametrize("rate", [0.2, 0.4])
+def test_labels_flipped_in_pairs_point_from_the_true_class_to_the_given_one(rate: float, sizes: np.ndarray | None):
+    noise = paired(10, rate)
+    held_out = simulated(3000, noise, sizes=sizes)
+    live = simulated(6000, noise, seed=1, sizes=sizes).remembered(0.5)
+    directions = audited(held_out, live).directions
+    true = torch.arange(10)
+    given = (true + 1) % 10
+    assert bool((directions[true, given] > 0).all())
+    # and no other class is said to be labelled so
+    assert torch.equal(directions.argmax(dim=0), (true - 1) % 10)
+
+
+def precision(of: Simulated, audit: Audit) -> float:
+    return float(average_precision_score(of.wrong.numpy(), directed_margin(evidence_of(of, audit)).numpy()))
+
+
+@pytest.mark.parametrize("sizes", [None, np.geomspace(1, 0.01, 10)], ids=["balanced", "100:1"])
+@pytest.mark.parametrize(("noise", "gain"), [(paired(10, 0.2), 0.02), (symmetric(10, 0.2), -0.01)])
+def test_directions_find_more_pair_flips_and_no_fewer_symmetric_ones(
+    noise: np.ndarray, gain: float, sizes: np.ndarray | None
+):
+    held_out = simulated(3000, noise, apart=2.0, sizes=sizes)
+    live = simulated(6000, noise, apart=2.0, sizes=sizes, seed=1).remembered(1.0)
+    found = audited(held_out, live)
+    without = replace(found, directions=torch.zeros_like(found.directions))
+    assert precision(live, found) >= precision(live, without) + gain
+
+
+def test_a_class_without_samples_and_samples_of_one_class_alone_have_no_direction_to_or_from_it():
+    votes = np.zeros((4, 4))
+    votes[:3, :3] = 50 * symmetric(3, 0.2)
+    found = audits.audit(of_votes(votes), of_votes(votes), 1.0).directions
+    assert float(found.abs().max()) <= 1e-12
+    single = np.zeros((4, 4))
+    single[2, 2] = 100
+    assert float(audits.audit(of_votes(single), of_votes(single), 1.0).directions.abs().max()) == 0
+
+
+def test_one_wrong_label_in_a_class_of_two_says_little():
+    votes = np.diag([500.0, 500.0, 1.0])
+    votes[2, 0] = 1.0
+    found = audits.audit(of_votes(votes), of_votes(votes), 1.0).directions
+    votes[2] *= 100
+    sure = audits.audit(of_votes(votes), of_votes(votes), 1.0).directions
+    assert 0 < float(found[2, 0]) < 0.35 * float(sure[2, 0])
+
+
+# -- sums over blocks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 7, 100, 1000])
+def test_a_survey_adds_up_over_blocks(size: int):
+    live = simulated(333, symmetric(5, 0.3), apart=1.0)
+    whole = survey(live.logits, live.labels, 1.3)
+    blocks = zip(live.logits.split(size), live.labels.split(size), strict=True)
+    parts = zip(*(survey(z, y, 1.3) for z, y in blocks), strict=True)
+    for at, (known, column) in enumerate(zip(whole, parts, strict=True)):
+        total = torch.stack(column).sum(dim=0)
+        # what is counted is the same to the last bit, what is summed to rounding
+        if at in (0, 3, 4):
+            assert torch.equal(total, known)
+        else:
+            torch.testing.assert_close(total, known, rtol=1e-12, atol=1e-15)
+
+
+def test_an_empty_block_adds_nothing():
+    nothing = survey(torch.empty(0, 5), torch.empty(0, dtype=torch.long), 1.3)
+    for part, known in zip(nothing, survey(torch.zeros(2, 5), torch.tensor([0, 4]), 1.3), strict=True):
+        assert part.shape == known.shape
+        assert part.dtype == known.dtype == torch.float64
+        assert float(part.abs().sum()) == 0
+    unit = torch.eye(5).double()
+    empty = torch.empty(0, 5, dtype=torch.float64), torch.empty(0, dtype=torch.long)
+    assert [float(part) for part in temperature_moments(*empty, unit, torch.tensor(1.0, dtype=torch.float64))] == [
+        0,
+        0,
+        0,
+    ]
+
+
+def test_a_survey_of_features_is_that_of_their_logits():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(50, 7, generator=generator, dtype=torch.float64)
+    weights = torch.randn(4, 7, generator=generator, dtype=torch.float64)
+    labels = torch.arange(50) % 4
+    found = audits.held_out_survey(features, labels, weights, torch.tensor(1.3, dtype=torch.float64))
+    for part, known in zip(found, survey(features @ weights.T, labels, 1.3), strict=True):
+        torch.testing.assert_close(part, known, rtol=1e-12, atol=0)
+
+
+def test_nothing_is_estimated_where_there_are_no_samples():
+    some = surveyed(simulated(500, symmetric(5, 0.2)))
+    none = Survey(*survey(torch.empty(0, 5).double(), torch.empty(0, dtype=torch.long), 1.0))
+    without_live = audits.audit(some, none, 1.0)
+    assert without_live.offset == 0.0
+    assert float(without_live.directions.abs().max()) == 0.0
+    without_held_out = audits.audit(none, some, 1.0)
+    assert without_held_out.offset == 0.0
+    noise = without_held_out.noise
+    assert (noise.rate, noise.low, noise.high, noise.counted) == (0.0, 0.0, 1.0, 0)
+    assert not audits.audit(none, none, 1.0).noise.found
+
+
+# -- the share of wrong labels -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("disagreeing", "counted"), [(0, 50), (1, 50), (7, 50), (50, 50), (400, 2000), (1, 1)])
+def test_the_interval_is_the_exact_one_of_scipy(disagreeing: int, counted: int):
+    confident, wrong = torch.zeros(2, 4096, dtype=torch.float64)
+    confident[-1], wrong[-1] = counted, disagreeing
+    noise = audits.audit(of_bins(confident, wrong), of_bins(confident, wrong), 1.0).noise
+    known = binomtest(disagreeing, counted).proportion_ci(confidence_level=0.95, method="exact")
+    assert (noise.disagreeing, noise.counted) == (disagreeing, counted)
+    assert (noise.low, noise.high) == pytest.approx((known.low, known.high), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("disagreeing", "counted"), [(0, 50), (1, 50), (2, 50), (3, 50), (4, 50), (20, 2000), (60, 2000)]
+)
+@pytest.mark.parametrize("side", ["held out", "live"])
+def test_noise_is_found_where_scipy_says_that_there_is_more_than_in_a_clean_set(
+    disagreeing: int, counted: int, side: str
+):
+    confident, wrong = torch.zeros(2, 4096, dtype=torch.float64)
+    confident[-1], wrong[-1] = counted, disagreeing
+    shown, clean = of_bins(confident, wrong), of_bins(confident, torch.zeros_like(wrong))
+    noise = audits.audit(*((shown, clean) if side == "held out" else (clean, shown)), 1.0).noise
+    # the one-sided test at the 5 % level
+    known = binomtest(disagreeing, counted, audits.CLEAN, alternative="greater")
+    assert noise.found == (known.pvalue < 0.05)
+    assert noise.rate == (disagreeing / counted if noise.found and side == "held out" else 0.0)
+
+
+@pytest.mark.parametrize("samples", [30, 3000])
+def test_the_most_confident_are_the_highest_by_sorting(samples: int):
+    drawn = np.random.default_rng(samples)
+    # confidences that are more than a bin apart: 16 / 4096 in -log(1 - confidence)
+    depth = drawn.permutation(np.linspace(0.7, 0.7 + 0.0045 * samples, samples))
+    rest = np.exp(-depth)
+    likeliest = drawn.integers(0, 3, samples)
+    p = np.tile(rest[:, None] / 2, (1, 3))
+    p[np.arange(samples), likeliest] = 1 - rest
+    labels = np.where(drawn.random(samples) < 0.3, (likeliest + 1) % 3, likeliest)
+    of = Survey(*survey(torch.from_numpy(np.log(p)), torch.from_numpy(labels), 1.0))
+    wanted = min(samples, max(50, int(0.02 * samples)))
+    highest = np.argsort(-depth)[:wanted]
+    noise = audits.audit(of, of, 1.0).noise
+    assert (noise.counted, noise.disagreeing) == (wanted, int((labels != likeliest)[highest].sum()))
+
+
+@pytest.mark.parametrize(("per_bin", "wanted"), [(1, 81), (30, 2000)])
+def test_of_a_bin_all_count_or_none(per_bin: int, wanted: int):
+    confident = torch.full((4096,), float(per_bin), dtype=torch.float64)
+    wrong = (torch.arange(4096) % 3 == 0).double()
+    noise = audits.audit(of_bins(confident, wrong), of_bins(confident, wrong), 1.0).noise
+    bins = math.ceil(wanted / per_bin)
+    assert (noise.counted, noise.disagreeing) == (bins * per_bin, int(wrong[-bins:].sum()))
+
+
+def estimates(rate: float, seeds: int, *, classes: int = 10) -> list[NoiseEstimate]:
+    found = []
+    for seed in range(seeds):
+        held_out = simulated(1500, symmetric(classes, rate), apart=4.0, seed=1000 + seed)
+        live = simulated(1500, symmetric(classes, rate), apart=4.0, seed=5000 + seed).remembered(0.5)
+        found.append(audited(held_out, live).noise)
+    return found
+
+
+def test_a_clean_set_is_left_alone():
+    found = estimates(0.0, 100)
+    assert sum(noise.found for noise in found) <= 5
+    assert all((noise.rate, noise.most) == (0.0, 0.0) for noise in found if not noise.found)
+
+
+@pytest.mark.parametrize(("rate", "classes"), [(0.2, 10), (0.4, 10), (0.2, 2)])
+def test_the_estimated_share_of_wrong_labels_covers_the_true_one(rate: float, classes: int):
+    found = estimates(rate, 100, classes=classes)
+    assert sum(noise.found for noise in found) >= 95
+    assert sum(noise.low <= rate <= noise.high for noise in found) >= 90
+    assert float(np.mean([noise.rate for noise in found])) == pytest.approx(rate, abs=0.02)
+
+
+def test_the_most_that_may_be_removed_is_one_standard_error_above_the_rate():
+    noise = NoiseEstimate(0.2, 0.1, 0.3, 20, 100, found=True)
+    # Agresti & Coull: two successes and two failures more
+    assert noise.most == pytest.approx(0.2 + math.sqrt(22 / 104 * 82 / 104 / 104))
+    assert NoiseEstimate(1.0, 0.9, 1.0, 50, 50, found=True).most == 1.0
+    assert replace(noise, rate=0.0, found=False).most == 0.0
+
+
+# -- probabilities -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10])
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.4])
+def test_the_clean_probabilities_take_symmetric_noise_out_exactly(classes: int, rate: float):
+    p = np.random.default_rng(0).dirichlet(np.ones(classes), size=200) + 1e-3
+    p /= p.sum(axis=1, keepdims=True)
+    q = torch.from_numpy(p @ symmetric(classes, rate))
+    audit = Audit(2.0, 0.7, torch.zeros(classes, classes).double(), found_noise(rate))
+    labels = torch.arange(200) % classes
+    # logits that were stretched and remember their label
+    logits = lowered(q.log(), labels, -0.7) / 2.0
+    torch.testing.assert_close(audit.probabilities(logits, labels), q)
+    torch.testing.assert_close(audit.clean_probabilities(logits, labels), torch.from_numpy(p))
+
+
+@pytest.mark.parametrize("classes", [2, 10])
+@pytest.mark.parametrize("rate", [0.0, 0.2, 0.5, 0.95, 1.0])
+def test_probabilities_are_positive_and_sum_to_one_at_any_rate(classes: int, rate: float):
+    audit = Audit(1.3, 0.5, torch.zeros(classes, classes).double(), found_noise(rate))
+    logits = 5 * torch.randn(100, classes, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = torch.arange(100) % classes
+    for p in (audit.probabilities(logits, labels), audit.clean_probabilities(logits, labels)):
+        torch.testing.assert_close(p.sum(dim=1), torch.ones(100).double())
+        assert bool((p > 0).all())
+
+
+def test_the_adjusted_logits_are_their_formula_sample_by_sample():
+    live = simulated(50, symmetric(4, 0.2), apart=1.0)
+    directions = torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    directions = directions - directions.T
+    audit = Audit(1.3, 0.5, directions, found_noise(0.2))
+    found = audit.adjusted(live.logits, live.labels)
+    for row, (z, y) in enumerate(zip(live.logits.tolist(), live.labels.tolist(), strict=True)):
+        known = [1.3 * z[c] - 0.5 if c == y else 1.3 * z[c] + float(directions[c, y]) for c in range(4)]
+        assert found[row].tolist() == pytest.approx(known)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e4])
+@pytest.mark.parametrize("classes", [2, 10])
+def test_extreme_logits_and_one_class_alone_give_numbers(classes: int, scale: float, dtype: torch.dtype):
+    logits = scale * torch.randn(300, classes, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for labels in (torch.arange(300) % classes, torch.ones(300, dtype=torch.long), logits.argmax(dim=1)):
+        of = Simulated(logits, labels, labels)
+        audit = audited(of, of.remembered(scale))
+        for part in surveyed(of, audit.temperature).sums():
+            assert bool(torch.isfinite(part).all())
+        assert math.isfinite(audit.offset)
+        assert bool(torch.isfinite(audit.directions).all())
+        for found in (audit.adjusted, audit.probabilities, audit.clean_probabilities):
+            there = found(logits, labels)
+            assert there.dtype == dtype
+            assert bool(torch.isfinite(there).all())
+        said = suggestion(evidence_of(of, audit))
+        assert bool(torch.isfinite(said.confidence).all())
+        assert bool(torch.isfinite(said.self_confidence).all())
+
+
+def test_float32_logits_give_the_estimates_of_float64_ones():
+    held_out = simulated(2000, paired(10, 0.2))
+    live = simulated(4000, paired(10, 0.2), seed=1).remembered(1.0)
+    exact = audited(held_out, live)
+    single = [replace(of, logits=of.logits.float()) for of in (held_out, live)]
+    rough = audited(single[0], single[1])
+    assert rough.temperature == pytest.approx(exact.temperature, rel=1e-4)
+    assert rough.offset == pytest.approx(exact.offset, abs=1e-4)
+    torch.testing.assert_close(rough.directions, exact.directions, rtol=0, atol=1e-4)
+    assert rough.noise.rate == pytest.approx(exact.noise.rate, abs=0.03)
+
+
+# -- what the others would label a sample ------------------------------------------------------------------
+
+
+def calibration_error(confidence: Tensor, right: Tensor) -> float:
+    """Expected calibration error over 15 bins (Guo et al. 2017)."""
+    bins = (15 * confidence).long().clamp_max(14)
+    errors = [
+        float((bins == b).sum()) * abs(float(confidence[bins == b].mean() - right[bins == b].double().mean()))
+        for b in bins.unique().tolist()
+    ]
+    return sum(errors) / len(confidence)
+
+
+@pytest.fixture(scope="module", params=[0.2, 0.4])
+def remembered(request: pytest.FixtureRequest) -> tuple[Simulated, Audit]:
+    """Live samples with logits half as large as they should be, which remember their labels."""
+    noise = symmetric(10, request.param)
+    live = simulated(10_000, noise, seed=1).remembered(1.5).cooled(2.0)
+    return live, audited(simulated(4000, noise).cooled(2.0), live)
+
+
+def test_a_suggestion_is_never_the_given_label(remembered: tuple[Simulated, Audit]):
+    live, audit = remembered
+    for known in (audit, None):
+        assert bool((suggestion(evidence_of(live, known)).suggested != live.labels).all())
+
+
+def test_the_confidence_in_a_suggestion_is_calibrated_where_classes_lie_apart(remembered: tuple[Simulated, Audit]):
+    live, audit = remembered
+    found, plain = suggestion(evidence_of(live, audit)), suggestion(evidence_of(live, None))
+    assert calibration_error(found.confidence, found.suggested == live.true) < 0.05
+    assert calibration_error(plain.confidence, plain.suggested == live.true) > 0.1
+
+
+@pytest.mark.parametrize("apart", [1.2, 2.0, 3.0])
+@pytest.mark.parametrize("rate", [0.0, 0.2, 0.4])
+def test_the_clean_probabilities_are_calibrated_however_alike_the_classes_are(apart: float, rate: float):
+    noise = symmetric(10, rate)
+    live = simulated(10_000, noise, apart=apart, seed=1).cooled(2.0)
+    audit = audited(simulated(6000, noise, apart=apart).cooled(2.0), live)
+    confidence, likeliest = audit.clean_probabilities(live.logits, live.labels).max(dim=1)
+    assert calibration_error(confidence, likeliest == live.true) < 0.05
+
+
+def test_the_self_confidence_is_the_calibrated_probability_of_the_given_label(remembered: tuple[Simulated, Audit]):
+    live, audit = remembered
+    found = suggestion(evidence_of(live, audit))
+    q = audit.probabilities(live.logits, live.labels)
+    torch.testing.assert_close(found.self_confidence, q.gather(1, live.labels[:, None])[:, 0])
+    assert torch.equal(found.predicted, q.argmax(dim=1))
+
+
+def test_among_classes_that_are_equally_likely_the_suggestion_follows_the_directions():
+    directions = torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    directions = directions - directions.T
+    audit = Audit(1.3, 0.5, directions, found_noise(0.2))
+    level = Simulated(torch.zeros(6, 6).double(), torch.arange(6), torch.arange(6))
+    found = suggestion(evidence_of(level, audit)).suggested
+    for y in range(6):
+        others = {c: float(directions[c, y]) for c in range(6) if c != y}
+        assert int(found[y]) == max(others, key=lambda c: others[c])
+
+
+def test_under_pair_flips_more_suggestions_are_the_true_class_than_without_directions():
+    noise = paired(10, 0.2)
+    live = simulated(10_000, noise, apart=1.5, seed=1).remembered(0.5)
+    audit = audited(simulated(4000, noise, apart=1.5), live)
+    without = replace(audit, directions=torch.zeros_like(audit.directions))
+    wrong = live.wrong
+
+    def share(known: Audit) -> float:
+        return float((suggestion(evidence_of(live, known)).suggested == live.true)[wrong].double().mean())
+
+    assert share(audit) > share(without) + 0.02
