@@ -13,6 +13,7 @@ from posttrain.influence.probe import (
     Standardizer,
     fit,
     hessian_product,
+    in_memory,
     loss_gradient,
     moments,
     second_moment,
@@ -127,6 +128,37 @@ def test_the_block_sums_equal_autograd_and_a_dense_curvature():
     ones, moment = second_moment(features, labels)
     torch.testing.assert_close(moment, sum((torch.outer(h, h) for h in features), torch.zeros(4, 4).double()))
     assert int(ones) == 23
+
+
+@pytest.mark.parametrize("size", [1, 37, 400, 2048])
+def test_sums_over_blocks_in_memory_equal_those_over_all_at_once(problem: Problem, size: int):
+    weights = torch.randn(CLASSES, 65, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = in_memory(problem.features, problem.labels, size)(loss_gradient, weights)
+    for part, whole in zip(found, loss_gradient(problem.features, problem.labels, weights), strict=True):
+        torch.testing.assert_close(part, whole)
+    again = in_memory(problem.features, problem.labels, size)(loss_gradient, weights)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+def test_sums_in_memory_are_float64_in_the_order_of_the_blocks():
+    sizes: list[int] = []
+
+    def counted(features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor]:
+        sizes.append(len(labels))
+        return (features.sum(),)
+
+    features = torch.tensor([[2.0**24], [1.0], [1.0]])
+    (total,) = in_memory(features, torch.zeros(3, dtype=torch.long), 2)(counted)
+    assert sizes == [2, 1]
+    # the first block is summed in float32, which does not know 2^24 + 1; the blocks are not
+    assert (total.dtype, float(total)) == (torch.float64, 2.0**24 + 1)
+
+
+def test_no_samples_in_memory_sum_to_zeros():
+    nothing = in_memory(torch.empty(0, 5), torch.empty(0, dtype=torch.long))
+    count, second = nothing(second_moment)
+    assert float(count) == 0
+    assert torch.equal(second, torch.zeros(5, 5, dtype=torch.float64))
 
 
 def test_the_standardizer_equals_scikit_learns_and_appends_a_one(problem: Problem):

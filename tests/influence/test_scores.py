@@ -9,7 +9,7 @@ its values are held, where some do (pixels that are lit in a handful of images) 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -19,9 +19,11 @@ from refits import CLASSES, Problem, digits, grouped_digits, over_blocks, refits
 from scipy.stats import rankdata
 from torch import Tensor
 
+from posttrain.influence.audit import Audit, NoiseEstimate
+from posttrain.influence.committee import stacked
 from posttrain.influence.curvature import EkfacCurvature, Kind, loo_residual, measure
 from posttrain.influence.probe import Probe, Standardizer, fit, moments, residuals
-from posttrain.influence.scores import SCORES, Evidence, Score, evidence, label_margin
+from posttrain.influence.scores import SCORES, Evidence, Score, evidence, joint_evidence, label_margin
 
 DAMPING = 0.1
 KINDS: tuple[Kind, ...] = ("exact", "ekfac")
@@ -85,6 +87,8 @@ def refitted(samples: str, seed: int) -> Case:
     after = torch.einsum("nd,bcd->bnc", problem.features, without).log_softmax(dim=2)
     truth: dict[Score, Tensor] = {
         "loo_margin": label_margin(own, problem.labels[rows]),
+        # without an audit
+        "directed_margin": label_margin(own, problem.labels[rows]),
         "parameter": (without - probe.weights).flatten(1).norm(dim=1),
         "data": (before.exp() * (before - after)).sum(dim=2).mean(dim=1),
         # the baselines know only the fit with the sample; this is what each stands in for
@@ -203,6 +207,120 @@ def test_features_stored_as_float16_are_as_true_to_the_refits_as_float64_ones(ca
         before, after = (spearman(SCORES[name](e)[case.rows], case.truth[name]) for e in (case.found[kind], rough))
         assert abs(after - before) <= 0.005, name
         assert spearman(SCORES[name](rough), SCORES[name](case.found[kind])) >= 0.995, name
+
+
+# -- of a committee, against refitting every member without the sample ---------------------------------------
+
+
+@dataclass(frozen=True)
+class CommitteeCase:
+    """Two probes on the same digits, pixels and random units, and the truth from refits of both."""
+
+    members: tuple[Problem, Problem]
+    found: dict[Kind, Evidence]
+    rows: Tensor
+    truth: dict[Score, Tensor]
+
+
+@pytest.fixture(scope="module", params=[0, 2])
+def committee(request: pytest.FixtureRequest) -> CommitteeCase:
+    members = digits(400, seed=request.param), digits(400, units=64, seed=request.param)
+    pixels, labels = members[0], members[0].labels
+    assert torch.equal(labels, members[1].labels)
+    probes = [fitted(member) for member in members]
+
+    def of(kind: Kind) -> Evidence:
+        parts = [(m.features, p.weights, measure(m.reduce, p, kind)) for m, p in zip(members, probes, strict=True)]
+        return joint_evidence(parts, labels, torch.zeros(len(pixels.labels)))
+
+    found: dict[Kind, Evidence] = {kind: of(kind) for kind in KINDS}
+    rows = SCORES["loo_margin"](found["exact"]).argsort()[torch.linspace(0, 399, 200).long()]
+    own, kl, without = [], [], []
+    for member, probe in zip(members, probes, strict=True):
+        refits = refits_without(member.features, labels, probe.weights, DAMPING, rows)
+        own.append(torch.einsum("bd,bcd->bc", member.features[rows], refits))
+        before = (member.features @ probe.weights.T).log_softmax(dim=1)
+        after = torch.einsum("nd,bcd->bnc", member.features, refits).log_softmax(dim=2)
+        kl.append((before.exp() * (before - after)).sum(dim=2).mean(dim=1))
+        without.append(refits)
+    whole = stacked([probe.weights for probe in probes])
+    moved = [float((stacked(list(weights)) - whole).norm()) for weights in zip(*without, strict=True)]
+    truth: dict[Score, Tensor] = {
+        "loo_margin": label_margin((own[0] + own[1]) / 2, labels[rows]),
+        "parameter": torch.tensor(moved, dtype=torch.float64),
+        "data": (kl[0] + kl[1]) / 2,
+    }
+    return CommitteeCase(members, found, rows, truth)
+
+
+@pytest.mark.parametrize(("kind", "least"), [("exact", 0.99), ("ekfac", 0.95)])
+@pytest.mark.parametrize("score", ["loo_margin", "parameter", "data"])
+def test_a_committees_scores_rank_as_refits_of_all_members_do(
+    committee: CommitteeCase, score: Score, kind: Kind, least: float
+):
+    assert spearman(SCORES[score](committee.found[kind])[committee.rows], committee.truth[score]) >= least
+
+
+@pytest.mark.parametrize("score", ["parameter", "data"])
+def test_a_committees_exact_influence_is_what_refits_of_all_members_show(committee: CommitteeCase, score: Score):
+    found, truth = SCORES[score](committee.found["exact"])[committee.rows], committee.truth[score]
+    assert pearson(found, truth) >= 0.95
+    assert 0.98 <= float((found / truth).median()) <= 1.02
+
+
+def test_a_committees_loo_margin_says_on_which_side_the_sample_falls_in_the_refits(committee: CommitteeCase):
+    found = SCORES["loo_margin"](committee.found["exact"])[committee.rows]
+    assert float(((found > 0) == (committee.truth["loo_margin"] > 0)).double().mean()) >= 0.99
+
+
+def test_a_committees_baselines_are_those_of_the_mean_logits(committee: CommitteeCase):
+    found = committee.found["exact"]
+    mean = torch.stack([m.features @ fitted(m).weights.T for m in committee.members]).mean(dim=0)
+    labels = committee.members[0].labels
+    torch.testing.assert_close(found.logits, mean)
+    torch.testing.assert_close(SCORES["margin"](found), label_margin(mean, labels))
+    loss = torch.nn.functional.cross_entropy(mean, labels, reduction="none")
+    torch.testing.assert_close(SCORES["loss"](found), loss)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_committee_of_one_probe_twice_scores_as_the_probe_does(one: Case, kind: Kind):
+    single = one.found[kind]
+    twice = replace(single, members=single.members * 2)
+    for name in SCORES:
+        # the same weights twice, each over two: a norm is shorter by the root of two
+        shorter = 2**0.5 if name in ("parameter", "gradient_norm") else 1.0
+        torch.testing.assert_close(SCORES[name](twice) * shorter, SCORES[name](single), msg=name)
+
+
+# -- the directed margin -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_an_audit_the_directed_margin_is_the_loo_margin(any_case: Case, kind: Kind):
+    found = any_case.found[kind]
+    assert torch.equal(SCORES["directed_margin"](found), SCORES["loo_margin"](found))
+
+
+def test_an_audit_without_findings_scales_the_loo_margin_and_does_no_more(one: Case):
+    nothing = NoiseEstimate(0.0, 0.0, 0.05, 0, 50, found=False)
+    audited = replace(one.found["exact"], audit=Audit(1.7, 0.0, torch.zeros(10, 10).double(), nothing))
+    torch.testing.assert_close(SCORES["directed_margin"](audited), 1.7 * SCORES["loo_margin"](audited))
+
+
+def test_the_directed_margin_is_its_formula_sample_by_sample(one: Case):
+    directions = torch.randn(10, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    directions = directions - directions.T
+    audit = Audit(1.7, 0.6, directions, NoiseEstimate(0.2, 0.1, 0.3, 10, 50, found=True))
+    audited = replace(one.found["exact"], audit=audit)
+    found, logits = SCORES["directed_margin"](audited), audited.loo_logits.tolist()
+    for row in one.rows[::10].tolist():
+        y = int(one.problem.labels[row])
+        others = [1.7 * z + float(directions[c, y]) for c, z in enumerate(logits[row]) if c != y]
+        assert float(found[row]) == pytest.approx(max(others) - (1.7 * logits[row][y] - 0.6), rel=1e-9)
+    for name in SCORES:
+        if name != "directed_margin":
+            assert torch.equal(SCORES[name](audited), SCORES[name](one.found["exact"])), name
 
 
 # -- against what the name says ----------------------------------------------------------------------------
