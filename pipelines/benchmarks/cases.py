@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.cluster.refining import Training, fit_network
-from posttrain.schema import ImageSpec
+from posttrain.schema import ImageSpec, stream_seed, uniform
 from posttrain.vision import models, noise
 from posttrain.vision.images import decode_column, normalize
 
@@ -36,6 +36,8 @@ NOISES = (
     "human aggre",
     "human random1",
 )
+HARD = ("imbalanced 0", "imbalanced 20", "two 0", "two 20", "class 90")
+"""For the stop rule alone: class sizes from 100 to 1, two classes that look alike, one class labelled at random."""
 NETWORKS = ("memorised", "augmented")
 FOLDS = 5
 
@@ -52,6 +54,8 @@ class DataSet:
     image: ImageSpec
     training: dict[str, Training]
     """By network."""
+    alike: tuple[int, int]
+    """Two classes that are easily taken for one another."""
 
 
 def _training(epochs: int, augment: str, **changes: Any) -> Training:
@@ -83,6 +87,7 @@ DATASETS = {
             "memorised": _training(200, "none", schedule="constant"),
             "augmented": _training(60, "crop"),
         },
+        (3, 8),
     ),
     "fashion_mnist": DataSet(
         3000,
@@ -92,6 +97,7 @@ DATASETS = {
         {"width": 16, "channels": 1, "stem_stride": 2},
         ImageSpec(1, (28, 28), (0.286,), (0.353,)),
         {"memorised": _training(30, "none"), "augmented": _training(15, "crop_flip")},
+        (0, 6),
     ),
     "cifar10n": DataSet(
         4000,
@@ -101,6 +107,7 @@ DATASETS = {
         {"width": 16, "stem_stride": 2},
         ImageSpec(3, (32, 32), (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)),
         {"memorised": _training(40, "none"), "augmented": _training(25, "crop_flip")},
+        (3, 5),
     ),
 }
 
@@ -121,6 +128,11 @@ class Case:
     def key(self) -> str:
         """A name for files."""
         return str(self).replace(", ", "-").replace(" ", "_")
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return 2 if self.noise.startswith("two") else 10
 
 
 def cases(
@@ -167,18 +179,34 @@ def load(case: Case) -> Data:
     pixels, columns = _whole(case.dataset, "train")
     held_out, held_out_columns = _whole(case.dataset, "test")
     order = np.random.default_rng(case.seed).permutation(len(pixels))
-    chosen = order[: size.train + size.validation]
     true = columns["true"]
     kind, _, detail = case.noise.partition(" ")
+    wanted = np.isin(true, size.alike) if kind == "two" else np.ones(len(true), bool)
+    tested = np.random.default_rng([case.seed, 1]).permutation(len(held_out))
+    test_labels = held_out_columns["true"]
+    if kind == "two":
+        tested = tested[np.isin(test_labels[tested], size.alike)]
+        true, test_labels = ((labels == size.alike[1]).astype(np.int64) for labels in (true, test_labels))
+    if kind == "imbalanced":
+        # class c keeps a share of 100^(-c/9)
+        wanted = uniform(np.arange(len(true)), stream_seed("imbalance", case.seed)) < 100.0 ** (-true / 9)
+    order = order[wanted[order]]
+    held_back = min(size.validation, len(order) // 5)
+    chosen = order[: min(size.train, len(order) - held_back) + held_back]
     ids = np.arange(len(pixels))
     if kind == "human":
         given = columns[detail]
     elif kind == "clean":
         given = true
     else:
-        common: dict[str, Any] = {"classes": 10, "rate": int(detail) / 100, "seed": case.seed}
+        common: dict[str, Any] = {"classes": case.classes, "rate": int(detail) / 100, "seed": case.seed}
         given = true.copy()
+        of_class = np.eye(10)
+        of_class[3] = (np.arange(10) != 3) * int(detail) / 900 + (np.arange(10) == 3) * (1 - int(detail) / 100)
         some = {
+            "imbalanced": lambda: noise.symmetric(true[chosen], ids[chosen], **common),
+            "two": lambda: noise.symmetric(true[chosen], ids[chosen], **common),
+            "class": lambda: noise.from_matrix(true[chosen], ids[chosen], matrix=of_class, seed=case.seed),
             "symmetric": lambda: noise.symmetric(true[chosen], ids[chosen], **common),
             "pair": lambda: noise.pair(true[chosen], ids[chosen], **common),
             "instance": lambda: noise.instance_dependent(true[chosen], ids[chosen], pixels[chosen].numpy(), **common),
@@ -188,10 +216,9 @@ def load(case: Case) -> Data:
     def part(rows: np.ndarray) -> Part:
         return Part(ids[rows], pixels[torch.from_numpy(rows)], given[rows], true[rows])
 
-    tested = np.random.default_rng([case.seed, 1]).permutation(len(held_out))[: size.test]
-    test_labels = held_out_columns["true"][tested]
-    test = Part(tested, held_out[torch.from_numpy(tested)], test_labels, test_labels)
-    return Data(part(chosen[: size.train]), part(chosen[size.train :]), test, 10)
+    tested = tested[: size.test]
+    test = Part(tested, held_out[torch.from_numpy(tested)], test_labels[tested], test_labels[tested])
+    return Data(part(chosen[:-held_back]), part(chosen[-held_back:]), test, case.classes)
 
 
 @cache
@@ -314,7 +341,7 @@ def network(case: Case, seed: int) -> nn.Module:
     dataset = DATASETS[case.dataset]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return models.build(dataset.factory, classes=10, arguments=dataset.arguments)
+        return models.build(dataset.factory, classes=case.classes, arguments=dataset.arguments)
 
 
 def loaded(case: Case, weights: bytes) -> nn.Module:
