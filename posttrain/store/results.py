@@ -37,7 +37,8 @@ def live_rows(table: pa.Table, excluded: Excluded) -> pa.Table:
 def write_taken(folder: RunFolder, name: str, rounds: Sequence[int], classes: Sequence[str]) -> int:
     """`<name>.parquet`: all removed (or relabelled) samples of the run in the order of their rounds; their number.
 
-    Where none was removed, `rounds` names the one that found nothing, for its columns.
+    Where none was removed, `rounds` names the one that was scored last, for its columns: what it selected was not
+    taken, as its `round.json` says or as there is none.
     """
     count = 0
     with folder.writing(folder.path(f"{name}.parquet")) as stream:
@@ -47,6 +48,8 @@ def write_taken(folder: RunFolder, name: str, rounds: Sequence[int], classes: Se
             if not folder.exists(path):
                 continue
             table = folder.read_table(path).drop_columns(list(_INNER))
+            if not _took(folder, name, number):
+                table = table.slice(0, 0)
             names = pa.array(classes)
             for column, of in (("label_name", LABEL), ("suggested_name", "suggested_label")):
                 table = table.append_column(column, names.take(table[of]))
@@ -58,6 +61,11 @@ def write_taken(folder: RunFolder, name: str, rounds: Sequence[int], classes: Se
         else:
             writer.close()
     return count
+
+
+def _took(folder: RunFolder, name: str, number: int) -> bool:
+    path = folder.round(number, "round.json")
+    return folder.exists(path) and folder.read_json(path)[name] > 0
 
 
 def write_issues(

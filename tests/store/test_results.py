@@ -12,23 +12,36 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from posttrain.schema import Excluded, excluded_rows
+from posttrain.schema import Excluded, Relabelled, Round, excluded_rows, relabelled_rows
 from posttrain.store import results
 from posttrain.store.folder import RunFolder
+from posttrain.store.ledger import Ledger
 
 CLASSES = ("cat", "dog", "hen")
 REMOVED_IN = {1: [3, 40, 41], 2: [7, 99]}  # round -> positions among the 120 samples
+RELABELLED_IN = {1: [90, 5], 2: [42]}
+
+
+Positions = dict[int, list[int]]
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A run of two rounds that removed five of 120 samples; round 3 scored the rest and removed nothing."""
+    """A run of two rounds that took out samples, of 120; round 3 scored the rest and found nothing."""
 
     folder: RunFolder
+    text: bool
+    """Whether the ids are strings."""
     scored: dict[int, pd.DataFrame]
     """Round -> all samples that it scored."""
-    removed: pd.DataFrame
+    taken: dict[str, pd.DataFrame]
+    """`removed` and `relabelled`."""
     excluded: Excluded
+    relabelled: Relabelled
+
+    @property
+    def removed(self) -> pd.DataFrame:
+        return self.taken["removed"]
 
     @property
     def last_scores(self) -> str:
@@ -54,26 +67,55 @@ def scored_samples(number: int, text: bool) -> pd.DataFrame:
     )
 
 
-@pytest.fixture(params=[False, True], ids=["int ids", "string ids"])
-def run(tmp_path: Path, request: pytest.FixtureRequest) -> Finished:
-    folder = RunFolder(str(tmp_path))
+def write(folder: RunFolder, path: str, table: pd.DataFrame) -> None:
+    folder.write_table(path, pa.Table.from_pandas(table, preserve_index=False))
+
+
+def finished(folder: RunFolder, text: bool, removed_in: Positions, relabelled_in: Positions) -> Finished:
+    """The run with what a driver and its workers write in each round."""
     gone: list[int] = []
+    new_labels: dict[int, int] = {}
     excluded: Excluded = {}
-    scored, parts = {}, []
+    relabelled: Relabelled = {}
+    scored: dict[int, pd.DataFrame] = {}
+    parts: dict[str, list[pd.DataFrame]] = {"removed": [], "relabelled": []}
     for number in (1, 2, 3):
-        live = scored_samples(number, request.param).drop(index=gone)
+        live = scored_samples(number, text)
+        live["label"] = [new_labels.get(at, label) for at, label in enumerate(live["label"])]
+        live["label"] = live["label"].astype(np.int32)
+        live = live.drop(index=gone)
         scored[number] = live
         with folder.writing(folder.round(number, "scores.parquet")) as stream:
             pq.write_table(pa.Table.from_pandas(live, preserve_index=False), stream, row_group_size=50)
-        if number in REMOVED_IN:
-            part = live.loc[REMOVED_IN[number]].assign(round=np.int32(number), reason="because")
-            folder.write_table(
-                folder.round(number, "removed.parquet"), pa.Table.from_pandas(part, preserve_index=False)
-            )
-            excluded = excluded_rows(part["bucket"].to_numpy(), part["row"].to_numpy(), excluded)
-            gone += REMOVED_IN[number]
-            parts.append(part)
-    return Finished(folder, scored, pd.concat(parts, ignore_index=True), excluded)
+        if number not in removed_in and number not in relabelled_in:
+            continue
+        for name, what in (("removed", removed_in), ("relabelled", relabelled_in)):
+            part = live.loc[what.get(number, [])].assign(round=np.int32(number), reason="because")
+            if name == "removed" or len(part):
+                write(folder, folder.round(number, f"{name}.parquet"), part)
+            parts[name].append(part)
+        removed, changed = parts["removed"][-1], parts["relabelled"][-1]
+        excluded = excluded_rows(removed["bucket"].to_numpy(), removed["row"].to_numpy(), excluded)
+        relabelled = relabelled_rows(
+            changed["bucket"].to_numpy(), changed["row"].to_numpy(), changed["suggested_label"].to_numpy(), relabelled
+        )
+        gone += removed_in.get(number, [])
+        new_labels |= changed["suggested_label"].to_dict()
+        left, found = len(live) - len(removed), len(removed) + len(changed)
+        Ledger(folder).commit(Round(number, left, found, len(removed), len(changed), {}))
+    taken = {name: pd.concat(tables, ignore_index=True) for name, tables in parts.items()}
+    return Finished(folder, text, scored, taken, excluded, relabelled)
+
+
+@pytest.fixture(params=[False, True], ids=["int ids", "string ids"])
+def run(tmp_path: Path, request: pytest.FixtureRequest) -> Finished:
+    return finished(RunFolder(str(tmp_path)), request.param, REMOVED_IN, {})
+
+
+@pytest.fixture(params=[False, True], ids=["int ids", "string ids"])
+def relabelling(tmp_path: Path, request: pytest.FixtureRequest) -> Finished:
+    """The run with three samples relabelled beside those removed."""
+    return finished(RunFolder(str(tmp_path)), request.param, REMOVED_IN, RELABELLED_IN)
 
 
 def named(labels: Any) -> list[str]:
@@ -81,7 +123,7 @@ def named(labels: Any) -> list[str]:
 
 
 def test_removed_parquet_holds_every_removed_sample_in_the_order_of_the_rounds(run: Finished):
-    assert results.write_removed(run.folder, [1, 2], CLASSES) == 5
+    assert results.write_taken(run.folder, "removed", [1, 2], CLASSES) == 5
     found = pq.read_table(run.folder.path("removed.parquet")).to_pandas()
     expected = run.removed.drop(columns=["bucket", "row"])
     expected["label_name"] = named(expected["label"])
@@ -89,13 +131,58 @@ def test_removed_parquet_holds_every_removed_sample_in_the_order_of_the_rounds(r
     pd.testing.assert_frame_equal(found, expected, check_dtype=False)
 
 
+def test_relabelled_parquet_holds_every_relabelled_sample_in_the_order_of_the_rounds(relabelling: Finished):
+    folder = relabelling.folder
+    assert results.write_taken(folder, "relabelled", [1, 2], CLASSES) == 3
+    assert results.write_taken(folder, "removed", [1, 2], CLASSES) == 5
+    found = pq.read_table(folder.path("relabelled.parquet")).to_pandas()
+    expected = relabelling.taken["relabelled"].drop(columns=["bucket", "row"])
+    expected["label_name"] = named(expected["label"])
+    expected["suggested_name"] = named(expected["suggested_label"])
+    pd.testing.assert_frame_equal(found, expected, check_dtype=False)
+
+
+def test_a_round_that_only_relabelled_adds_nothing_to_the_removed(tmp_path: Path):
+    run = finished(RunFolder(str(tmp_path)), False, {2: [7]}, {1: [90], 2: [42]})
+    assert run.folder.read_table(run.folder.round(1, "removed.parquet")).num_rows == 0
+    assert results.write_taken(run.folder, "removed", [1, 2], CLASSES) == 1
+    assert results.write_taken(run.folder, "relabelled", [1, 2], CLASSES) == 2
+    assert pq.read_table(run.folder.path("removed.parquet"))["sample_id"].to_pylist() == [7 * 11 - 5]
+    assert results.write_issues(run.folder, [1, 2], run.last_scores, run.excluded, run.relabelled, CLASSES) == 120
+    found = pd.read_csv(run.folder.path("issues.csv"))
+    assert found["sample_id"][found["is_label_issue"]].tolist() == [at * 11 - 5 for at in (90, 7, 42)]
+
+
+def test_a_round_without_relabelled_samples_needs_no_file_of_them(tmp_path: Path):
+    run = finished(RunFolder(str(tmp_path)), False, REMOVED_IN, {2: [42]})
+    assert not run.folder.exists(run.folder.round(1, "relabelled.parquet"))
+    assert results.write_taken(run.folder, "relabelled", [1, 2], CLASSES) == 1
+    assert pq.read_table(run.folder.path("relabelled.parquet"))["sample_id"].to_pylist() == [42 * 11 - 5]
+
+
 def test_a_run_that_removed_nothing_leaves_a_removed_parquet_without_rows(run: Finished):
-    assert results.write_removed(run.folder, [], CLASSES) == 0
+    assert results.write_taken(run.folder, "removed", [], CLASSES) == 0
     assert pq.read_table(run.folder.path("removed.parquet")).num_rows == 0
 
 
+@pytest.mark.parametrize("committed", [False, True])
+def test_what_the_round_selected_that_ended_the_run_is_not_removed(run: Finished, committed: bool):
+    # fewer candidates than removal.minimum: the selection comes to nothing
+    path = run.folder.round(3, "removed.parquet")
+    write(run.folder, path, run.scored[3].head(2))
+    if committed:
+        # the number of a round that only put a new head on
+        Ledger(run.folder).commit(Round(3, 115, 0, 0, 0, {}, ended="what is left no longer looks wrong"))
+    assert results.write_taken(run.folder, "removed", [3], CLASSES) == 0
+    found = pq.read_table(run.folder.path("removed.parquet"))
+    assert found.num_rows == 0
+    # its columns are there for whoever reads the file
+    assert found["sample_id"].type == pq.read_schema(path).field("sample_id").type
+    assert {"label", "loo_margin", "suggested_name"} <= set(found.column_names)
+
+
 def test_issues_csv_has_every_sample_once_in_the_columns_of_cleanlab(run: Finished):
-    count = results.write_issues(run.folder, [1, 2], run.last_scores, run.excluded, CLASSES)
+    count = results.write_issues(run.folder, [1, 2], run.last_scores, run.excluded, {}, CLASSES)
     found = pd.read_csv(run.folder.path("issues.csv"))
     live = run.scored[3]
     expected = pd.DataFrame(
@@ -114,23 +201,62 @@ def test_issues_csv_has_every_sample_once_in_the_columns_of_cleanlab(run: Finish
     pd.testing.assert_frame_equal(found, expected, check_dtype=False, rtol=1e-6)
 
 
+@pytest.mark.parametrize("last", [2, 3])
+def test_issues_csv_lists_relabelled_samples_once_under_the_label_that_was_given(relabelling: Finished, last: int):
+    # the scores of round 3 know the new labels, those of round 2 do not
+    run, scores = relabelling, relabelling.folder.round(last, "scores.parquet")
+    count = results.write_issues(run.folder, [1, 2], scores, run.excluded, run.relabelled, CLASSES)
+    found = pd.read_csv(run.folder.path("issues.csv"))
+    taken = [at for number in (1, 2) for at in (*REMOVED_IN[number], *RELABELLED_IN[number])]
+    first = scored_samples(1, run.text)
+    assert count == len(found) == 120
+    assert sorted(found["sample_id"]) == sorted(first["sample_id"])
+    assert found["sample_id"][:8].tolist() == first["sample_id"][taken].tolist()
+    assert found["is_label_issue"].tolist() == [True] * 8 + [False] * 112
+    assert found["given_label"][:8].tolist() == named(first["label"][taken])
+    assert found["predicted_label"][:8].tolist() == named(first["suggested_label"][taken])
+    live = run.scored[last].drop(index=taken, errors="ignore")
+    assert found["given_label"][8:].tolist() == named(live["label"])
+    assert found["label_quality"][8:].tolist() == pytest.approx(live["self_confidence"].tolist(), rel=1e-6)
+
+
 def test_scores_of_the_last_committed_round_do_not_bring_its_removals_back(run: Finished):
     # max_rounds reached: no later round has scored what is left
     scores_of_2 = run.folder.round(2, "scores.parquet")
-    assert results.write_issues(run.folder, [1, 2], scores_of_2, run.excluded, CLASSES) == 120
+    assert results.write_issues(run.folder, [1, 2], scores_of_2, run.excluded, {}, CLASSES) == 120
     found = pd.read_csv(run.folder.path("issues.csv"))
     assert found["sample_id"].is_unique
     assert set(found["sample_id"][found["is_label_issue"]]) == set(run.removed["sample_id"])
 
 
 def test_the_manifest_lists_what_is_kept_with_its_given_label(run: Finished):
-    assert results.write_manifest(run.folder, run.folder.round(2, "scores.parquet"), run.excluded) == 115
+    assert results.write_manifest(run.folder, run.folder.round(2, "scores.parquet"), run.excluded, {}) == 115
     found = pq.read_table(run.folder.path("cleaned", "manifest.parquet")).to_pandas()
     gone = [i for positions in REMOVED_IN.values() for i in positions]
     expected = run.scored[1].drop(index=gone).reset_index(drop=True)
     assert found.columns.tolist() == ["sample_id", "label"]
     for column in found:
         assert found[column].tolist() == expected[column].tolist()
+
+
+@pytest.mark.parametrize("last", [2, 3])
+def test_the_manifest_lists_relabelled_samples_with_their_new_label(relabelling: Finished, last: int):
+    # the scores of round 3 know the new labels, those of round 2 do not
+    run, scores = relabelling, relabelling.folder.round(last, "scores.parquet")
+    assert results.write_manifest(run.folder, scores, run.excluded, run.relabelled) == 115
+    found = pq.read_table(run.folder.path("cleaned", "manifest.parquet")).to_pandas()
+    gone = [at for positions in REMOVED_IN.values() for at in positions]
+    changed = [at for positions in RELABELLED_IN.values() for at in positions]
+    expected = scored_samples(1, run.text).drop(index=gone)
+    expected.loc[changed, "label"] = expected["suggested_label"]
+    assert found.columns.tolist() == ["sample_id", "label"]
+    for column in found:
+        assert found[column].tolist() == expected[column].tolist()
+
+
+def test_a_manifest_without_scores_is_empty(run: Finished):
+    assert results.write_manifest(run.folder, None, {}, {}) == 0
+    assert pq.read_table(run.folder.path("cleaned", "manifest.parquet")).column_names == ["sample_id", "label"]
 
 
 def test_live_rows_are_those_whose_bucket_and_row_are_not_excluded(run: Finished):
