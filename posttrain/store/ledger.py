@@ -116,10 +116,15 @@ class Ledger:
     # -- rounds ----------------------------------------------------------------------------------------
 
     def rounds(self) -> tuple[Round, ...]:
-        """The committed rounds, from 0 on without a gap."""
+        """The committed rounds, from 0 on without a gap. Raises RunFolderError for those of another version."""
         found: list[Round] = []
         while self.folder.exists(path := self.folder.round(len(found), "round.json")):
-            found.append(Round(**self.folder.read_json(path)))
+            try:
+                found.append(Round(**self.folder.read_json(path)))
+            except TypeError:
+                raise RunFolderError(
+                    f"{path} is not one that this version of posttrain wrote; name another run.path"
+                ) from None
         return tuple(found)
 
     def commit(self, done: Round) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ def ledger(tmp_path: Path) -> Ledger:
     return Ledger(RunFolder(str(tmp_path / "run")))
 
 
-def a_round(number: int, removed: int = 0) -> Round:
+def a_round(number: int, removed: int = 0, relabelled: int = 0) -> Round:
     metrics = {"validation_accuracy": 0.8 + number / 100, "test_loss": 1 / 3}
-    return Round(number, 100 - number, removed + 1, removed, metrics, {"embed": 0.25})
+    return Round(number, 100 - number, removed + 1, removed, relabelled, metrics, {"embed": 0.25})
 
 
 def started(ledger: Ledger, **sections: Any) -> dict[str, Any]:
@@ -98,7 +99,8 @@ def test_a_run_on_other_data_is_refused_and_told_which(ledger: Ledger):
 
 
 def test_rounds_come_back_as_they_were_committed(ledger: Ledger):
-    rounds = tuple(a_round(number) for number in range(3))
+    rounds = tuple(a_round(number, removed=2 * number, relabelled=number) for number in range(3))
+    rounds = (*rounds, replace(a_round(3), ended="nothing looks wrong"))
     for done in rounds:
         ledger.commit(done)
     assert ledger.rounds() == rounds
@@ -137,6 +139,55 @@ def test_what_committed_rounds_removed_is_excluded(ledger: Ledger):
     excluded = ledger.excluded(ledger.rounds())
     assert {b: rows.tolist() for b, rows in excluded.items()} == {0: [3, 7], 2: [0, 1], 5: [4]}
     assert all(rows.dtype == np.int32 for rows in excluded.values())
+
+
+def relabel(ledger: Ledger, number: int, buckets: list[int], rows: list[int], labels: list[int]) -> None:
+    """Write what a round relabelled, in its own order of rows and among other columns."""
+    columns = {
+        "sample_id": pa.array([f"x{row}.png" for row in rows]),
+        "bucket": pa.array(buckets, pa.int32()),
+        "row": pa.array(rows, pa.int32()),
+        "label": pa.array([9] * len(rows), pa.int32()),
+        "suggested_label": pa.array(labels, pa.int32()),
+    }
+    ledger.folder.write_table(ledger.folder.round(number, "relabelled.parquet"), pa.table(columns))
+
+
+def test_what_committed_rounds_relabelled_has_its_new_label(ledger: Ledger):
+    relabel(ledger, 1, [0, 2, 0], [7, 1, 3], [4, 5, 6])
+    relabel(ledger, 3, [2, 5], [0, 4], [1, 2])
+    relabel(ledger, 4, [9], [9], [9])
+    # round 2 only removed, round 4 is not committed
+    done = (a_round(0), a_round(1, relabelled=3), a_round(2, removed=2), a_round(3, removed=1, relabelled=2))
+    for each in done:
+        ledger.commit(each)
+    found = ledger.relabelled(ledger.rounds())
+    assert {bucket: (rows.tolist(), labels.tolist()) for bucket, (rows, labels) in found.items()} == {
+        0: ([3, 7], [6, 4]),
+        2: ([0, 1], [1, 5]),
+        5: ([4], [2]),
+    }
+    assert all(array.dtype == np.int32 for pair in found.values() for array in pair)
+    assert ledger.relabelled(ledger.rounds()[:1]) == {}
+
+
+def test_new_labels_left_by_a_round_that_was_never_committed_do_not_count(ledger: Ledger):
+    ledger.commit(a_round(0))
+    relabel(ledger, 1, [0], [1], [2])
+    assert ledger.relabelled(ledger.rounds()) == {}
+    # committed with nothing relabelled: the file is of a selection that came to nothing
+    ledger.commit(a_round(1))
+    assert ledger.relabelled(ledger.rounds()) == {}
+
+
+def test_rounds_of_another_version_are_refused_by_name(ledger: Ledger):
+    ledger.commit(a_round(0))
+    path = ledger.folder.round(0, "round.json")
+    record = ledger.folder.read_json(path)
+    for other in ({**record, "unknown": 1}, {k: v for k, v in record.items() if k != "relabelled"}, [record]):
+        ledger.folder.write_json(path, other)
+        with pytest.raises(RunFolderError, match=r"0000/round\.json is not one .*name another run\.path"):
+            ledger.rounds()
 
 
 def test_a_run_is_finished_once_its_summary_is_there(ledger: Ledger):
