@@ -40,11 +40,32 @@ def test_the_embedded_default_is_the_digits_run():
     assert load(None) == RunFile() == load(CONFIGS / "digits.yaml")
 
 
-def test_the_written_out_default_has_every_key():
+def keys(mapping: dict[str, object], prefix: str = "") -> set[str]:
+    """All keys, dotted, down to data.noise.rate."""
+    found = set()
+    for key, value in mapping.items():
+        found |= {prefix + key} | (keys(value, f"{prefix}{key}.") if isinstance(value, dict) else set())
+    return found
+
+
+def test_the_written_out_default_has_every_key_in_the_order_of_its_declaration():
     written = yaml.safe_load((CONFIGS / "digits.yaml").read_text())
-    assert {section: set(keys) for section, keys in written.items()} == {
-        section: set(keys) for section, keys in RunFile().model_dump().items()
-    }
+    declared = RunFile().model_dump()
+    assert keys(written) == keys(declared)
+    assert list(written) == list(declared)
+    for section in ("probe", "removal"):
+        assert list(written[section]) == list(declared[section])
+
+
+def test_the_written_out_default_names_every_choice_of_a_key():
+    lines = (CONFIGS / "digits.yaml").read_text().splitlines()
+    for section, default in RunFile():
+        start = lines.index(next(line for line in lines if line.startswith(f"{section}:")))
+        for key, rule in schema()["$defs"][type(default).__name__]["properties"].items():
+            line = next(line for line in lines[start:] if line.startswith(f"  {key}:"))
+            choices = [choice for branch in (rule, *rule.get("anyOf", ())) for choice in branch.get("enum", ())]
+            # the optimizer and the like are explained once, for pre-training
+            assert (section == "refine" and key != "scope") or all(str(choice) in line for choice in choices), line
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -141,6 +162,38 @@ def test_a_number_with_an_exponent_is_a_number_with_or_without_a_dot(write, text
     assert load(write(f"model: {{arguments: {{rate: {text}}}}}")).model.arguments == {"rate": 0.001}
 
 
+def test_layers_are_a_word_or_a_list_of_names():
+    assert load(None).probe.layers == "auto"
+    assert load(None, ["probe.layers=last"]).probe.layers == "last"
+    assert load(None, ["probe.layers=[input, layer2.0, '1']"]).probe.layers == ("input", "layer2.0", "1")
+
+
+def test_the_share_is_estimated_or_a_number():
+    assert load(None).removal.share == "estimated"
+    for share in (0, 0.25, 1):
+        assert load(None, [f"removal.share={share}"]).removal.share == share
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "probe.layers=[layer2.0, fc]",
+        "probe.width=8",
+        "probe.exact_limit=0",
+        "removal.share=0.25",
+        "removal.action=relabel",
+        "removal.relabel_above=1",
+        "removal.score=loo_margin",
+    ],
+)
+def test_a_new_setting_survives_writing_and_reading_and_is_a_difference(write, override):
+    config = load(None, [override])
+    assert load(write(dump(config))) == config
+    [line] = differences(RunFile(), config)
+    assert line.startswith(override.split("=")[0] + ": ")
+    assert Draft202012Validator(schema()).is_valid(yaml.safe_load(dump(config)))
+
+
 def test_one_damping_needs_no_list():
     assert load(None, ["probe.damping=0.5"]).probe.damping == (0.5,)
     assert load(None, ["probe.damping=[0.5, 1]"]).probe.damping == (0.5, 1.0)
@@ -157,6 +210,19 @@ def test_one_damping_needs_no_list():
         ("model.image_size=0", "model.image_size = 0: should be greater than or equal to 1"),
         ("probe.damping=[0.1, 0]", "probe.damping = [0.1, 0]: should be greater than 0"),
         ("probe.damping=[]", "probe.damping = []: "),
+        ("probe.width=7", "probe.width = 7: should be greater than or equal to 8"),
+        ("probe.exact_limit=-1", "probe.exact_limit = -1: should be greater than or equal to 0"),
+        ("probe.layers=all", "probe.layers = \"all\": should be a valid tuple or should be 'auto' or 'last'"),
+        ("probe.layers=[fc, 2]", 'probe.layers = ["fc", 2]: should be a valid string'),
+        ("probe.layers=['']", 'probe.layers = [""]: '),
+        ("removal.action=drop", "removal.action = \"drop\": should be 'remove' or 'relabel'"),
+        ("removal.relabel_above=0", "removal.relabel_above = 0: should be greater than 0"),
+        ("removal.relabel_above=1.1", "removal.relabel_above = 1.1: should be less than or equal to 1"),
+        ("removal.share=1.1", "removal.share = 1.1: should be less than or equal to 1 or should be 'estimated'"),
+        ("removal.share=-0.1", "removal.share = -0.1: should be greater than or equal to 0"),
+        ("removal.share=half", 'removal.share = "half": should be a valid number'),
+        ("removal.share=on", "removal.share = true: should not be a boolean"),
+        ("removal.score=entropy", "removal.score = \"entropy\": should be 'directed_margin', 'loo_margin', "),
         ("data.noise.rate=2", "data.noise.rate = 2: should be less than or equal to 1"),
         ("data.noise.kind=pairs", "data.noise.kind = \"pairs\": should be 'symmetric', 'pair', 'instance' or 'matrix'"),
         ("removal=3", "removal = 3: should be a mapping"),
@@ -190,6 +256,9 @@ def test_all_that_is_wrong_is_said_at_once(write):
         ("refine.budget", "removal.budget"),
         ("remove", "removal"),
         ("data.noise.rte", "data.noise.rate"),
+        ("probe.layer", "probe.layers"),
+        ("removal.relabel", "removal.relabel_above"),
+        ("relabel_above", "removal.relabel_above"),
         ("pretrain.lerning_rate", "pretrain.learning_rate"),
     ],
 )

@@ -11,13 +11,14 @@ import pytest
 from posttrain.rounds import Cut, Limits, Outcome, State, Steps, clean, limit_reached
 from posttrain.schema import Round
 
+ESTIMATE = "of 50 samples, 5 have another label"
 STEPS = ("embed", "fit", "score", "select", "count", "refine", "evaluate", "commit")
 NO_LIMIT = Limits(max_rounds=100, minimum=0.0, patience=100)
 
 
 def start(*accuracies: float, live: int = 100, samples: int = 1000) -> State[int]:
     """A state after a round for each accuracy; the model is the number of the last."""
-    rounds = tuple(Round(i, live, 0, 0, {"validation_accuracy": a}) for i, a in enumerate(accuracies))
+    rounds = tuple(Round(i, live, 0, 0, 0, {"validation_accuracy": a}) for i, a in enumerate(accuracies))
     return State(rounds, len(rounds) - 1, samples)
 
 
@@ -27,10 +28,13 @@ class DiedError(Exception):
 
 @dataclass
 class Fakes:
-    """Steps that find `wrong` wrong samples, of which each round takes `budget`."""
+    """Steps that find `wrong` wrong samples, of which each round takes `budget`, and all rounds `in_all`."""
 
     wrong: int = 10
     budget: int = 3
+    in_all: int = 1000
+    relabels: int = 0
+    """Of those taken in a round, at most this many get another label; the others go."""
     accuracies: Sequence[float] = (0.9,) * 100
     dies_in: tuple[int, str] | None = None
     """(round, step)"""
@@ -44,7 +48,8 @@ class Fakes:
             raise DiedError(step)
 
     def steps(self) -> Steps[str, str, str, Cut, int]:
-        left = {"wrong": self.wrong - sum(r.removed for r, _ in self.committed)}
+        done = sum(r.removed + r.relabelled for r, _ in self.committed)
+        left = {"wrong": self.wrong - done, "in_all": self.in_all - done}
 
         def embed(state: State[int]) -> str:
             self._called("embed", state.number + 1, state.model)
@@ -60,7 +65,10 @@ class Fakes:
 
         def select(state: State[int], scores: str) -> Cut:
             self._called("select", state.number + 1, scores)
-            return Cut(state.live, left["wrong"], min(left["wrong"], self.budget))
+            taken = min(left["wrong"], left["in_all"], self.budget)
+            relabelled = min(taken, self.relabels)
+            exhausted = left["in_all"] == 0
+            return Cut(state.live, left["wrong"], taken - relabelled, relabelled, ESTIMATE, exhausted)
 
         def count(removal: Cut) -> Cut:
             self.calls.append(("count", removal))
@@ -76,7 +84,8 @@ class Fakes:
 
         def commit(state: State[int], removal: Cut, model: int, done: Round) -> Round:
             self._called("commit", state.number + 1, removal, model, done)
-            left["wrong"] -= removal.removed
+            for what in left:
+                left[what] -= removal.taken
             done = replace(done, seconds={"commit": 1.0})
             self.committed.append((done, model))
             return done
@@ -98,8 +107,8 @@ def names(calls: list[tuple[Any, ...]]) -> list[str]:
 def test_a_round_takes_its_steps_in_order_and_hands_each_what_the_earlier_ones_gave():
     fakes = Fakes()
     outcome = clean(start(0.9), fakes.steps(), replace(NO_LIMIT, max_rounds=1))
-    cut = Cut(100, 10, 3)
-    done = Round(1, 97, 10, 3, {"validation_accuracy": 0.9})
+    cut = Cut(100, 10, 3, 0, ESTIMATE, False)
+    done = Round(1, 97, 10, 3, 0, {"validation_accuracy": 0.9})
     assert fakes.calls == [
         ("embed", 0),
         ("fit", "features 0"),
@@ -126,6 +135,21 @@ def test_each_round_starts_from_the_model_and_the_samples_that_the_last_one_left
     # what commit returns is what is kept, timings and all
     assert outcome.state.history[1:] == tuple(r for r, _ in fakes.committed)
     assert outcome.state.history[1].seconds == {"commit": 1.0}
+
+
+def test_relabelled_samples_stay_and_are_counted_apart():
+    fakes = Fakes(relabels=2)
+    outcome = clean(start(0.9), fakes.steps(), NO_LIMIT)
+    assert [(r.live, r.candidates, r.removed, r.relabelled) for r in outcome.state.history] == [
+        (100, 0, 0, 0),
+        (99, 10, 1, 2),
+        (98, 7, 1, 2),
+        (97, 4, 1, 2),
+        (97, 1, 0, 1),  # a round that only relabels is a round
+    ]
+    assert outcome.state.history[1:] == tuple(r for r, _ in fakes.committed)
+    assert outcome.state.model == 4
+    assert "no longer looks wrong" in outcome.reason
 
 
 def test_a_run_ends_at_its_last_allowed_round():
@@ -158,6 +182,46 @@ def test_nothing_is_refined_or_committed_where_nothing_may_go():
     assert names(fakes.calls) == ["embed", "fit", "score", "select", "count"]
     assert outcome.state == start(0.9)
     assert "7 samples look wrong" in outcome.reason and "class floors" in outcome.reason
+
+
+def test_a_run_without_a_sign_of_wrong_labels_leaves_everything_as_it_was():
+    fakes = Fakes(wrong=7, in_all=0)
+    outcome = clean(start(0.9), fakes.steps(), NO_LIMIT)
+    assert names(fakes.calls) == ["embed", "fit", "score", "select", "count"]
+    assert outcome.state == start(0.9)
+    assert outcome.reason == f"removal.share lets no sample go; {ESTIMATE}"
+
+
+@pytest.mark.parametrize("relabels", [0, 2])
+def test_a_run_ends_when_as_many_samples_are_dealt_with_as_may_be_in_all(relabels: int):
+    fakes = Fakes(wrong=70, in_all=8, relabels=relabels)
+    outcome = clean(start(0.9), fakes.steps(), NO_LIMIT)
+    assert [r.removed + r.relabelled for r in outcome.state.history] == [0, 3, 3, 2]
+    assert outcome.reason == f"8 samples are dealt with, as many as removal.share allows; {ESTIMATE}"
+
+
+def test_a_run_that_is_exhausted_and_started_again_says_the_same():
+    fakes = Fakes(wrong=70, in_all=8, relabels=1)
+    first = fakes.go_on(start(0.9))
+    assert fakes.go_on(start(0.9)) == first
+    assert len(fakes.committed) == 3
+
+
+def test_a_run_whose_last_round_says_why_none_follows_takes_no_step():
+    fakes = Fakes()
+    state = start(0.9, 0.9)
+    ended = replace(state, history=(state.history[0], replace(state.history[1], ended="nothing looks wrong")))
+    assert clean(ended, fakes.steps(), NO_LIMIT) == Outcome(ended, "nothing looks wrong")
+    # it was decided before the limits were looked at
+    assert clean(ended, fakes.steps(), replace(NO_LIMIT, max_rounds=1)).reason == "nothing looks wrong"
+    assert fakes.calls == []
+
+
+def test_samples_that_may_still_go_but_do_not_look_wrong_are_another_end():
+    fakes = Fakes(wrong=3, in_all=100)
+    outcome = clean(start(0.9), fakes.steps(), NO_LIMIT)
+    assert "no longer looks wrong: 0 of 97" in outcome.reason
+    assert "removal.share" not in outcome.reason
 
 
 # best 0.9 of 900 validation samples: two standard errors, with the plus-four estimate, are

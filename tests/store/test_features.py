@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from posttrain.store.features import (
@@ -16,13 +17,17 @@ from posttrain.store.features import (
 )
 from posttrain.store.folder import RunFolder
 
+# a shard's layers as a network names them: one name begins another, some hold dots
+LAYERS = ("input", "layer2", "layer2.0", "layer2.0.conv1", "0", "fc")
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
     return RunFolder(str(tmp_path))
 
 
-def a_shard(count: int, *, dim: int = 5, text: bool = False) -> Shard:
+def a_shard(count: int, *, layers: tuple[str, ...] = ("fc",), text: bool = False) -> Shard:
+    """A shard whose first layer has 5 features, and each further one as many as the last and one more."""
     draw = np.random.default_rng(0)
     ids = [f"train/é{i}.png" for i in range(count)] if text else [3 * i - 7 for i in range(count)]
     return Shard(
@@ -30,7 +35,7 @@ def a_shard(count: int, *, dim: int = 5, text: bool = False) -> Shard:
         np.arange(0, 2 * count, 2, dtype=np.int32),
         pa.array(ids, pa.string() if text else pa.int64()),
         draw.integers(0, 10, count).astype(np.int32),
-        draw.normal(size=(count, dim)).astype(np.float16),
+        {layer: draw.normal(size=(count, 5 + at)).astype(np.float16) for at, layer in enumerate(layers)},
     )
 
 
@@ -43,39 +48,79 @@ def unreadable(row: int, sample_id: int | str) -> dict[str, object]:
 def test_a_shard_comes_back_bit_for_bit(folder: RunFolder, count: int, text: bool):
     shard, path = a_shard(count, text=text), folder.features("abc", "train", 3)
     write_shard(folder, path, shard, [])
-    found = read_shard(folder, path)
-    assert found.features.dtype == np.float16
-    assert found.features.shape == (count, 5)
-    assert found.features.tobytes() == shard.features.tobytes()
+    found = read_shard(folder, path, ["fc"])
+    assert found.features["fc"].dtype == np.float16
+    assert found.features["fc"].shape == (count, 5)
+    assert found.features["fc"].tobytes() == shard.features["fc"].tobytes()
     assert found.rows.tolist() == shard.rows.tolist()
     assert found.labels.tolist() == shard.labels.tolist()
     assert found.sample_ids.equals(shard.sample_ids)
 
 
+@pytest.mark.parametrize("count", [0, 300])
+def test_each_layer_of_a_shard_comes_back_alone_and_beside_others(folder: RunFolder, count: int):
+    shard, path = a_shard(count, layers=LAYERS), folder.path("s.parquet")
+    write_shard(folder, path, shard, [])
+    for asked in [*((layer,) for layer in LAYERS), ("layer2.0", "input"), LAYERS]:
+        found = read_shard(folder, path, asked)
+        # in the order asked for, not in that of the file
+        assert tuple(found.features) == asked
+        for layer in asked:
+            assert found.features[layer].shape == shard.features[layer].shape
+            assert found.features[layer].tobytes() == shard.features[layer].tobytes()
+
+
+def test_layers_that_are_not_asked_for_are_not_read(folder: RunFolder):
+    shard, path = a_shard(300, layers=LAYERS), folder.path("s.parquet")
+    write_shard(folder, path, shard, [])
+    footer = pq.read_metadata(path).row_group(0)
+    columns = {(c := footer.column(at)).path_in_schema: c for at in range(footer.num_columns)}
+    spoilt = bytearray(folder.read_bytes(path))
+    for layer in LAYERS:
+        if layer != "layer2":
+            column = columns[f"features:{layer}.list.element"]
+            start = column.data_page_offset
+            spoilt[start : start + column.total_compressed_size] = bytes([255]) * column.total_compressed_size
+    folder.write_bytes(path, bytes(spoilt))
+    assert read_shard(folder, path, ["layer2"]).features["layer2"].tobytes() == shard.features["layer2"].tobytes()
+    for layer in set(LAYERS) - {"layer2"}:
+        with pytest.raises(OSError):
+            read_shard(folder, path, ["layer2", layer])
+
+
+def test_a_shard_without_a_layer_that_is_asked_for_is_an_error(folder: RunFolder):
+    write_shard(folder, folder.path("s.parquet"), a_shard(3, layers=("layer2.0", "fc")), [])
+    # the name of an asked layer begins that of a stored one
+    with pytest.raises(pa.ArrowInvalid, match="layer2"):
+        read_shard(folder, folder.path("s.parquet"), ["fc", "layer2"])
+
+
 def test_the_extremes_of_float16_come_back_as_they_were(folder: RunFolder):
     features = np.array([[65504, -65504, 6e-8, -0.0, 0.0]], np.float16)
-    shard = Shard(np.array([0]), pa.array([1]), np.array([0]), features)
+    shard = Shard(np.array([0]), pa.array([1]), np.array([0]), {"fc": features})
     write_shard(folder, folder.path("s.parquet"), shard, [])
-    assert read_shard(folder, folder.path("s.parquet")).features.tobytes() == features.tobytes()
+    assert read_shard(folder, folder.path("s.parquet"), ["fc"]).features["fc"].tobytes() == features.tobytes()
 
 
 def test_features_that_lie_transposed_in_memory_are_written_row_by_row(folder: RunFolder):
     features = np.arange(12, dtype=np.float16).reshape(4, 3).T
-    shard = Shard(np.arange(3), pa.array([1, 2, 3]), np.zeros(3, np.int32), features)
+    shard = Shard(np.arange(3), pa.array([1, 2, 3]), np.zeros(3, np.int32), {"fc": features, "1": features[:, ::2]})
     write_shard(folder, folder.path("s.parquet"), shard, [])
-    np.testing.assert_array_equal(read_shard(folder, folder.path("s.parquet")).features, features)
+    found = read_shard(folder, folder.path("s.parquet"), ["fc", "1"]).features
+    np.testing.assert_array_equal(found["fc"], features)
+    np.testing.assert_array_equal(found["1"], features[:, ::2])
 
 
 def test_the_summary_of_a_shard_needs_only_its_footer_and_says_what_was_left_out(folder: RunFolder):
     path, left_out = folder.path("s.parquet"), [unreadable(1, "b"), unreadable(9, "c")]
-    write_shard(folder, path, a_shard(4, dim=7), left_out)
-    assert summarise_shard(folder, path, 12) == ShardSummary(12, 4, 7, left_out)
+    write_shard(folder, path, a_shard(4, layers=LAYERS), left_out)
+    assert summarise_shard(folder, path, 12) == ShardSummary(12, 4, left_out)
 
 
 def test_a_bucket_of_which_nothing_could_be_read_is_a_shard_all_the_same(folder: RunFolder):
     path = folder.path("s.parquet")
     write_shard(folder, path, a_shard(0), [unreadable(0, 5)])
-    assert summarise_shard(folder, path, 0) == ShardSummary(0, 0, 5, [unreadable(0, 5)])
+    assert summarise_shard(folder, path, 0) == ShardSummary(0, 0, [unreadable(0, 5)])
 
 
 def test_a_shard_that_is_missing_cut_short_or_no_shard_has_no_summary(folder: RunFolder):
@@ -86,7 +131,7 @@ def test_a_shard_that_is_missing_cut_short_or_no_shard_has_no_summary(folder: Ru
     for length in (0, 3, 100, len(content) // 2, len(content) - 1):
         folder.write_bytes(path, content[:length])
         assert summarise_shard(folder, path, 0) is None, length
-    folder.write_table(path, pa.table({"features": [1.0]}))  # Parquet, but another's
+    folder.write_table(path, pa.table({"features:fc": [1.0]}))  # Parquet, but another's
     assert summarise_shard(folder, path, 0) is None
     folder.write_bytes(path, content)
     assert summarise_shard(folder, path, 0) is not None
@@ -94,9 +139,9 @@ def test_a_shard_that_is_missing_cut_short_or_no_shard_has_no_summary(folder: Ru
 
 def test_the_quarantine_lists_every_sample_left_out_with_its_bucket():
     summaries = [
-        ShardSummary(0, 3, 5, [unreadable(1, 10)]),
-        ShardSummary(1, 4, 5, []),
-        ShardSummary(2, 0, 5, [unreadable(0, 20), unreadable(2, 30)]),
+        ShardSummary(0, 3, [unreadable(1, 10)]),
+        ShardSummary(1, 4, []),
+        ShardSummary(2, 0, [unreadable(0, 20), unreadable(2, 30)]),
     ]
     table = quarantine_table(summaries)
     assert table.column_names == ["bucket", "row", "sample_id", "file", "reason"]
@@ -108,5 +153,5 @@ def test_the_quarantine_lists_every_sample_left_out_with_its_bucket():
 
 
 def test_the_quarantine_keeps_string_ids_as_strings_and_may_be_empty():
-    assert quarantine_table([ShardSummary(0, 3, 5, [unreadable(1, "007")])])["sample_id"].to_pylist() == ["007"]
+    assert quarantine_table([ShardSummary(0, 3, [unreadable(1, "007")])])["sample_id"].to_pylist() == ["007"]
     assert quarantine_table([]).num_rows == 0
