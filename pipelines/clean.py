@@ -200,14 +200,14 @@ def finish(run: CleaningRun, outcome: rounds.Outcome[Network], began: float) -> 
 
     folder, state, classes = run.folder, outcome.state, run.inputs.classes
     numbers = [r.number for r in state.history if r.removed or r.relabelled]
-    # the scores of a last round that removed nothing are the latest word on what is kept
-    candidates = [folder.round(number, "scores.parquet") for number in (state.number + 1, state.number)]
-    last_scores = next((path for path in candidates if folder.exists(path)), None)
+    # the latest word on what is kept: also of a round that removed nothing, while a boundary put on last has none
+    scored = next(n for n in range(state.number + 1, 0, -1) if folder.exists(folder.round(n, "scores.parquet")))
+    last_scores = folder.round(scored, "scores.parquet")
     files: dict[str, str] = {}
     with run.progress.step("results") as tell:
         folder.write_bytes(folder.path("model.safetensors"), state.model.weights)
         write_model(run, state.model)
-        removed = results.write_taken(folder, "removed", numbers or [state.number + 1], classes)
+        removed = results.write_taken(folder, "removed", numbers or [scored], classes)
         relabelled = sum(r.relabelled for r in state.history)
         if relabelled:
             results.write_taken(folder, "relabelled", numbers, classes)

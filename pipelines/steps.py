@@ -380,7 +380,7 @@ class CleaningRun:
             return state
         with self.progress.step("refine"):
             model = self.redrawn(state.model, drawn.boundary.members, self.live)
-        metrics = {**last.metrics, **self.evaluate(state, model)}
+        metrics = {**last.metrics, **self._found, **self.evaluate(state, model)}
         self._write_checkpoint(number, model)
         done = Round(number, self._live(), 0, 0, 0, metrics, self.progress.seconds_of_round(), reason)
         self.ledger.commit(done)
