@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
-from small_data import NETWORK, Digits, memorise
+from small_data import BOTH, NETWORK, Digits, memorise
 
 from posttrain.config import RunFile
 
@@ -51,15 +50,44 @@ def digits() -> Digits:
 @pytest.fixture(scope="session")
 def digits_parquet(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """train, validation and test as Parquet, and `weights.pt` of a network that has memorised the train labels."""
+    import torch
+
+    from posttrain.vision.models import mlp
+
     folder = tmp_path_factory.mktemp("digits")
-    for split in digits.splits:
-        (folder / split).mkdir()
-        table = digits.table(split)
-        half = table.num_rows // 2
-        pq.write_table(table.slice(0, half), folder / split / "a.parquet")
-        pq.write_table(table.slice(half), folder / split / "b.parquet")
-    memorise(digits, folder / "weights.pt")
+    digits.write(folder)
+    torch.manual_seed(0)
+    memorise(digits, mlp(10), folder / "weights.pt")
     return folder
+
+
+@pytest.fixture(scope="session")
+def large_digits() -> Digits:
+    """Digits of 16 pixels a side."""
+    return Digits(enlarged=2)
+
+
+@pytest.fixture(scope="session")
+def resnet(large_digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """The sections `data` and `model` of a small ResNet that has memorised its labels."""
+    import torch
+
+    from posttrain.vision.models import small_resnet
+
+    folder = tmp_path_factory.mktemp("large_digits")
+    large_digits.write(folder)
+    arguments = {"width": 8, "channels": 1, "stem_stride": 2}
+    torch.manual_seed(0)
+    memorise(large_digits, small_resnet(10, **arguments), folder / "weights.pt")
+    return {
+        "data": {split: str(folder / split) for split in large_digits.splits},
+        "model": {
+            "factory": "posttrain.vision.models:small_resnet",
+            "arguments": arguments,
+            "image_size": 16,
+            "weights": str(folder / "weights.pt"),
+        },
+    }
 
 
 @pytest.fixture(scope="session")
@@ -113,7 +141,7 @@ def undisturbed(
     def get(scope: str = "head") -> dict[str, Any]:
         if scope not in summaries:
             path = tmp_path_factory.mktemp("undisturbed") / scope
-            summaries[scope] = run(path, refine=NETWORK if scope == "network" else {})
+            summaries[scope] = run(path, refine={"head": {}, "network": NETWORK, "both": BOTH}[scope])
         return summaries[scope]
 
     return get

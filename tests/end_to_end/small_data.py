@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 from sklearn.datasets import load_digits
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -21,14 +25,18 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 class Digits:
-    """Digits with a fifth of the labels wrong, as arrays: train 0..899, validation 900..1199, test from 1200 on."""
+    """Digits with a fifth of the labels wrong, as arrays: train 0..899, validation 900..1199, test from 1200 on.
 
-    def __init__(self) -> None:
+    `enlarged` times as many pixels on a side as their own 8.
+    """
+
+    def __init__(self, enlarged: int = 1) -> None:
         data = load_digits()
         assert not isinstance(data, tuple)
         generator = np.random.default_rng(0)
         order = generator.permutation(len(data.target))
-        self.images = (data.images[order] * 255 / 16).round().astype(np.uint8)
+        pixels = (data.images[order] * 255 / 16).round().astype(np.uint8)
+        self.images = pixels.repeat(enlarged, axis=1).repeat(enlarged, axis=2)
         self.true = data.target[order].astype(np.int64)
         wrong = generator.random(len(order)) < 0.2
         self.given = np.where(wrong, (self.true + generator.integers(1, 10, len(order))) % 10, self.true)
@@ -45,37 +53,88 @@ class Digits:
         }
         return pa.table({**table, **columns})
 
+    def write(self, folder: Path) -> None:
+        """One folder of two Parquet files for each split."""
+        for split in self.splits:
+            (folder / split).mkdir()
+            table = self.table(split)
+            half = table.num_rows // 2
+            pq.write_table(table.slice(0, half), folder / split / "a.parquet")
+            pq.write_table(table.slice(half), folder / split / "b.parquet")
 
-def memorise(digits: Digits, path: Path) -> None:
+    def inputs(self, split: str) -> Tensor:
+        """What a network with mean 0.5 and standard deviation 0.5 sees of a split."""
+        import torch
+
+        return (torch.from_numpy(self.images[list(self.splits[split])]).float()[:, None] / 255 - 0.5) / 0.5
+
+
+def memorise(digits: Digits, model: nn.Module, path: Path) -> None:
+    """Trains the model until it knows 98 % of the given labels, and writes its weights."""
     import torch
 
-    from posttrain.vision.models import mlp
-
-    rows = list(digits.splits["train"])
-    inputs = torch.from_numpy(digits.images[rows]).float()[:, None] / 255
-    inputs = (inputs - 0.5) / 0.5
-    labels = torch.from_numpy(digits.given[rows])
-    torch.manual_seed(0)
-    model = mlp(10)
+    inputs = digits.inputs("train")
+    labels = torch.from_numpy(digits.given[list(digits.splits["train"])])
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     for _ in range(300):
-        for batch in torch.randperm(len(rows)).split(64):
+        model.train()
+        for batch in torch.randperm(len(labels)).split(64):
             optimizer.zero_grad()
             torch.nn.functional.cross_entropy(model(inputs[batch]), labels[batch]).backward()
             optimizer.step()
-    assert float((model(inputs).argmax(1) == labels).float().mean()) >= 0.98
+        if accuracy(model.eval(), inputs, labels) >= 0.98:
+            break
+    assert accuracy(model, inputs, labels) >= 0.98
     torch.save(model.state_dict(), path)
+
+
+def accuracy(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
+    import torch
+
+    with torch.no_grad():
+        return float((model(inputs).argmax(dim=1) == labels).float().mean())
+
+
+def as_built(run: str | os.PathLike[str]) -> nn.Module:
+    """The model that a run leaves behind, built from its `model.yaml` and nothing else, in evaluation mode."""
+    import yaml
+    from safetensors.torch import load_file
+
+    from posttrain.vision import models
+
+    section = yaml.safe_load((Path(run) / "model.yaml").read_text())["model"]
+    model = models.build(section["factory"], classes=10, arguments=section["arguments"])
+    model.load_state_dict(load_file(section["weights"]))
+    return model.eval()
+
+
+def rounds(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The committed rounds as their `round.json` has them, from round 0 on."""
+    return [json.loads(path.read_text()) for path in sorted((Path(run) / "rounds").glob("*/round.json"))]
 
 
 def removed_ids(path: str | os.PathLike[str]) -> list[Any]:
     return pq.read_table(Path(path) / "removed.parquet")["sample_id"].to_pylist()
 
 
+def relabelled(path: str | os.PathLike[str]) -> dict[Any, int]:
+    """New label by sample id; empty where a run relabelled none."""
+    file = Path(path) / "relabelled.parquet"
+    if not file.exists():
+        return {}
+    table = pq.read_table(file)
+    return dict(zip(table["sample_id"].to_pylist(), table["suggested_label"].to_pylist(), strict=True))
+
+
 def assert_same_result(run: str | os.PathLike[str], other: str | os.PathLike[str]) -> None:
-    """The same ids left in the same order, and the weights are bitwise equal."""
+    """The same ids left in the same order, the same got the same labels, and the weights are bitwise equal."""
     assert removed_ids(run) == removed_ids(other)
+    assert list(relabelled(run).items()) == list(relabelled(other).items())
     assert (Path(run) / "model.safetensors").read_bytes() == (Path(other) / "model.safetensors").read_bytes()
 
 
 NETWORK = {"scope": "network", "augment": "crop", "learning_rate": 0.001}
 """A refine section that trains the whole network."""
+
+BOTH = {**NETWORK, "scope": "both"}
+"""A refine section that trains the whole network and ends with a new boundary."""

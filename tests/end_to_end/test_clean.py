@@ -16,8 +16,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from small_data import NETWORK, Digits, assert_same_result, png, removed_ids
+from small_data import (
+    BOTH,
+    NETWORK,
+    Digits,
+    accuracy,
+    as_built,
+    assert_same_result,
+    png,
+    removed_ids,
+    rounds,
+)
 
+from pipelines.boundary import Boundaries
 from pipelines.steps import CleaningRun
 from posttrain.errors import RunFolderError
 
@@ -39,20 +50,15 @@ def test_wrong_labels_go_and_the_model_gets_better(run: Run, digits: Digits, tmp
     assert summary["test_accuracy_after"] >= summary["test_accuracy_before"] + 0.08
 
 
-def test_the_refined_weights_classify_as_the_summary_says(undisturbed: Undisturbed, digits: Digits) -> None:
+@pytest.mark.parametrize("scope", ["head", "network", "both"])
+def test_the_refined_model_classifies_as_the_summary_says(undisturbed: Undisturbed, digits: Digits, scope: str) -> None:
     import torch
-    from safetensors.torch import load_file
 
-    from posttrain.vision.models import mlp
-
-    summary = undisturbed()
-    model = mlp(10)
-    model.load_state_dict(load_file(Path(summary["run"]) / "model.safetensors"))
-    rows = list(digits.splits["test"])
-    inputs = (torch.from_numpy(digits.images[rows]).float()[:, None] / 255 - 0.5) / 0.5
-    accuracy = float((model(inputs).argmax(1).numpy() == digits.true[rows]).mean())
+    summary = undisturbed(scope)
+    labels = torch.from_numpy(digits.true[list(digits.splits["test"])])
+    found = accuracy(as_built(summary["run"]), digits.inputs("test"), labels)
     # features are stored as float16: a sample on the boundary may fall to the other side
-    assert summary["test_accuracy_after"] == pytest.approx(accuracy, abs=2 / len(rows))
+    assert summary["test_accuracy_after"] == pytest.approx(found, abs=2 / len(labels))
 
 
 def test_every_sample_ends_up_in_exactly_one_place(undisturbed: Undisturbed, digits: Digits) -> None:
@@ -110,12 +116,17 @@ STEPS = ("embed", "fit", "score", "select", "refine", "evaluate", "commit", "tel
 
 
 @pytest.mark.parametrize(
-    ("scope", "step"), [*[("head", step) for step in STEPS], ("network", "embed"), ("network", "refine")]
+    ("scope", "step"),
+    [
+        *[("head", step) for step in STEPS],
+        *[("network", step) for step in ("embed", "fit", "refine")],
+        *[("both", step) for step in ("refine", "commit")],
+    ],
 )
 def test_a_run_interrupted_after_a_step_and_continued_ends_the_same(
     run: Run, undisturbed: Undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, scope: str
 ) -> None:
-    refine = NETWORK if scope == "network" else {}
+    refine = {"head": {}, "network": NETWORK, "both": BOTH}[scope]
     after = getattr(CleaningRun, step)
     calls = 0
 
@@ -135,6 +146,64 @@ def test_a_run_interrupted_after_a_step_and_continued_ends_the_same(
     assert 1 <= committed <= 3
     run(tmp_path / "run", refine=refine)
     assert_same_result(tmp_path / "run", undisturbed(scope)["run"])
+
+
+@pytest.mark.parametrize(("scope", "committed"), [("head", 0), ("network", 2)])
+def test_a_run_interrupted_once_its_layers_are_chosen_chooses_the_same_again(
+    run: Run, undisturbed: Undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scope: str, committed: int
+) -> None:
+    refine = NETWORK if scope == "network" else {}
+    after = Boundaries.draw
+
+    def interrupted(self: Boundaries, *arguments: Any, number: int) -> Any:
+        drawn = after(self, *arguments, number=number)
+        if number > committed or committed == 0:
+            raise KeyboardInterrupt
+        return drawn
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Boundaries, "draw", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, refine=refine)
+    assert len(rounds(folder)) == (committed + 1 if committed else 0)
+    choices = sorted(folder.glob("rounds/*/probes.json"))
+    chosen = choices[-1].read_bytes()
+    assert int(choices[-1].parent.name) == (committed + 1 if committed else 0)
+    again = run(folder, refine=refine)
+    assert choices[-1].read_bytes() == chosen
+    assert again["boundary"] == undisturbed(scope)["boundary"]
+    assert_same_result(folder, undisturbed(scope)["run"])
+
+
+@pytest.mark.parametrize("moment", ["_write_checkpoint", "tell_round"])
+def test_a_run_interrupted_while_it_puts_the_last_boundary_on_ends_the_same(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    nothing_goes = {"threshold": 100.0}
+    whole = run(tmp_path / "whole", removal=nothing_goes)
+    assert (whole["rounds"], whole["removed"]) == (1, 0)
+    after = getattr(CleaningRun, moment)
+    calls = 0
+
+    def interrupted(self: CleaningRun, *arguments: Any) -> None:
+        nonlocal calls
+        after(self, *arguments)
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CleaningRun, moment, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "run", removal=nothing_goes)
+    assert len(rounds(tmp_path / "run")) == (2 if moment == "tell_round" else 1)
+    again = run(tmp_path / "run", removal=nothing_goes)
+    assert_same_result(tmp_path / "run", tmp_path / "whole")
+    varying = {"run", "seconds", "steps", "files"}
+    assert {key: value for key, value in again.items() if key not in varying} == {
+        key: value for key, value in whole.items() if key not in varying
+    }
 
 
 def test_a_finished_run_says_so_and_does_nothing(
@@ -183,14 +252,15 @@ def test_features_of_other_data_are_not_taken_up(
 
 def test_a_run_that_removes_nothing_leaves_all_columns(run: Run, undisturbed: Undisturbed, tmp_path: Path) -> None:
     summary = run(tmp_path / "run", removal={"threshold": 100.0})
-    assert (summary["rounds"], summary["removed"]) == (0, 0)
+    assert (summary["removed"], summary["live"]) == (0, 900)
+    assert summary["ended"] == "what is left no longer looks wrong: 0 of 900 samples would be candidates"
     empty = pq.read_table(tmp_path / "run" / "removed.parquet")
     assert empty.num_rows == 0
     assert empty.schema == pq.read_table(Path(undisturbed()["run"]) / "removed.parquet").schema
 
 
 def test_random_removal_is_blind_to_the_labels(run: Run, tmp_path: Path) -> None:
-    summary = run(tmp_path / "run", removal={"score": "random", "budget": 0.3, "max_rounds": 1})
+    summary = run(tmp_path / "run", removal={"score": "random", "budget": 0.3, "share": 1.0, "max_rounds": 1})
     assert summary["removed"] == 270
     # 20 % of the labels are wrong: three standard errors of 270 draws are 7 points
     assert summary["removal_precision"] == pytest.approx(0.2, abs=0.07)

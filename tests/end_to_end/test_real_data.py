@@ -31,7 +31,7 @@ def test_cifar10n_is_read_whole_and_its_labels_are_wrong_as_often_as_its_authors
     assert splits["train"].rows + splits["validation"].rows == 20_000
     assert splits["test"].rows == 5_000
     assert splits["validation"].rows == pytest.approx(2_000, abs=3 * 42)
-    found = measuring.detection(splits["train"], {})
+    found = measuring.detection(splits["train"], {}, {})
     assert found.wrong / splits["train"].rows == pytest.approx(0.171, abs=0.005)
 
 
