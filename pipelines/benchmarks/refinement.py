@@ -81,13 +81,10 @@ REFINED = (OURS["network"], OURS["both"], NO_REMOVAL, EMA, THEN_BOUNDARY, RANDOM
 """The rows that take the same gradient steps from the trained network."""
 FROM_SCRATCH = (SCRATCH, SCRATCH_OURS, SCRATCH_BY_LOSS, SCRATCH_CLEANLAB, ORACLE)
 ROWS = (UNTOUCHED, OURS["head"], NEW_HEAD, CHOSEN, *REFINED, *FROM_SCRATCH)
-OF_HEAD = (UNTOUCHED, NEW_HEAD, CHOSEN)
-OF_NETWORK = (UNTOUCHED, NO_REMOVAL, EMA, RANDOM, BY_LOSS, CLEANLAB)
-CONTROLS: dict[Mode, tuple[str, ...]] = {
-    "head": OF_HEAD,
-    "network": OF_NETWORK,
-    "both": tuple(dict.fromkeys((*OF_HEAD, *OF_NETWORK, THEN_BOUNDARY))),
-}
+CONTROLS = (UNTOUCHED, NO_REMOVAL, EMA, RANDOM, BY_LOSS, CLEANLAB, NEW_HEAD)
+"""What a user could do instead of posttrain."""
+ABLATIONS: dict[Mode, str] = {"head": CHOSEN, "network": NO_REMOVAL, "both": THEN_BOUNDARY}
+"""The same without the removal: what of posttrain's gain is not due to it."""
 AFTER_FOLDS = (CLEANLAB, SCRATCH_CLEANLAB)
 """The rows that need out-of-sample predictions, thus `cases.FOLDS` more networks."""
 
@@ -255,6 +252,7 @@ class CleaningInMemory:
     data: Data
     mode: Mode
     start: Start
+    removal: Removal = field(default_factory=lambda: REMOVAL)
     kept: np.ndarray = field(init=False)
     """bool [n]: the live samples."""
     steps: list[int] = field(default_factory=list)
@@ -309,10 +307,10 @@ class CleaningInMemory:
         cut, gone = taken(
             self.data.train,
             self.kept,
-            scores.SCORES[REMOVAL.score](found).float().numpy(),
+            scores.SCORES[self.removal.score](found).float().numpy(),
             classes=self.data.classes,
-            at_most=min(max(1, int(REMOVAL.budget * live)), in_all),
-            threshold=REMOVAL.threshold,
+            at_most=min(max(1, int(self.removal.budget * live)), in_all),
+            threshold=self.removal.threshold,
         )
         return Taken(cut, gone, live, noise, in_all == 0)
 
@@ -361,7 +359,7 @@ class CleaningInMemory:
         steps = Steps(
             self.embed, self.fit, self.score, self.select, self.count, self.refine, self.evaluate, self.commit
         )
-        limits = rounds.Limits(REMOVAL.max_rounds, REMOVAL.minimum, REMOVAL.patience)
+        limits = rounds.Limits(self.removal.max_rounds, self.removal.minimum, self.removal.patience)
         return rounds.clean(state, steps, limits)
 
     def last_boundary(self, state: State[Model], mode: Mode) -> State[Model]:
@@ -549,15 +547,16 @@ def at_random(case: Case, data: Data) -> Ranking:
 # -- one case ----------------------------------------------------------------------------------------------
 
 
-def measure(case: Case, folder: Path, *, cleanlab: bool = False) -> Finding:
+def measure(case: Case, folder: Path, *, cleanlab: bool = False, scratch: bool = True) -> Finding:
     """What is to be known of the case, from its file in the folder as far as it is there; kept there.
 
     cleanlab's rows are measured where its out-of-sample predictions are in the folder; with `cleanlab` everywhere.
+    Without `scratch` a new finding has no rows from scratch.
     Raises ValueError where the file was measured with other settings.
     """
     found = kept(case, folder)
     wanted = cleanlab or (folder / "out_of_sample" / f"{case.key}.pt").exists()
-    missing = [name for name in AFTER_FOLDS if wanted and (found is None or found.row(name) is None)]
+    missing = [CLEANLAB] if wanted and (found is None or found.row(CLEANLAB) is None) else []
     if found is not None and not missing:
         return found
     data = cases.load(case)
@@ -565,18 +564,20 @@ def measure(case: Case, folder: Path, *, cleanlab: bool = False) -> Finding:
     # what the network of the case took itself
     own = trained.epochs * steps_of_epoch(len(data.train), DATASETS[case.dataset].training[case.network].batch_size)
     if found is None:
-        found = _measured(case, data, trained.weights, own)
+        found = _measured(case, data, trained.weights, own, scratch=scratch)
         _keep(found, folder)
     if missing:
-        added = _with_cleanlab(
-            case, data, trained.weights, own, found.cleanings["network"], ~flagged(case, data, folder)
-        )
+        plan, rest = found.cleanings["network"], ~flagged(case, data, folder)
+        added = [_after_cleanlab(case, data, trained.weights, plan, rest)]
+        if found.row(SCRATCH) is not None:
+            accuracies, steps = _from_scratch(case, data, rest, own)
+            added.append(replace(added[0], name=SCRATCH_CLEANLAB, steps=steps, **accuracies))
         found = replace(found, rows=(*found.rows, *added))
         _keep(found, folder)
     return found
 
 
-def _measured(case: Case, data: Data, weights: bytes, own_steps: int) -> Finding:
+def _measured(case: Case, data: Data, weights: bytes, own_steps: int, *, scratch: bool) -> Finding:
     begin = start(case, data, weights)
     wrong = data.train.given != data.train.true
     everything = np.ones(len(wrong), bool)
@@ -605,7 +606,7 @@ def _measured(case: Case, data: Data, weights: bytes, own_steps: int) -> Finding
         if name == BY_LOSS:
             kept_by[SCRATCH_BY_LOSS] = kept
     done: dict[bytes, tuple[dict[str, float], int]] = {}
-    for name, kept in kept_by.items():
+    for name, kept in kept_by.items() if scratch else ():
         if kept.tobytes() not in done:
             done[kept.tobytes()] = _from_scratch(case, data, kept, own_steps)
         accuracies, steps = done[kept.tobytes()]
@@ -653,14 +654,10 @@ def _cleaning(run: CleaningInMemory, outcome: rounds.Outcome[Model], last: State
     )
 
 
-def _with_cleanlab(
-    case: Case, data: Data, weights: bytes, own_steps: int, plan: Cleaning, kept: np.ndarray
-) -> Iterable[Row]:
+def _after_cleanlab(case: Case, data: Data, weights: bytes, plan: Cleaning, kept: np.ndarray) -> Row:
     wrong = int((data.train.given != data.train.true)[kept].sum())
     after, _, steps = refined(case, data, weights, plan, kept=kept)
-    yield Row(CLEANLAB, **network_accuracies(case, data, after), steps=steps, samples=int(kept.sum()), wrong=wrong)
-    accuracies, steps = _from_scratch(case, data, kept, own_steps)
-    yield Row(SCRATCH_CLEANLAB, **accuracies, steps=steps, samples=int(kept.sum()), wrong=wrong)
+    return Row(CLEANLAB, **network_accuracies(case, data, after), steps=steps, samples=int(kept.sum()), wrong=wrong)
 
 
 def _from_scratch(case: Case, data: Data, kept: np.ndarray, steps: int) -> tuple[dict[str, float], int]:
@@ -781,17 +778,15 @@ class Comparison:
 
 
 def compared(findings: Sequence[Finding], variant: Variant) -> list[Comparison]:
-    """Each setting's comparison of a mode with the best of its controls, of the best mode with the best of all.
+    """Each setting's comparison of a mode, or of the best of them, with the best control.
 
     The best mode is chosen by validation accuracy, the best control by test accuracy, in each seed.
     """
-    modes = MODES if variant == "best" else (variant,)
-    names = dict.fromkeys(name for mode in modes for name in CONTROLS[mode])
     found: list[Comparison] = []
     for setting, group in _by_setting(findings).items():
         ours = [f.ours(f.best if variant == "best" else variant).test_accuracy for f in group]
         controls = [
-            max(((row.name, row.test_accuracy) for row in map(f.row, names) if row is not None), key=lambda c: c[1])
+            max(((row.name, row.test_accuracy) for row in map(f.row, CONTROLS) if row is not None), key=lambda c: c[1])
             for f in group
         ]
         found.append(Comparison(setting, tuple(ours), tuple(controls)))
@@ -804,6 +799,7 @@ def report(findings: Sequence[Finding], command: str) -> str:
         _head(findings, command),
         _verdict(findings),
         _differences(findings),
+        _due_to_removal(findings),
         _clean(findings),
         _accuracies(findings),
         _removals(findings),
@@ -866,8 +862,7 @@ def _verdict(findings: Sequence[Finding]) -> list[str]:
         "",
         "On the settings (data set, noise, network) with wrong labels. The best control is picked by test accuracy in",
         "every seed, which favours the controls; the best of posttrain's modes by validation accuracy, on labels as",
-        "noisy as the rest. The head is compared with the network as it came and with what a boundary alone gives, the",
-        "network with all that is trained as long, both and the best with all of them.",
+        f"noisy as the rest. Controls: {', '.join(CONTROLS)}.",
         _on_two_errors(noisy),
     ]
     for variant, name in VARIANTS.items():
@@ -917,6 +912,27 @@ def _differences(findings: Sequence[Finding]) -> list[str]:
         "",
         "Points of test accuracy, mean over seeds ± standard error of the paired differences; bold: above by more than",
         "2 standard errors.",
+        "",
+        *_lines(columns, lines),
+    ]
+
+
+def _due_to_removal(findings: Sequence[Finding]) -> list[str]:
+    noisy = _noisy(findings)
+    if not noisy:
+        return []
+    lines: list[list[str]] = []
+    for setting, group in _by_setting(noisy).items():
+        cells = []
+        for mode, without in ABLATIONS.items():
+            pairs = [(f.ours(mode), row) for f in group if (row := f.row(without)) is not None]
+            cells.append(_percent([own.test_accuracy - row.test_accuracy for own, row in pairs], signed=True))
+        lines.append([*setting, str(len(group)), *cells])
+    columns = ["data set", "noise", "network", "seeds", *(f"{OURS[m]} minus {ABLATIONS[m]}" for m in MODES)]
+    return [
+        "## What is due to the removal",
+        "",
+        "Points of test accuracy against the same without removing anything, mean ± standard deviation over seeds.",
         "",
         *_lines(columns, lines),
     ]
@@ -1084,6 +1100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/detection"), help="networks and findings")
     parser.add_argument("--out", type=Path, default=Path("pipelines/benchmarks/results"), help="the tables")
     parser.add_argument("--cleanlab", action="store_true", help="train cleanlab's networks where they are not there")
+    parser.add_argument("--without-scratch", action="store_true", help="leave out the training from scratch")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", action="store_true", help="measure nothing, write the tables of what is there")
     parser.add_argument("--readme", action="store_true", help="measure nothing, print the README's table")
@@ -1094,7 +1111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with threadpool_limits(limits=options.threads):
             for number, case in enumerate(chosen, start=1):
                 print(f"[{number}/{len(chosen)}] {case}", file=sys.stderr)
-                measure(case, options.folder, cleanlab=options.cleanlab)
+                measure(case, options.folder, cleanlab=options.cleanlab, scratch=not options.without_scratch)
     findings = [found for case in chosen if (found := kept(case, options.folder)) is not None]
     if not findings:
         parser.error(f"{options.folder} holds nothing of these {len(chosen)} cases; measure them first")
