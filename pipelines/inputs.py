@@ -132,7 +132,10 @@ def _layers(
     if wanted in ("auto", "last"):
         models.embed(model, head, example)
         return (head,)
-    return layers.check(model, head, wanted, example)
+    try:
+        return layers.check(model, head, wanted, example)
+    except ModelError as error:
+        raise ConfigError(f"probe.layers: {error}") from error
 
 
 def list_files(config: RunFile) -> str:

@@ -643,7 +643,9 @@ class CleaningRun:
         artifacts = []
         if self.folder.is_local:
             there = self.folder.local / "rounds" / f"{done.number:04d}"
-            artifacts = [there / name for name in names if (there / name).exists()]
+            # a selection that came to nothing may lie there, too
+            counted = {"removed.parquet": done.removed, "relabelled.parquet": done.relabelled}
+            artifacts = [there / name for name in names if counted.get(name, 1) and (there / name).exists()]
         self.tracking.log_round(
             done.number,
             params={"score": settings.score, "budget": settings.budget, "scope": self.config.refine.scope},

@@ -304,7 +304,7 @@ class Probe(Section):
     ] = (1.0, 0.1, 0.01)
     """L2 penalty lambda of a probe, on standardised features. Of several, each layer takes the one with the
     lowest cross-entropy on held-out labels."""
-    layers: tuple[Text, ...] | Literal["auto", "last"] = "auto"
+    layers: Annotated[tuple[Text, ...], Field(min_length=1)] | Literal["auto", "last"] = "auto"
     """Layers to try probes on, by their dotted names (input: the images; the head's name: what goes into it). auto:
     found by themselves. last: what goes into the head, alone. The boundary is drawn by the best ones together."""
     width: int = Field(default=256, ge=8)

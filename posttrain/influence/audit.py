@@ -18,6 +18,7 @@ live samples leave-one-out ones; y_i the given label; t, b, A and the noise rate
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,8 +42,10 @@ _FEW = 5.0
 CONFIDENT_SHARE = 0.02
 LEAST_CONFIDENT = 50
 MOST_CONFIDENT = 2000
-CLEAN = 0.02
+CLEAN = 0.01
 """Wrong labels among the most confident up to this share are what a clean set shows, too."""
+MISTAKEN = 0.1
+"""Up to this share of the boundary's overall held-out error, its own errors are found among the most confident."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +197,9 @@ def audit(held_out: Survey, live: Survey, temperature: float) -> Audit:
     counted = [_most_confident(of) for of in (held_out, live)]
     (disagreeing, number), _ = counted
     low, high = _interval(disagreeing, number)
-    found = any(_lowest(*pair) > CLEAN for pair in counted)
+    samples = float(held_out.count)
+    error = float(held_out.disagreeing.sum()) / samples if samples else 0.0
+    found = any(_lowest(*pair) > max(CLEAN, MISTAKEN * error) for pair in counted)
     noise = NoiseEstimate(disagreeing / number if found and number else 0.0, low, high, disagreeing, number, found)
     return Audit(temperature, _offset(live, wanted), _directions(live.votes, float(live.count)), noise)
 
@@ -232,14 +237,36 @@ def _directions(votes: Tensor, count: float) -> Tensor:
 
 
 def _most_confident(of: Survey) -> tuple[int, int]:
-    """(disagreeing, counted): the bins from the most confident down to the wanted number."""
+    """(disagreeing, counted) among the most confident, as many as are alike.
+
+    It begins with the wanted number and doubles it, up to half of all, as long as the less confident ones that
+    are added do not disagree more often, by half a standard error: then it is the labels that are wrong and not the
+    boundary, whose errors become more frequent with less confidence. Bins are taken whole.
+    """
     count = int(of.count)
     wanted = min(count, max(LEAST_CONFIDENT, min(MOST_CONFIDENT, int(CONFIDENT_SHARE * count))))
-    from_above = of.confident.flip(0).cumsum(0)
-    last = int((from_above < wanted).sum())
     if not wanted:
         return 0, 0
-    return int(of.disagreeing.flip(0)[: last + 1].sum()), int(from_above[last])
+    confident, disagreeing = (part.flip(0).cumsum(0).tolist() for part in (of.confident, of.disagreeing))
+
+    def among(number: int) -> tuple[int, int]:
+        last = bisect.bisect_left(confident, number)
+        return int(disagreeing[last]), int(confident[last])
+
+    taken = among(wanted)
+    while 2 * taken[1] <= count / 2:
+        more = among(2 * taken[1])
+        if more[1] > count / 2:
+            break
+        added = more[1] - taken[1]
+        first, second = taken[0] / taken[1], (more[0] - taken[0]) / added
+        # of a share of both together
+        share = more[0] / more[1]
+        error = math.sqrt(share * (1 - share) * (1 / taken[1] + 1 / added))
+        if second > first + error / 2:
+            break
+        taken = more
+    return taken
 
 
 def _lowest(disagreeing: int, counted: int) -> float:

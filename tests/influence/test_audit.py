@@ -385,7 +385,8 @@ def test_noise_is_found_where_scipy_says_that_there_is_more_than_in_a_clean_set(
     disagreeing: int, counted: int, side: str
 ):
     confident, wrong = torch.zeros(2, 4096, dtype=torch.float64)
-    confident[-1], wrong[-1] = counted, disagreeing
+    # many others without an error: the boundary is a good one
+    confident[-1], wrong[-1], confident[0] = counted, disagreeing, 40 * counted
     shown, clean = of_bins(confident, wrong), of_bins(confident, torch.zeros_like(wrong))
     noise = audits.audit(*((shown, clean) if side == "held out" else (clean, shown)), 1.0).noise
     # the one-sided test at the 5 % level
@@ -403,10 +404,13 @@ def test_the_most_confident_are_the_highest_by_sorting(samples: int):
     likeliest = drawn.integers(0, 3, samples)
     p = np.tile(rest[:, None] / 2, (1, 3))
     p[np.arange(samples), likeliest] = 1 - rest
-    labels = np.where(drawn.random(samples) < 0.3, (likeliest + 1) % 3, likeliest)
-    of = Survey(*survey(torch.from_numpy(np.log(p)), torch.from_numpy(labels), 1.0))
     wanted = min(samples, max(50, int(0.02 * samples)))
     highest = np.argsort(-depth)[:wanted]
+    # the less confident ones disagree far more often: no more than the wanted ones are alike
+    rate = np.full(samples, 0.9)
+    rate[highest] = 0.3
+    labels = np.where(drawn.random(samples) < rate, (likeliest + 1) % 3, likeliest)
+    of = Survey(*survey(torch.from_numpy(np.log(p)), torch.from_numpy(labels), 1.0))
     noise = audits.audit(of, of, 1.0).noise
     assert (noise.counted, noise.disagreeing) == (wanted, int((labels != likeliest)[highest].sum()))
 
@@ -414,10 +418,35 @@ def test_the_most_confident_are_the_highest_by_sorting(samples: int):
 @pytest.mark.parametrize(("per_bin", "wanted"), [(1, 81), (30, 2000)])
 def test_of_a_bin_all_count_or_none(per_bin: int, wanted: int):
     confident = torch.full((4096,), float(per_bin), dtype=torch.float64)
-    wrong = (torch.arange(4096) % 3 == 0).double()
-    noise = audits.audit(of_bins(confident, wrong), of_bins(confident, wrong), 1.0).noise
     bins = math.ceil(wanted / per_bin)
+    wrong = (torch.arange(4096) % 3 == 0).double()
+    wrong[:-bins] = per_bin
+    noise = audits.audit(of_bins(confident, wrong), of_bins(confident, wrong), 1.0).noise
     assert (noise.counted, noise.disagreeing) == (bins * per_bin, int(wrong[-bins:].sum()))
+
+
+def test_as_many_count_as_disagree_alike():
+    confident = torch.full((4096,), 1.0, dtype=torch.float64)
+    even = (torch.arange(4096) % 20 == 0).double()
+    # 81, doubled to 1,296; twice that would be more than half of all
+    noise = audits.audit(of_bins(confident, even), of_bins(confident, even), 1.0).noise
+    assert noise.counted == 1296 and noise.rate == pytest.approx(0.05, abs=0.005) and noise.found
+    # from the 324th on, four times as many disagree: what is wrong there is the boundary
+    steep = even.clone()
+    steep[: 4096 - 324] = (torch.arange(4096 - 324) % 5 == 0).double()
+    noise = audits.audit(of_bins(confident, steep), of_bins(confident, steep), 1.0).noise
+    assert noise.counted == 324 and noise.disagreeing == int(even[-324:].sum())
+
+
+def test_a_boundary_that_errs_often_has_to_disagree_more_before_labels_are_called_wrong():
+    confident, wrong = torch.zeros(2, 4096, dtype=torch.float64)
+    confident[-1], wrong[-1], confident[0] = 100, 6, 900
+    # 6 of 100 are more than 1 % by the one-sided test, but not more than a tenth of 45 %
+    assert binomtest(6, 100, audits.CLEAN, alternative="greater").pvalue < 0.05
+    assert binomtest(6, 100, 0.0456, alternative="greater").pvalue > 0.05
+    for missed, expected in ((10, True), (450, False)):
+        wrong[0] = missed
+        assert audits.audit(of_bins(confident, wrong), of_bins(confident, wrong), 1.0).noise.found == expected
 
 
 def estimates(rate: float, seeds: int, *, classes: int = 10) -> list[NoiseEstimate]:
