@@ -134,6 +134,31 @@ def test_a_head_that_is_not_there(runfile: Make, tmp_path: Path) -> None:
     assert "model.head 'fc' does not exist" in said and "head" in said
 
 
+def test_a_layer_that_is_not_there(runfile: Make, tmp_path: Path) -> None:
+    said = refused(runfile(tmp_path / "run", probe={"layers": ["hiden"]}), tmp_path)
+    assert "probe.layers" in said and "layer 'hiden' does not exist" in said
+    assert "the nearest that a probe can sit on: hidden" in said
+
+
+def test_layers_of_a_model_that_ends_in_a_probe(runfile: Make, tmp_path: Path) -> None:
+    raw = runfile(
+        tmp_path / "run",
+        data={"validation": None},
+        model={
+            "factory": "posttrain.vision.layers:probed",
+            "weights": None,
+            "arguments": {
+                "network": "posttrain.vision.models:mlp",
+                "layers": ["hidden"],
+                "width": 256,
+                "size": [1, 8, 8],
+            },
+        },
+        probe={"layers": ["network.hidden"]},
+    )
+    assert "probe.layers names layers of a model that ends in a probe already" in refused(raw, tmp_path)
+
+
 def test_only_one_class(runfile: Make, digits: Digits, tmp_path: Path) -> None:
     zeros = digits.table("train", label=pa.array([0] * len(digits.splits["train"])))
     train = written(zeros, tmp_path / "train")
