@@ -171,7 +171,9 @@ class CleaningRun:
         with self.progress.step("audit"):
             held_out = self.workers.reducer(drawn.held_out)
             of_held_out, temperature = held_out_audit(held_out, boundary.weights)
-            audit = audits.audit(of_held_out, self.workers.survey(drawn.live, verdict, temperature), temperature)
+            of_live = self.workers.survey(drawn.live, verdict, temperature)
+            removed = sum(done.removed for done in state.history)
+            audit = audits.audit(of_held_out, of_live, temperature, removed=removed)
         verdict = replace(verdict, audit=audit)
         path = self.folder.round(state.number + 1, "scores.parquet")
         counts = np.zeros(classes, np.int64)
@@ -199,6 +201,7 @@ class CleaningRun:
             "noise_low": noise.low,
             "noise_high": noise.high,
             "noise_found": float(noise.found),
+            "noise_most": noise.most,
         }
         self.noise = {"rate": noise.rate, "low": noise.low, "high": noise.high, "found": noise.found}
         return Scored(path, counts, noise)
@@ -584,7 +587,9 @@ class CleaningRun:
         if self.quota is not None:
             return self.splits["train"].rows
         first = state.history[0].live
-        share = noise.most if settings.share == "estimated" else settings.share
+        # the validation labels stay as noisy as they are: a later, lower estimate is chance
+        most = max([noise.most, *(done.metrics.get("noise_most", 0.0) for done in state.history)])
+        share = most if settings.share == "estimated" else settings.share
         done = sum(r.removed + r.relabelled for r in state.history)
         return max(0, int(share * first) - done)
 

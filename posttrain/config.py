@@ -329,8 +329,8 @@ class Removal(Section):
     """A sample may go only if its directed margin, in logits, is above this: 1 means that the others give
     it another label with odds of more than e to 1. It holds for every score but random."""
     share: Annotated[float, Field(ge=0, le=1)] | Literal["estimated"] = "estimated"
-    """Largest share of the samples removed in all rounds together. estimated: as many as labels are estimated to
-    be wrong, and none where there is no sign of wrong labels."""
+    """Largest share of the samples removed in all rounds together. estimated: as many as may be wrong by
+    the estimate (the upper end of its interval), and none where there is no sign of wrong labels."""
     action: Literal["remove", "relabel"] = "remove"
     """remove: selected samples go. relabel: those whose suggested label is certain enough get that label and stay,
     the others go."""

@@ -258,6 +258,8 @@ class CleaningInMemory:
     steps: list[int] = field(default_factory=list)
     """Gradient steps of each round."""
     estimates: list[Estimate] = field(default_factory=list)
+    _most: float = 0.0
+    """Largest share of wrong labels that any round thought possible."""
     _features: tuple[bytes, Features] = field(init=False)
     _chosen: tuple[bytes, Boundary] = field(init=False)
 
@@ -292,7 +294,8 @@ class CleaningInMemory:
     def score(self, state: State[Model], features: Features, boundary: Boundary) -> scores.Evidence:
         """The audited evidence on the live samples."""
         live = replace(self.data, train=self.data.train.rows(self.kept))
-        found = evidence(self.case, live, rows(features.train, self.kept), features.validation, boundary)
+        train, removed = rows(features.train, self.kept), int((~self.kept).sum())
+        found = evidence(self.case, live, train, features.validation, boundary, removed=removed)
         assert found.audit is not None
         noise = found.audit.noise
         self.estimates.append(Estimate(noise.rate, noise.low, noise.high, noise.found))
@@ -303,7 +306,8 @@ class CleaningInMemory:
         assert found.audit is not None
         noise, live = found.audit.noise, int(self.kept.sum())
         done = sum(done.removed for done in state.history)
-        in_all = max(0, int(noise.most * state.history[0].live) - done)
+        self._most = max(self._most, noise.most)
+        in_all = max(0, int(self._most * state.history[0].live) - done)
         cut, gone = taken(
             self.data.train,
             self.kept,

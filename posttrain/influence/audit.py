@@ -82,9 +82,8 @@ class NoiseEstimate:
 
     @property
     def most(self) -> float:
-        """Largest share that may be removed: one standard error (Agresti & Coull 1998) above the rate."""
-        share = (self.disagreeing + 2) / (self.counted + 4)
-        return min(1.0, self.rate + math.sqrt(share * (1 - share) / (self.counted + 4))) if self.found else 0.0
+        """Largest share that may be removed: the upper end of the interval; 0 where none were found."""
+        return self.high if self.found else 0.0
 
 
 @dataclass(frozen=True)
@@ -191,8 +190,12 @@ def fitted_temperature(moments: Callable[[Tensor], tuple[Tensor, ...]], *, steps
     return t
 
 
-def audit(held_out: Survey, live: Survey, temperature: float) -> Audit:
-    """The estimates from both surveys, which were made at this temperature."""
+def audit(held_out: Survey, live: Survey, temperature: float, *, removed: int = 0) -> Audit:
+    """The estimates from both surveys, which were made at this temperature.
+
+    `removed`: samples that were live and have been taken out as wrong. They count as ones whose label nothing
+    speaks for: without them the live labels would be the better ones, and b would take that for memory.
+    """
     wanted = float(held_out.support[0] / held_out.count)
     counted = [_most_confident(of) for of in (held_out, live)]
     (disagreeing, number), _ = counted
@@ -201,16 +204,16 @@ def audit(held_out: Survey, live: Survey, temperature: float) -> Audit:
     error = float(held_out.disagreeing.sum()) / samples if samples else 0.0
     found = any(_lowest(*pair) > max(CLEAN, MISTAKEN * error) for pair in counted)
     noise = NoiseEstimate(disagreeing / number if found and number else 0.0, low, high, disagreeing, number, found)
-    return Audit(temperature, _offset(live, wanted), _directions(live.votes, float(live.count)), noise)
+    return Audit(temperature, _offset(live, wanted, removed), _directions(live.votes, float(live.count)), noise)
 
 
 def _offsets() -> Tensor:
     return torch.linspace(0, _LARGEST_OFFSET, _OFFSETS, dtype=torch.float64)
 
 
-def _offset(live: Survey, wanted: float) -> float:
+def _offset(live: Survey, wanted: float, removed: int) -> float:
     """The b at which the live labels' mean probability falls to `wanted`; 0 where it is lower anyway."""
-    means, grid = (live.support / live.count).tolist(), _offsets().tolist()
+    means, grid = (live.support / (live.count + removed)).tolist(), _offsets().tolist()
     # not a number where either survey is empty: nothing is known of b then
     if not means[0] > wanted:
         return 0.0

@@ -425,6 +425,20 @@ def test_of_a_bin_all_count_or_none(per_bin: int, wanted: int):
     assert (noise.counted, noise.disagreeing) == (bins * per_bin, int(wrong[-bins:].sum()))
 
 
+def test_removing_wrong_labels_is_not_taken_for_memory():
+    draw = np.random.default_rng(0)
+    truth = draw.integers(0, 3, 6000)
+    logits = torch.from_numpy(3.0 * np.eye(3)[truth] + draw.normal(size=(6000, 3)))
+    wrong = draw.random(6000) < 0.3
+    labels = torch.from_numpy(np.where(wrong, (truth + 1) % 3, truth))
+    held_out = Survey(*survey(logits[:3000], labels[:3000], 1.0))
+    kept = torch.from_numpy(~wrong[3000:])
+    cleaned = Survey(*survey(logits[3000:][kept], labels[3000:][kept], 1.0))
+    gone = int((~kept).sum())
+    assert audits.audit(held_out, cleaned, 1.0).offset > 1.0
+    assert audits.audit(held_out, cleaned, 1.0, removed=gone).offset < 0.1
+
+
 def test_as_many_count_as_disagree_alike():
     confident = torch.full((4096,), 1.0, dtype=torch.float64)
     even = (torch.arange(4096) % 20 == 0).double()
@@ -472,11 +486,9 @@ def test_the_estimated_share_of_wrong_labels_covers_the_true_one(rate: float, cl
     assert float(np.mean([noise.rate for noise in found])) == pytest.approx(rate, abs=0.02)
 
 
-def test_the_most_that_may_be_removed_is_one_standard_error_above_the_rate():
+def test_the_most_that_may_be_removed_is_the_upper_end_of_the_interval():
     noise = NoiseEstimate(0.2, 0.1, 0.3, 20, 100, found=True)
-    # Agresti & Coull: two successes and two failures more
-    assert noise.most == pytest.approx(0.2 + math.sqrt(22 / 104 * 82 / 104 / 104))
-    assert NoiseEstimate(1.0, 0.9, 1.0, 50, 50, found=True).most == 1.0
+    assert noise.most == 0.3
     assert replace(noise, rate=0.0, found=False).most == 0.0
 
 
