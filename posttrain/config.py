@@ -330,7 +330,7 @@ class Removal(Section):
     it another label with odds of more than e to 1. It holds for every score but random."""
     share: Annotated[float, Field(ge=0, le=1)] | Literal["estimated"] = "estimated"
     """Largest share of the samples removed in all rounds together. estimated: as many as may be wrong by
-    the estimate (the upper end of its interval), and none where there is no sign of wrong labels."""
+    the estimate (99.9 % confidence), and none where there is no sign of wrong labels."""
     action: Literal["remove", "relabel"] = "remove"
     """remove: selected samples go. relabel: those whose suggested label is certain enough get that label and stay,
     the others go."""

@@ -82,8 +82,12 @@ class NoiseEstimate:
 
     @property
     def most(self) -> float:
-        """Largest share that may be removed: the upper end of the interval; 0 where none were found."""
-        return self.high if self.found else 0.0
+        """Largest share that may be removed: with 99.9 % confidence no more are wrong (Clopper & Pearson 1934).
+
+        0 where none were found. A wide bound on purpose: what goes is decided sample by sample, and 50 held-out
+        samples can carry half of the wrong labels that they should (measured: 4 of 50 at a rate of 0.2).
+        """
+        return _highest(self.disagreeing, self.counted) if self.found else 0.0
 
 
 @dataclass(frozen=True)
@@ -277,6 +281,13 @@ def _lowest(disagreeing: int, counted: int) -> float:
     from scipy.stats import beta  # pyright: ignore[reportMissingTypeStubs]  takes half a second: not at the top
 
     return float(beta.ppf(0.05, disagreeing, counted - disagreeing + 1)) if disagreeing else 0.0
+
+
+def _highest(disagreeing: int, counted: int) -> float:
+    """One-sided 99.9 % bound from above on a share."""
+    from scipy.stats import beta  # pyright: ignore[reportMissingTypeStubs]
+
+    return float(beta.ppf(0.999, disagreeing + 1, counted - disagreeing)) if disagreeing < counted else 1.0
 
 
 def _interval(disagreeing: int, counted: int) -> tuple[float, float]:
