@@ -16,7 +16,7 @@ from rich.console import Console
 
 from posttrain import rounds
 from posttrain.config import RunFile, without_credentials
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, StepError
 from posttrain.report.progress import StepLog
 from posttrain.report.summary import print_summary
 from posttrain.store.folder import RunFolder
@@ -142,6 +142,10 @@ def open_tracking(config: RunFile, inputs: Inputs, folder: RunFolder, fingerprin
 
     path = folder.path("tracking.json")
     known = folder.read_json(path) if folder.exists(path) else {}
+    if not known and config.tracking.uri is None:
+        # a run that was killed while MLflow made its tables: half of them cannot be gone on with
+        for left in folder.local.glob("mlflow.db*"):
+            left.unlink()
     tracking = Tracking.open(
         config.tracking.uri,
         run_folder=folder.local if folder.is_local else Path("."),
@@ -201,7 +205,9 @@ def finish(run: CleaningRun, outcome: rounds.Outcome[Network], began: float) -> 
     folder, state, classes = run.folder, outcome.state, run.inputs.classes
     numbers = [r.number for r in state.history if r.removed or r.relabelled]
     # the latest word on what is kept: also of a round that removed nothing, while a boundary put on last has none
-    scored = next(n for n in range(state.number + 1, 0, -1) if folder.exists(folder.round(n, "scores.parquet")))
+    scored = next((n for n in range(state.number + 1, 0, -1) if folder.exists(folder.round(n, "scores.parquet"))), 0)
+    if not scored:
+        raise StepError("no round has scored the samples: removal.max_rounds has to be at least 1")
     last_scores = folder.round(scored, "scores.parquet")
     files: dict[str, str] = {}
     with run.progress.step("results") as tell:
@@ -296,8 +302,6 @@ def write_model(run: CleaningRun, model: Network) -> None:
 def check_counts(samples: int, kept: int, removed: int, quarantined: int) -> None:
     """Every input sample is in exactly one of kept, removed, quarantined."""
     if kept + removed + quarantined != samples:
-        from posttrain.errors import StepError
-
         raise StepError(
             f"the counts do not add up: {kept} kept + {removed} removed + {quarantined} quarantined is not "
             f"{samples}; the run folder is left as it is, please report this with its rounds/*/round.json"

@@ -82,6 +82,8 @@ class Removal:
     """Of this round alone."""
     relabelled: Relabelled
     """Of this round alone."""
+    support: float
+    """Sum of the removed samples' given labels' probabilities."""
     noise: NoiseEstimate
     exhausted: bool
     figures: dict[str, bytes]
@@ -173,7 +175,8 @@ class CleaningRun:
             of_held_out, temperature = held_out_audit(held_out, boundary.weights)
             of_live = self.workers.survey(drawn.live, verdict, temperature)
             removed = sum(done.removed for done in state.history)
-            audit = audits.audit(of_held_out, of_live, temperature, removed=removed)
+            support = sum(done.metrics.get("removed_support", 0.0) for done in state.history)
+            audit = audits.audit(of_held_out, of_live, temperature, removed=removed, removed_support=support)
         verdict = replace(verdict, audit=audit)
         path = self.folder.round(state.number + 1, "scores.parquet")
         counts = np.zeros(classes, np.int64)
@@ -259,6 +262,7 @@ class CleaningRun:
             relabelled_rows(
                 relabelled[BUCKET].to_numpy(), relabelled[ROW].to_numpy(), relabelled["suggested_label"].to_numpy()
             ),
+            float(pc.sum(removed["self_confidence"]).as_py() or 0.0),
             scored.noise,
             in_all == 0,
             figures,
@@ -314,7 +318,7 @@ class CleaningRun:
             live = self._after(removal)
             self.removed = merged(self.removed, removal.excluded)
             self.relabelled = live.relabelled
-            metrics = {**done.metrics, **self._found}
+            metrics = {**done.metrics, **self._found, "removed_support": removal.support}
             if self._true_labels_known():
                 found = measuring.detection(self.splits["train"], self.removed, self.relabelled)
                 metrics |= _known(
@@ -422,7 +426,8 @@ class CleaningRun:
         for done in rounds:
             self.tell_round(done, {})
             if "noise_rate" in done.metrics:
-                self.noise = {name: done.metrics[f"noise_{name}"] for name in ("rate", "low", "high", "found")}
+                self.noise = {name: done.metrics[f"noise_{name}"] for name in ("rate", "low", "high")}
+                self.noise["found"] = bool(done.metrics["noise_found"])
         return State(rounds, self._read_checkpoint(rounds[-1].number), self._validation_samples)
 
     def network(self, weights: bytes, spec: ModelSpec | None = None) -> Network:
@@ -523,6 +528,12 @@ class CleaningRun:
                     f"{first['file'][0].as_py()} (sample_id {first[SAMPLE_ID][0].as_py()}): "
                     f"{first['reason'][0].as_py()}; all in quarantine.parquet"
                 )
+        for name in ("validation", "test"):
+            if name in summaries and not any(found.count for found in summaries[name]):
+                raise PosttrainError(
+                    f"not one {name} sample can be read; quarantine.parquet in the run folder gives the reasons: "
+                    f"is data.{name} right?"
+                )
         if self._live() <= 0:
             raise PosttrainError(
                 "not one training sample can be read; quarantine.parquet in the run folder gives the reasons: "
@@ -599,7 +610,8 @@ class CleaningRun:
         columns = list(dict.fromkeys([SAMPLE_ID, BUCKET, ROW, LABEL, settings.score, "directed_margin"]))
         for table in self.folder.row_groups(path, columns):
             scores = table[settings.score].to_numpy().copy()
-            if settings.score != "random":
+            # a control takes as many as it is told, by its own score alone
+            if settings.score != "random" and self.quota is None:
                 scores[table["directed_margin"].to_numpy() <= settings.threshold] = -np.inf
             # what has been relabelled once is let be: it would go back and forth
             if table.num_rows and (changed := self.relabelled.get(table[BUCKET][0].as_py())) is not None:

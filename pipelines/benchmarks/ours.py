@@ -122,9 +122,16 @@ def ours(case: Case, data: Data, weights: bytes) -> Ours:
 
 
 def evidence(
-    case: Case, data: Data, live: InMemory, held_out: InMemory, boundary: committee.Boundary, *, removed: int = 0
+    case: Case,
+    data: Data,
+    live: InMemory,
+    held_out: InMemory,
+    boundary: committee.Boundary,
+    *,
+    removed: int = 0,
+    removed_support: float = 0.0,
 ) -> scores.Evidence:
-    """The audited evidence on the live samples, after so many were removed."""
+    """The audited evidence on the live samples; what was removed before as `audits.audit` takes it."""
     settings = ProbeSection()
     of_held_out, temperature = committee.held_out_audit(
         held_out.standardised(boundary.layers, boundary.standardizers), boundary.weights
@@ -139,6 +146,5 @@ def evidence(
     draw = torch.from_numpy(uniform(data.train.ids, stream_seed("control", case.seed))).float()
     unaudited = scores.joint_evidence(members, live.labels, draw)
     of_live = audits.Survey(*audits.survey(unaudited.loo_logits, live.labels, temperature))
-    return scores.Evidence(
-        unaudited.members, live.labels, draw, audits.audit(of_held_out, of_live, temperature, removed=removed)
-    )
+    audit = audits.audit(of_held_out, of_live, temperature, removed=removed, removed_support=removed_support)
+    return scores.Evidence(unaudited.members, live.labels, draw, audit)

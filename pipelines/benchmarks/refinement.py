@@ -200,6 +200,8 @@ class Taken:
     """bool [n] over all training samples."""
     live: int
     """Samples that were scored."""
+    support: float
+    """Sum of the given labels' probabilities of those that go."""
     noise: NoiseEstimate
     exhausted: bool
 
@@ -258,6 +260,8 @@ class CleaningInMemory:
     steps: list[int] = field(default_factory=list)
     """Gradient steps of each round."""
     estimates: list[Estimate] = field(default_factory=list)
+    _removed_support: float = 0.0
+    """Sum of the removed samples' given labels' probabilities."""
     _most: float = 0.0
     """Largest share of wrong labels that any round thought possible."""
     _features: tuple[bytes, Features] = field(init=False)
@@ -295,7 +299,15 @@ class CleaningInMemory:
         """The audited evidence on the live samples."""
         live = replace(self.data, train=self.data.train.rows(self.kept))
         train, removed = rows(features.train, self.kept), int((~self.kept).sum())
-        found = evidence(self.case, live, train, features.validation, boundary, removed=removed)
+        found = evidence(
+            self.case,
+            live,
+            train,
+            features.validation,
+            boundary,
+            removed=removed,
+            removed_support=self._removed_support,
+        )
         assert found.audit is not None
         noise = found.audit.noise
         self.estimates.append(Estimate(noise.rate, noise.low, noise.high, noise.found))
@@ -316,7 +328,8 @@ class CleaningInMemory:
             at_most=min(max(1, int(self.removal.budget * live)), in_all),
             threshold=self.removal.threshold,
         )
-        return Taken(cut, gone, live, noise, in_all == 0)
+        support = float(scores.suggestion(found).self_confidence[torch.from_numpy(gone[self.kept])].sum())
+        return Taken(cut, gone, live, support, noise, in_all == 0)
 
     def count(self, removal: Taken) -> Cut:
         """How many samples were scored, how many are candidates, how many go."""
@@ -353,6 +366,7 @@ class CleaningInMemory:
 
     def commit(self, state: State[Model], removal: Taken, model: Model, done: Round) -> Round:
         """Take the round's samples out."""
+        self._removed_support += removal.support
         self.kept = self.kept & ~removal.gone
         return done
 

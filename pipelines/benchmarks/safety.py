@@ -156,7 +156,7 @@ def report(found: Sequence[Found], command: str) -> list[str]:
 
 
 def short(found: Sequence[Found]) -> list[str]:
-    """The README's table: one line per data set and kind of labels, means over networks and seeds."""
+    """The README's table: one line per data set and kind of labels, with the values of each network and seed."""
     lines = ["| data set, labels | wrong | estimate | removed | precision |", "|---|---|---|---|---|"]
     for key in dict.fromkeys((one.dataset, one.noise) for one in found):
         mine = [one for one in found if (one.dataset, one.noise) == key]

@@ -41,6 +41,8 @@ _FEW = 5.0
 
 CONFIDENT_SHARE = 0.02
 LEAST_CONFIDENT = 50
+SMALL_SHARE = 0.1
+"""Where 50 are more than this share of the samples, this share is taken: the 50 surest of 200 are not all sure."""
 MOST_CONFIDENT = 2000
 CLEAN = 0.01
 """Wrong labels among the most confident up to this share are what a clean set shows, too."""
@@ -194,11 +196,14 @@ def fitted_temperature(moments: Callable[[Tensor], tuple[Tensor, ...]], *, steps
     return t
 
 
-def audit(held_out: Survey, live: Survey, temperature: float, *, removed: int = 0) -> Audit:
+def audit(
+    held_out: Survey, live: Survey, temperature: float, *, removed: int = 0, removed_support: float = 0.0
+) -> Audit:
     """The estimates from both surveys, which were made at this temperature.
 
-    `removed`: samples that were live and have been taken out as wrong. They count as ones whose label nothing
-    speaks for: without them the live labels would be the better ones, and b would take that for memory.
+    `removed`: samples that were live and have been taken out as wrong, and the sum of their labels' probabilities
+    when they were. They count along: without them the live labels would be the better ones, and b would take
+    that for memory.
     """
     wanted = float(held_out.support[0] / held_out.count)
     counted = [_most_confident(of) for of in (held_out, live)]
@@ -208,16 +213,18 @@ def audit(held_out: Survey, live: Survey, temperature: float, *, removed: int = 
     error = float(held_out.disagreeing.sum()) / samples if samples else 0.0
     found = any(_lowest(*pair) > max(CLEAN, MISTAKEN * error) for pair in counted)
     noise = NoiseEstimate(disagreeing / number if found and number else 0.0, low, high, disagreeing, number, found)
-    return Audit(temperature, _offset(live, wanted, removed), _directions(live.votes, float(live.count)), noise)
+    return Audit(
+        temperature, _offset(live, wanted, removed, removed_support), _directions(live.votes, float(live.count)), noise
+    )
 
 
 def _offsets() -> Tensor:
     return torch.linspace(0, _LARGEST_OFFSET, _OFFSETS, dtype=torch.float64)
 
 
-def _offset(live: Survey, wanted: float, removed: int) -> float:
+def _offset(live: Survey, wanted: float, removed: int, removed_support: float) -> float:
     """The b at which the live labels' mean probability falls to `wanted`; 0 where it is lower anyway."""
-    means, grid = (live.support / (live.count + removed)).tolist(), _offsets().tolist()
+    means, grid = ((live.support + removed_support) / (live.count + removed)).tolist(), _offsets().tolist()
     # not a number where either survey is empty: nothing is known of b then
     if not means[0] > wanted:
         return 0.0
@@ -251,7 +258,8 @@ def _most_confident(of: Survey) -> tuple[int, int]:
     boundary, whose errors become more frequent with less confidence. Bins are taken whole.
     """
     count = int(of.count)
-    wanted = min(count, max(LEAST_CONFIDENT, min(MOST_CONFIDENT, int(CONFIDENT_SHARE * count))))
+    least = min(LEAST_CONFIDENT, math.ceil(SMALL_SHARE * count))
+    wanted = max(least, min(MOST_CONFIDENT, int(CONFIDENT_SHARE * count)))
     if not wanted:
         return 0, 0
     confident, disagreeing = (part.flip(0).cumsum(0).tolist() for part in (of.confident, of.disagreeing))
