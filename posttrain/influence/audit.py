@@ -41,8 +41,6 @@ _FEW = 5.0
 
 CONFIDENT_SHARE = 0.02
 LEAST_CONFIDENT = 50
-SMALL_SHARE = 0.1
-"""Where 50 are more than this share of the samples, this share is taken: the 50 surest of 200 are not all sure."""
 MOST_CONFIDENT = 2000
 CLEAN = 0.01
 """Wrong labels among the most confident up to this share are what a clean set shows, too."""
@@ -258,8 +256,7 @@ def _most_confident(of: Survey) -> tuple[int, int]:
     boundary, whose errors become more frequent with less confidence. Bins are taken whole.
     """
     count = int(of.count)
-    least = min(LEAST_CONFIDENT, math.ceil(SMALL_SHARE * count))
-    wanted = max(least, min(MOST_CONFIDENT, int(CONFIDENT_SHARE * count)))
+    wanted = min(count, max(LEAST_CONFIDENT, min(MOST_CONFIDENT, int(CONFIDENT_SHARE * count))))
     if not wanted:
         return 0, 0
     confident, disagreeing = (part.flip(0).cumsum(0).tolist() for part in (of.confident, of.disagreeing))

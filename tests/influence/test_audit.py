@@ -404,8 +404,7 @@ def test_the_most_confident_are_the_highest_by_sorting(samples: int):
     likeliest = drawn.integers(0, 3, samples)
     p = np.tile(rest[:, None] / 2, (1, 3))
     p[np.arange(samples), likeliest] = 1 - rest
-    # 50, but no more than a tenth; or 2 %
-    wanted = max(min(50, samples // 10), int(0.02 * samples))
+    wanted = max(50, int(0.02 * samples))
     highest = np.argsort(-depth)[:wanted]
     # the less confident ones disagree far more often: no more than the wanted ones are alike
     rate = np.full(samples, 0.9)
