@@ -19,6 +19,7 @@ import torch
 
 from pipelines.boundary import Boundaries, Drawn, Live
 from pipelines.inputs import Inputs
+from posttrain import policy
 from posttrain.cluster import measuring, refining
 from posttrain.cluster.reading import Split
 from posttrain.cluster.workers import Network, Verdict, View, Workers, load_network
@@ -213,14 +214,13 @@ class CleaningRun:
         """The round's cut: its rows in `removed.parquet`, and in `relabelled.parquet` those that only change labels."""
         settings = self.config.removal
         number = state.number + 1
-        floors = np.ceil(settings.class_floor * self.splits["train"].class_counts).astype(np.int64)
         in_all = self._in_all(state, scored.noise)
         with self.progress.step("select") as tell:
             selection = select(
                 lambda: self._candidates(scored.path),
                 classes=len(self.inputs.classes),
                 at_most=min(self._at_most(number, int(scored.class_counts.sum())), in_all),
-                caps=np.maximum(scored.class_counts - floors, 0),
+                caps=policy.caps(scored.class_counts, self.splits["train"].class_counts, settings.class_floor),
                 threshold=-np.inf,
             )
             edges = self._edges(scored.path)
@@ -278,12 +278,13 @@ class CleaningRun:
             relabelled,
             in_words(removal.noise),
             removal.exhausted,
+            None if self.config.removal.share == "estimated" else self.config.removal.share,
         )
 
     def refine(self, state: State[Network], backbone: str, removal: Removal, drawn: Drawn) -> Network:
         """The model without the samples of this round: a new head, or the whole network trained on."""
         live = self._after(removal)
-        settings = self.config.refine
+        settings = self.config.refining
         if settings.scope == "head":
             with self.progress.step("refine"):
                 assert self.first.backbone == backbone
@@ -364,26 +365,17 @@ class CleaningRun:
         return Steps(self.embed, self.fit, self.score, self.select, self.count, self.refine, self.evaluate, self.commit)
 
     def last_boundary(self, state: State[Network], reason: str) -> State[Network]:
-        """After the last round: the boundary as the network's new head, where that is due; kept as a round of its own.
-
-        With `refine.scope: both` after a removal, unless the validation accuracy falls. With `head` where no label
-        was found wrong, and only if the validation accuracy rises by more than two standard errors: a network that
-        is not known to be worse than another stays as it came.
-        """
+        """After the last round: the boundary as the new head, where `policy` says so, as a round of its own."""
         scope, last = self.config.refine.scope, state.history[-1]
-        due = (scope == "both" and state.number > 0) or (scope == "head" and state.number == 0)
-        if not due or last.ended:
+        if last.ended or not policy.boundary_is_due(scope, state.number):
             return state
-        n = self._validation_samples + 4
-        share = (last.metrics["validation_accuracy"] * self._validation_samples + 2) / n
-        needed = 0.0 if scope == "both" else 2 * (2 * share * (1 - share) / n) ** 0.5
         number = state.number + 1
         self.progress.begin_round(number)
         backbone = self._embed(state.model, ("train", "validation"))
         with self.progress.step("fit"):
             drawn = self.boundaries.draw(backbone, self.live, number=number)
-        gain = drawn.boundary.accuracy - last.metrics["validation_accuracy"]
-        if gain < needed or (scope == "head" and gain == 0):
+        before, after = last.metrics["validation_accuracy"], drawn.boundary.accuracy
+        if not policy.boundary_is_taken(scope, before, after, state.validation_samples):
             return state
         with self.progress.step("refine"):
             model = self.redrawn(state.model, drawn.boundary.members, self.live)
@@ -597,12 +589,9 @@ class CleaningRun:
         settings = self.config.removal
         if self.quota is not None:
             return self.splits["train"].rows
-        first = state.history[0].live
         # the validation labels stay as noisy as they are: a later, lower estimate is chance
         most = max([noise.most, *(done.metrics.get("noise_most", 0.0) for done in state.history)])
-        share = most if settings.share == "estimated" else settings.share
-        done = sum(r.removed + r.relabelled for r in state.history)
-        return max(0, int(share * first) - done)
+        return policy.allowance(state.history, most if settings.share == "estimated" else settings.share)
 
     def _candidates(self, path: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """(ids, labels, score) with a score of -inf for what does not look wrong."""
@@ -629,7 +618,7 @@ class CleaningRun:
     def _at_most(self, number: int, live: int) -> int:
         if self.quota is not None:
             return self.quota[number - 1]
-        return max(1, int(self.config.removal.budget * live))
+        return policy.in_one_round(live, self.config.removal.budget)
 
     def _live(self) -> int:
         return self.splits["train"].rows - sum(len(rows) for rows in self.excluded.values())

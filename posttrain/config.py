@@ -240,6 +240,9 @@ class Model(Section):
         return self
 
 
+Augment = Literal["none", "crop_flip", "crop"]
+
+
 class Training(Section):
     """How a network is trained: what pre-training and refining have in common."""
 
@@ -257,8 +260,6 @@ class Training(Section):
     """sgd (with Nesterov's momentum where momentum is above 0) or adamw."""
     schedule: Literal["constant", "cosine"] = "constant"
     """constant, or cosine: the learning rate falls to 0 over all steps."""
-    augment: Literal["none", "crop_flip", "crop"] = "crop_flip"
-    """Random change of the training images: none, crop (shifted crops), crop_flip (and mirrored)."""
 
 
 class Pretrain(Training):
@@ -272,7 +273,7 @@ class Pretrain(Training):
     """Step size at the start."""
     optimizer: Literal["sgd", "adamw"] = "adamw"
     """sgd (with Nesterov's momentum where momentum is above 0) or adamw."""
-    augment: Literal["none", "crop_flip", "crop"] = "none"
+    augment: Augment = "none"
     """Random change of the training images: none, crop (shifted crops), crop_flip (and mirrored)."""
     until_train_accuracy: float | None = Field(default=0.995, gt=0, le=1)
     """Stop after the epoch that reaches this accuracy on the given labels. null: all epochs."""
@@ -285,10 +286,17 @@ class Refine(Training):
     """head: the boundary fitted on what is left becomes the new head, and the other keys of this section have no
     effect. network: the whole network is trained on the images that are left. both: the network in every round,
     and in the end the boundary becomes its new head, unless the held-out labels speak against it."""
+    augment: Augment | None = None
+    """Random change of the training images: none, crop (shifted crops), crop_flip (and mirrored). null: as in
+    pre-training, where posttrain does that; else crop_flip."""
 
 
 def _several(value: object) -> object:
     return (value,) if isinstance(value, int | float | str) and not isinstance(value, bool) else value
+
+
+def _layers(value: object) -> object:
+    return (value,) if isinstance(value, str) and value not in ("auto", "last") else value
 
 
 Positive = Annotated[float, Field(gt=0)]
@@ -304,7 +312,10 @@ class Probe(Section):
     ] = (1.0, 0.1, 0.01)
     """L2 penalty lambda of a probe, on standardised features. Of several, each layer takes the one with the
     lowest cross-entropy on held-out labels."""
-    layers: Annotated[tuple[Text, ...], Field(min_length=1)] | Literal["auto", "last"] = "auto"
+    layers: Annotated[
+        Annotated[tuple[Text, ...], Field(min_length=1)] | Literal["auto", "last"],
+        BeforeValidator(_layers, json_schema_input_type=Text | tuple[Text, ...]),
+    ] = "auto"
     """Layers to try probes on, by their dotted names (input: the images; the head's name: what goes into it). auto:
     found by themselves. last: what goes into the head, alone. The boundary is drawn by the best ones together."""
     width: int = Field(default=256, ge=8)
@@ -408,6 +419,14 @@ class RunFile(Section):
     ray: Ray = Ray()
     tracking: Tracking = Tracking()
     results: Results = Results()
+
+    @property
+    def refining(self) -> Refine:
+        """`refine` with what it takes over from pre-training."""
+        if self.refine.augment is not None:
+            return self.refine
+        augment: Augment = self.pretrain.augment if self.model.weights is None else "crop_flip"
+        return self.refine.model_copy(update={"augment": augment})
 
     @model_validator(mode="after")
     def _model_fits_the_data(self) -> Self:

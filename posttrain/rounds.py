@@ -6,11 +6,11 @@ and only `commit` makes what a round did last.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
+from posttrain import policy
 from posttrain.schema import Round
 
 Features = TypeVar("Features")
@@ -62,6 +62,8 @@ class Cut:
     """What is known of the share of wrong labels, as a clause."""
     exhausted: bool
     """Whether as many samples have been dealt with as may be in all rounds; true from the start where none may."""
+    share: float | None = None
+    """How many may be in all rounds, where the user says so (`removal.share`); None: as many as may be wrong."""
 
     @property
     def taken(self) -> int:
@@ -120,10 +122,7 @@ def limit_reached(state: State[Model], limits: Limits) -> str | None:
     accuracies = [r.metrics["validation_accuracy"] for r in state.history]
     best = max(accuracies)
     # one would be passed by chance every few rounds: the best of several is itself an extreme
-    # the plus-four estimate (Agresti & Coull 1998): an accuracy of 1 has an error, too
-    n = state.validation_samples + 4
-    share = (best * state.validation_samples + 2) / n
-    error = 2 * math.sqrt(share * (1 - share) / n)
+    error = 2 * policy.standard_error(best, state.validation_samples)
     worse = 0
     for accuracy in reversed(accuracies):
         if accuracy >= best - error:
@@ -140,10 +139,12 @@ def limit_reached(state: State[Model], limits: Limits) -> str | None:
 def nothing_left(state: State[Model], cut: Cut) -> str:
     """The reason where there is nothing (more) to do."""
     if cut.exhausted:
-        done = sum(r.removed + r.relabelled for r in state.history)
+        done = policy.dealt_with(state.history)
+        of_user = None if cut.share is None else f"removal.share = {cut.share:g}"
         if not done:
-            return f"removal.share lets no sample go; {cut.estimate}"
-        return f"{done} samples are dealt with, as many as removal.share allows; {cut.estimate}"
+            return f"no sample goes: {of_user + '; ' if of_user else ''}{cut.estimate}"
+        most = f"{of_user} allows" if of_user else "may be wrong"
+        return f"{done} samples are dealt with, as many as {most}; {cut.estimate}"
     if cut.candidates and not cut.taken:
         return f"{cut.candidates} samples look wrong, but the budget or the class floors let none of them go"
     return f"what is left no longer looks wrong: {cut.candidates} of {cut.live} samples would be candidates"

@@ -212,7 +212,7 @@ def test_one_damping_needs_no_list():
         ("probe.damping=[]", "probe.damping = []: "),
         ("probe.width=7", "probe.width = 7: should be greater than or equal to 8"),
         ("probe.exact_limit=-1", "probe.exact_limit = -1: should be greater than or equal to 0"),
-        ("probe.layers=all", "probe.layers = \"all\": should be a valid tuple or should be 'auto' or 'last'"),
+        ("probe.layers=3", "probe.layers = 3: should be a valid tuple or should be 'auto' or 'last'"),
         ("probe.layers=[fc, 2]", 'probe.layers = ["fc", 2]: should be a valid string'),
         ("probe.layers=['']", 'probe.layers = [""]: '),
         ("removal.action=drop", "removal.action = \"drop\": should be 'remove' or 'relabel'"),
@@ -374,3 +374,21 @@ def test_differences_name_the_keys_with_old_and_new_value():
 def test_a_section_made_in_python_is_checked_like_one_from_a_file():
     with pytest.raises(ValueError, match=r"needs data\.train"):
         Data(source="parquet")
+
+
+def test_one_layer_is_a_list_of_one():
+    assert load(None, ["probe.layers=hidden"]).probe.layers == ("hidden",)
+    assert load(None, ["probe.layers=last"]).probe.layers == "last"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "augment"),
+    [
+        ([], "none"),
+        (["pretrain.augment=crop"], "crop"),
+        (["pretrain.augment=crop", "refine.augment=none"], "none"),
+        (["model.weights=own.pt"], "crop_flip"),
+    ],
+)
+def test_refining_changes_images_as_pretraining_did(overrides: list[str], augment: str):
+    assert load(None, overrides).refining.augment == augment

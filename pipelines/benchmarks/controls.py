@@ -18,6 +18,7 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from pipelines.steps import CleaningRun, average_precisions
 from posttrain import rounds
 from posttrain.config import RunFile, load
 from posttrain.report.progress import StepLog
+from posttrain.schema import Round
 
 CONTROLS = {"posttrain": "directed_margin", "random removal": "random", "removal by loss": "loss", "no removal": None}
 
@@ -59,7 +61,8 @@ def measured(
             minimum, patience = (config.removal.minimum, config.removal.patience) if quota is None else (0.0, most)
             limits = rounds.Limits(most, minimum, patience)
             outcome = rounds.clean(state, run.as_steps(), limits)
-            summary = finish(run, outcome, began)
+            last = run.last_boundary(outcome.state, outcome.reason)
+            summary = finish(run, replace(outcome, state=last), began)
             found = {key: summary[key] for key in summary if key not in ("files", "run")}
             found["history"] = [[r.live, r.removed, r.metrics] for r in outcome.state.history]
             found["average_precision"] = average_precisions(run.folder, run.splits["train"])
@@ -69,24 +72,22 @@ def measured(
 
 def without_removal(run: CleaningRun, state: rounds.State[Any], budget: Sequence[int]) -> dict[str, Any]:
     """As many rounds of training on all samples, each of as many steps."""
-    model, metrics = state.model, state.history[-1].metrics
-    history = [metrics]
     for number, steps in enumerate(budget, start=1):
         if run.config.refine.scope != "head":
             seed = run.config.run.seed + 1000 * number
-            model = run.train(model, run.config.refine, run.live, name="refine", seed=seed, max_steps=steps)
+            model = run.train(state.model, run.config.refining, run.live, name="refine", seed=seed, max_steps=steps)
         else:
             backbone = run.embed(state)
             choice = run.boundaries.chosen(backbone)
             assert choice is not None, "round 0 chose"
             model = run.redrawn(run.first, choice.members, run.live)
-        metrics = run.evaluate(state, model)
-        history.append(metrics)
-    before = state.history[0].metrics
+        done = Round(number, state.live, 0, 0, 0, run.evaluate(state, model))
+        state = replace(state, history=(*state.history, done), model=model)
+    state = run.last_boundary(state, "as many rounds as with removals")
     return {
-        "test_accuracy_before": before["test_accuracy"],
-        "test_accuracy_after": metrics["test_accuracy"],
-        "history": history,
+        "test_accuracy_before": state.history[0].metrics["test_accuracy"],
+        "test_accuracy_after": state.history[-1].metrics["test_accuracy"],
+        "history": [done.metrics for done in state.history],
     }
 
 

@@ -37,7 +37,7 @@ def plain(config: RunFile, weights: Path) -> dict[str, Any]:
     from posttrain.vision.images import augmentation, decode_column, normalize
 
     began = time.perf_counter()
-    data, settings, train = config.data, config.model, config.refine
+    data, settings, train = config.data, config.model, config.refining
     assert isinstance(settings.image_size, int)
     side, classes = settings.image_size, 10
     mean, std = settings.mean, settings.std

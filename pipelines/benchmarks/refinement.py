@@ -38,7 +38,7 @@ from pipelines.benchmarks.hardware import hardware
 from pipelines.benchmarks.ours import InMemory, embedded, evidence
 from pipelines.boundary import Choice
 from pipelines.steps import in_words
-from posttrain import rounds
+from posttrain import policy, rounds
 from posttrain.cluster.refining import Training
 from posttrain.config import Probe as ProbeSection
 from posttrain.config import Refine, Removal
@@ -57,8 +57,7 @@ REFINE = Refine(scope="network", epochs=2, batch_size=64)
 DECAY = 0.99
 """Of the moving average of weights, by gradient step."""
 
-Mode = Literal["head", "network", "both"]
-"""posttrain's `refine.scope`."""
+Mode = policy.Scope
 MODES: tuple[Mode, ...] = ("head", "network", "both")
 
 UNTOUCHED = "the network as it came"
@@ -317,15 +316,14 @@ class CleaningInMemory:
         """The round's cut: at most the budget, at most what is estimated to be wrong, no class below its floor."""
         assert found.audit is not None
         noise, live = found.audit.noise, int(self.kept.sum())
-        done = sum(done.removed for done in state.history)
         self._most = max(self._most, noise.most)
-        in_all = max(0, int(self._most * state.history[0].live) - done)
+        in_all = policy.allowance(state.history, self._most)
         cut, gone = taken(
             self.data.train,
             self.kept,
             scores.SCORES[self.removal.score](found).float().numpy(),
             classes=self.data.classes,
-            at_most=min(max(1, int(self.removal.budget * live)), in_all),
+            at_most=min(policy.in_one_round(live, self.removal.budget), in_all),
             threshold=self.removal.threshold,
         )
         support = float(scores.suggestion(found).self_confidence[torch.from_numpy(gone[self.kept])].sum())
@@ -381,19 +379,12 @@ class CleaningInMemory:
         return rounds.clean(state, steps, limits)
 
     def last_boundary(self, state: State[Model], mode: Mode) -> State[Model]:
-        """After the last round: the boundary as the new head where the mode asks for it, as in `pipelines.steps`.
-
-        `both`: after a removal, unless the validation accuracy falls. `head`: where nothing was removed, if the
-        validation accuracy rises by more than two standard errors.
-        """
-        if not ((mode == "both" and state.number > 0) or (mode == "head" and state.number == 0)):
+        """After the last round: the boundary as the new head, where `policy` says so."""
+        if not policy.boundary_is_due(mode, state.number):
             return state
-        before, n = state.history[-1].metrics["validation_accuracy"], state.validation_samples + 4
-        share = (before * state.validation_samples + 2) / n
-        needed = 0.0 if mode == "both" else 2 * (2 * share * (1 - share) / n) ** 0.5
         boundary = self.fit(state, self.embed(state))
-        gain = boundary.accuracy - before
-        if gain < needed or (mode == "head" and gain == 0):
+        before = state.history[-1].metrics["validation_accuracy"]
+        if not policy.boundary_is_taken(mode, before, boundary.accuracy, state.validation_samples):
             return state
         model = Model(state.model.weights, boundary)
         done = Round(state.number + 1, state.live, 0, 0, 0, self.evaluate(state, model))
@@ -414,12 +405,12 @@ def taken(
     Every class keeps its floor, a share of all its samples in the part.
     """
     ids, labels = part.ids[kept], part.given[kept]
-    floors = np.ceil(REMOVAL.class_floor * np.bincount(part.given, minlength=classes)).astype(np.int64)
+    live, samples = (np.bincount(own, minlength=classes) for own in (labels, part.given))
     cut = selection.select(
         lambda: [(ids, labels, scores)],
         classes=classes,
         at_most=at_most,
-        caps=np.maximum(np.bincount(labels, minlength=classes) - floors, 0),
+        caps=policy.caps(live, samples, REMOVAL.class_floor),
         threshold=threshold,
     )
     gone = np.zeros(len(part), bool)
@@ -447,7 +438,7 @@ def network_accuracies(case: Case, data: Data, weights: bytes) -> dict[str, floa
 def refining(dataset: str) -> Training:
     """How the data set's network is trained in one round of refining."""
     settings = REFINE.model_dump(exclude={"scope"})
-    return Training(**{**settings, "augment": "crop" if dataset == "digits" else settings["augment"]})
+    return Training(**{**settings, "augment": "crop" if dataset == "digits" else "crop_flip"})
 
 
 def round_seed(case: Case, number: int) -> int:
@@ -1052,8 +1043,8 @@ def _removals(findings: Sequence[Finding]) -> list[str]:
 def _shortened(reason: str) -> str:
     words = {
         "max_rounds": "rounds",
-        "lets no sample go": "no sign",
-        "removal.share allows": "the estimate",
+        "no sample goes": "no sign",
+        "are dealt with": "the estimate",
         "no longer looks wrong": "nothing left",
         "class floors": "floors",
         "validation accuracy": "validation",

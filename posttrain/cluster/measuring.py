@@ -14,11 +14,12 @@ from posttrain.schema import LABEL, TRUE_LABEL, Excluded, Relabelled
 
 @dataclass(frozen=True)
 class Detection:
-    """How the removals compare with the samples whose given label is wrong."""
+    """How what was removed or relabelled compares with the samples whose given label is wrong."""
 
     wrong: int
-    removed: int
-    removed_wrong: int
+    taken: int
+    """Samples removed or relabelled."""
+    taken_wrong: int
     relabelled: int
     relabelled_right: int
     """Relabelled samples whose new label is the true one."""
@@ -29,18 +30,18 @@ class Detection:
 
     @property
     def precision(self) -> float | None:
-        return self.removed_wrong / self.removed if self.removed else None
+        return self.taken_wrong / self.taken if self.taken else None
 
     @property
     def recall(self) -> float | None:
-        return self.removed_wrong / self.wrong if self.wrong else None
+        return self.taken_wrong / self.wrong if self.wrong else None
 
 
 @ray.remote
 def _count(block: pa.Table, removed: np.ndarray, relabelled: np.ndarray, labels: np.ndarray) -> tuple[int, int, int]:
     wrong = is_wrong(block)
     right = block[TRUE_LABEL].to_numpy()[relabelled] == labels
-    return int(wrong.sum()), int(wrong[removed].sum()), int(right.sum())
+    return int(wrong.sum()), int(wrong[removed].sum() + wrong[relabelled].sum()), int(right.sum())
 
 
 @ray.remote
@@ -63,11 +64,12 @@ def detection(split: Split, removed: Excluded, relabelled: Relabelled) -> Detect
             for b in split.buckets
         ]
     )
+    changed = sum(len(rows) for rows, _ in relabelled.values())
     return Detection(
         sum(wrong for wrong, _, _ in counts),
-        sum(len(rows) for rows in removed.values()),
+        sum(len(rows) for rows in removed.values()) + changed,
         sum(found for _, found, _ in counts),
-        sum(len(rows) for rows, _ in relabelled.values()),
+        changed,
         sum(right for _, _, right in counts),
     )
 

@@ -487,7 +487,7 @@ def finding(
     cleaning = Cleaning("removal.max_rounds = 4 reached", False, (10, 10, 10), (), (0.5, 0.6, 0.7), estimates)
     if noise == "clean":
         nothing = (Estimate(0.0, 0.0, 0.07, False),)
-        cleaning = Cleaning("removal.share lets no sample go; no sign", False, (), (), (), nothing)
+        cleaning = Cleaning("no sample goes: no sign", False, (), (), (), nothing)
     cleanings: dict[refinement.Mode, Cleaning] = {mode: cleaning for mode in MODES}
     cleanings["both"] = replace(cleaning, new_boundary=noise != "clean")
     case = Case("digits", noise, "memorised", seed)

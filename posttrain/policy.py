@@ -1,0 +1,70 @@
+"""What a run allows itself: how many samples go, what each class keeps, when a new boundary becomes the head.
+
+Numbers in, numbers out: a run on a cluster and the benchmarks in memory decide by the same rules.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from posttrain.schema import Round
+
+Scope = Literal["head", "network", "both"]
+"""`refine.scope`."""
+
+
+def standard_error(accuracy: float, samples: int) -> float:
+    """Of an accuracy measured on so many samples, by the plus-four estimate (Agresti & Coull 1998).
+
+    Unlike the plain one it is above 0 for an accuracy of 0 or 1.
+    """
+    n = samples + 4
+    share = (accuracy * samples + 2) / n
+    return math.sqrt(share * (1 - share) / n)
+
+
+def dealt_with(history: Sequence[Round]) -> int:
+    """Samples removed or relabelled so far."""
+    return sum(done.removed + done.relabelled for done in history)
+
+
+def allowance(history: Sequence[Round], share: float) -> int:
+    """Samples that may still be dealt with, in this and all later rounds: `share` is of those live in round 0."""
+    return max(0, int(share * history[0].live) - dealt_with(history))
+
+
+def in_one_round(live: int, budget: float) -> int:
+    """Most samples to deal with in one round: a share of the live ones, at least one."""
+    return max(1, int(budget * live))
+
+
+def caps(live: np.ndarray, samples: np.ndarray, class_floor: float) -> np.ndarray:
+    """int64 [classes]: how many samples each class may lose, so that it keeps a share of all its samples.
+
+    `live` and `samples` are counts by class, of those that take part and of all.
+    """
+    floors = np.ceil(class_floor * samples).astype(np.int64)
+    return np.maximum(live - floors, 0)
+
+
+def boundary_is_due(scope: Scope, rounds: int) -> bool:
+    """Whether the boundary may become the head after the last of so many rounds.
+
+    Of `both` after a removal; of `head`, which has drawn it in every round, where nothing was removed.
+    """
+    return rounds > 0 if scope == "both" else scope == "head" and rounds == 0
+
+
+def boundary_is_taken(scope: Scope, before: float, after: float, samples: int) -> bool:
+    """Whether the boundary becomes the head, by the validation accuracies `before` (the model's) and `after`.
+
+    Of `both` unless the accuracy falls: its network has been trained on, and is another one anyway. Of `head` only
+    if it rises by more than two standard errors of a difference: a network that is not known to be worse stays.
+    """
+    if scope == "both":
+        return after >= before
+    return after > before and after - before >= 2 * math.sqrt(2) * standard_error(before, samples)

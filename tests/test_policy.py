@@ -1,0 +1,58 @@
+"""What a run allows itself, against counting by hand and against repeated draws."""
+
+import numpy as np
+import pytest
+
+from posttrain import policy
+from posttrain.schema import Round
+
+HISTORY = (Round(0, 1000, 0, 0, 0, {}), Round(1, 960, 90, 40, 10, {}), Round(2, 940, 50, 20, 5, {}))
+
+
+@pytest.mark.parametrize("accuracy", [0.55, 0.9])
+def test_the_standard_error_is_the_spread_of_measured_accuracies(accuracy: float):
+    drawn = np.random.default_rng(0).binomial(400, accuracy, 20_000) / 400
+    assert policy.standard_error(accuracy, 400) == pytest.approx(drawn.std(), rel=0.04)
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 1.0])
+def test_an_accuracy_without_an_error_is_not_certain(accuracy: float):
+    # (0 + 2) of 24, by hand
+    assert policy.standard_error(accuracy, 20) == pytest.approx((1 / 12 * 11 / 12 / 24) ** 0.5)
+
+
+@pytest.mark.parametrize(("share", "left"), [(0.0, 0), (0.075, 0), (0.1, 25), (1.0, 925)])
+def test_the_allowance_is_a_share_of_the_first_samples_less_what_was_dealt_with(share: float, left: int):
+    assert policy.allowance(HISTORY, share) == left
+
+
+def test_a_round_takes_a_share_of_the_live_samples_but_always_one():
+    assert policy.in_one_round(940, 0.05) == 47
+    assert policy.in_one_round(3, 0.05) == 1
+
+
+def test_every_class_keeps_its_share_of_all_its_samples():
+    live, samples = np.array([100, 11, 10, 5, 0]), np.array([100, 101, 100, 100, 10])
+    assert policy.caps(live, samples, 0.1).tolist() == [90, 0, 0, 0, 0]
+    assert policy.caps(live, samples, 0.0).tolist() == live.tolist()
+
+
+@pytest.mark.parametrize(
+    ("scope", "rounds", "due"),
+    [("head", 0, True), ("head", 3, False), ("network", 0, False), ("network", 3, False), ("both", 3, True)],
+)
+def test_when_a_boundary_may_become_the_head(scope: policy.Scope, rounds: int, due: bool):
+    assert policy.boundary_is_due(scope, rounds) == due
+
+
+def test_with_both_the_boundary_is_taken_unless_the_accuracy_falls():
+    assert policy.boundary_is_taken("both", 0.8, 0.8, 500)
+    assert not policy.boundary_is_taken("both", 0.8, 0.798, 500)
+
+
+def test_with_head_chance_alone_hardly_ever_replaces_the_head():
+    draws = np.random.default_rng(0).binomial(500, 0.8, (20_000, 2)) / 500
+    taken = np.mean([policy.boundary_is_taken("head", before, after, 500) for before, after in draws])
+    # beyond two standard errors on one side: 2.3 % of normal differences
+    assert taken == pytest.approx(0.023, abs=0.006)
+    assert not policy.boundary_is_taken("head", 1.0, 1.0, 500)
