@@ -76,7 +76,7 @@ def plain(config: RunFile, weights: Path) -> dict[str, Any]:
 
         return reduce
 
-    augment = augmentation(train.augment, (side, side))
+    augment = augmentation(train.augment or "none", (side, side))
     live = torch.arange(len(labels))
     rounds: list[dict[str, float]] = []
     accuracy = 0.0
