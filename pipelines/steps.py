@@ -674,7 +674,8 @@ class CleaningRun:
 def in_words(noise: NoiseEstimate) -> str:
     """The estimate of the share of wrong labels, as a clause."""
     seen = (
-        f"of the {noise.counted} held-out samples that the others are surest of, {noise.disagreeing} have another label"
+        f"of the {noise.counted} {'live' if noise.of_live else 'held-out'} samples that the others are surest of, "
+        f"{noise.disagreeing} have another label"
     )
     if not noise.found:
         return f"{seen}, no more than in a clean set"

@@ -68,7 +68,11 @@ class Survey:
 
 @dataclass(frozen=True)
 class NoiseEstimate:
-    """Share of wrong labels, from the held-out samples of which the probes are most confident."""
+    """Share of wrong labels among the live samples, from those samples of which the probes are most confident.
+
+    From held-out ones; from the live ones themselves where these are clearly worse, as where somebody has looked
+    through the held-out labels.
+    """
 
     rate: float
     """0 where none were found."""
@@ -79,6 +83,8 @@ class NoiseEstimate:
     counted: int
     found: bool
     """Whether there are more wrong labels than a clean set shows, in either the held-out or the live samples."""
+    of_live: bool = False
+    """Whether live samples were counted, judged by the others, and not held-out ones."""
 
     @property
     def most(self) -> float:
@@ -204,13 +210,16 @@ def audit(
     that for memory.
     """
     wanted = float(held_out.support[0] / held_out.count)
-    counted = [_most_confident(of) for of in (held_out, live)]
-    (disagreeing, number), _ = counted
+    counted = of_held_out, of_live = [_most_confident(of) for of in (held_out, live)]
+    # held-out labels that were looked through say nothing of the live ones; memory only hides wrong live labels
+    worse = _interval(*of_live)[0] > _interval(*of_held_out)[1]
+    disagreeing, number = of_live if worse else of_held_out
     low, high = _interval(disagreeing, number)
     samples = float(held_out.count)
     error = float(held_out.disagreeing.sum()) / samples if samples else 0.0
     found = any(_lowest(*pair) > max(CLEAN, MISTAKEN * error) for pair in counted)
-    noise = NoiseEstimate(disagreeing / number if found and number else 0.0, low, high, disagreeing, number, found)
+    rate = disagreeing / number if found and number else 0.0
+    noise = NoiseEstimate(rate, low, high, disagreeing, number, found, of_live=worse)
     return Audit(
         temperature, _offset(live, wanted, removed, removed_support), _directions(live.votes, float(live.count)), noise
     )

@@ -392,7 +392,9 @@ def test_noise_is_found_where_scipy_says_that_there_is_more_than_in_a_clean_set(
     # the one-sided test at the 5 % level
     known = binomtest(disagreeing, counted, audits.CLEAN, alternative="greater")
     assert noise.found == (known.pvalue < 0.05)
-    assert noise.rate == (disagreeing / counted if noise.found and side == "held out" else 0.0)
+    shares = [binomtest(number, counted).proportion_ci(method="exact") for number in (disagreeing, 0)]
+    assert noise.of_live == (side == "live" and shares[0].low > shares[1].high)
+    assert noise.rate == (disagreeing / counted if noise.found and (side == "held out" or noise.of_live) else 0.0)
 
 
 @pytest.mark.parametrize("samples", [300, 3000])
@@ -489,6 +491,21 @@ def test_the_estimated_share_of_wrong_labels_covers_the_true_one(rate: float, cl
     assert sum(noise.found for noise in found) >= 95
     assert sum(noise.low <= rate <= noise.high for noise in found) >= 90
     assert float(np.mean([noise.rate for noise in found])) == pytest.approx(rate, abs=0.02)
+
+
+def test_where_the_held_out_labels_are_right_the_live_ones_tell_the_share_of_wrong_labels():
+    covered = 0
+    for seed in range(30):
+        looked_through = simulated(1500, symmetric(10, 0.0), apart=4.0, seed=1000 + seed)
+        noise = audited(looked_through, simulated(1500, symmetric(10, 0.3), apart=4.0, seed=5000 + seed)).noise
+        assert noise.found and noise.of_live and noise.most > 0.25
+        covered += noise.low <= 0.3 <= noise.high
+    assert covered >= 27
+
+
+def test_where_both_are_equally_noisy_the_held_out_labels_tell_the_share():
+    # two intervals of 95 % that do not meet are rarer than one difference in twenty
+    assert sum(noise.of_live for noise in estimates(0.2, 100)) <= 2
 
 
 def test_the_most_that_may_be_removed_is_a_bound_that_is_passed_once_in_a_thousand():
