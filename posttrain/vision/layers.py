@@ -94,7 +94,8 @@ def check(model: nn.Module, head: str, names: Sequence[str], example: Tensor) ->
             continue
         found = fault(name)
         if found:
-            serving = [INPUT, head, *(other for other in modules if fault(other) is None)]
+            # the head is a module, and a module may be called "input": each counts once
+            serving = dict.fromkeys([INPUT, head, *(other for other in modules if fault(other) is None)])
             nearest = difflib.get_close_matches(name, serving, n=3, cutoff=0)
             raise ModelError(f"layer {name!r} {found}; the nearest that a probe can sit on: {', '.join(nearest)}")
         places[name] = last[modules[name]]
@@ -330,7 +331,7 @@ def embed(model: nn.Module, layers: Sequence[str], head: str, batch: Tensor, *, 
 def _module(model: nn.Module, name: str) -> nn.Module:
     modules = dict(model.named_modules(remove_duplicate=False))
     if not name or name not in modules:
-        nearest = difflib.get_close_matches(name, [INPUT, *filter(None, modules)], n=3, cutoff=0)
+        nearest = difflib.get_close_matches(name, dict.fromkeys([INPUT, *filter(None, modules)]), n=3, cutoff=0)
         raise ModelError(f"layer {name!r} does not exist (nearest: {', '.join(nearest)})")
     return modules[name]
 

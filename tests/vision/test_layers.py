@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -223,6 +224,35 @@ def test_a_layer_that_a_probe_cannot_sit_on_is_named_with_the_nearest_ones(name:
     with pytest.raises(ModelError, match=message):
         check(model, "head", ["norm", name], images(2))
     assert hooks(model) == 0
+
+
+class WithInput(nn.Module):
+    """A network with a module of the name that stands for the images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input = nn.Conv2d(3, 4, 3)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return self.head(self.input(batch).mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", ["inpt", "haed"])
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda model, name: check(model, "head", [name], images(2)),
+        lambda model, name: embed(model, [name], "head", images(2), width=8),
+    ],
+    ids=["check", "embed"],
+)
+def test_of_the_nearest_layers_each_is_listed_once(ask: Callable[[nn.Module, str], object], name: str):
+    with pytest.raises(ModelError) as error:
+        ask(WithInput(), name)
+    listed = re.search(r"nearest[^:]*: ([\w, ]+)", str(error.value))
+    assert listed is not None
+    assert sorted(listed[1].split(", ")) == ["head", "input"]
 
 
 def test_checked_names_come_back_once_and_in_the_order_of_the_forward_pass():
