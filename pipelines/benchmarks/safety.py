@@ -21,7 +21,7 @@ import torch
 from pipelines.benchmarks import cases
 from pipelines.benchmarks.cases import HARD, NETWORKS, Case
 from pipelines.benchmarks.hardware import hardware
-from pipelines.benchmarks.refinement import CleaningInMemory, boundary_accuracies, start
+from pipelines.benchmarks.in_memory import CleaningInMemory, boundary_accuracies, start
 from posttrain.config import Removal
 
 NOISES = ("clean", "symmetric 5", "symmetric 20", "symmetric 40", "symmetric 60", *HARD)

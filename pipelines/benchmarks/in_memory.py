@@ -1,0 +1,300 @@
+"""All rounds of posttrain on a case, without Ray and without a folder, by the loop of a real run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from pipelines.benchmarks import cases
+from pipelines.benchmarks.cases import Case, Data, Part
+from pipelines.benchmarks.ours import InMemory, embedded, evidence
+from pipelines.benchmarks.training import refining, round_seed, trained_on
+from pipelines.boundary import Choice
+from pipelines.steps import in_words
+from posttrain import policy, rounds
+from posttrain.config import Probe as ProbeSection
+from posttrain.config import Removal
+from posttrain.influence import committee, scores, selection
+from posttrain.influence.audit import NoiseEstimate
+from posttrain.influence.committee import Boundary
+from posttrain.rounds import Cut, State, Steps
+from posttrain.schema import Round
+from posttrain.vision import layers, models
+
+PROBE = ProbeSection()
+REMOVAL = Removal(budget=0.1, max_rounds=4)
+"""posttrain's defaults but for larger and fewer rounds, which a grid of many cases asks for."""
+
+Mode = policy.Scope
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The share of wrong labels as posttrain estimates it on the validation samples, with its 95 % interval."""
+
+    rate: float
+    low: float
+    high: float
+    found: bool
+    """Whether there is any sign of wrong labels."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a round leaves behind."""
+
+    weights: bytes = field(repr=False)
+    boundary: Boundary | None = None
+    """What classifies in place of the network's own head."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """Of all training and validation samples, from one network."""
+
+    train: InMemory
+    validation: InMemory
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a round takes out."""
+
+    cut: selection.Selection
+    gone: np.ndarray
+    """bool [n] over all training samples."""
+    live: int
+    """Samples that were scored."""
+    support: float
+    """Sum of the given labels' probabilities of those that go."""
+    noise: NoiseEstimate
+    exhausted: bool
+
+
+@dataclass(frozen=True)
+class Start:
+    """Round 0: the network as it came, embedded once, and what a removal has to be compared with."""
+
+    weights: bytes = field(repr=False)
+    layers: tuple[str, ...]
+    """Those to try."""
+    features: Features
+    test: InMemory
+    boundary: Boundary
+    """Chosen, and drawn by all samples."""
+    head: Boundary
+    """A probe on the head's input, its damping by held-out loss, fitted on all samples."""
+    accuracies: dict[str, float]
+    """Of the network itself, by split."""
+
+
+def start(case: Case, data: Data, weights: bytes) -> Start:
+    """The case's network before the first round."""
+    model = cases.loaded(case, weights)
+    head = models.find_head(model, classes=data.classes)
+    names = layers.find(model, head, next(iter(cases.inputs(case, data.validation)))[:2])
+    train, validation, test = (
+        embedded(case, model, names, part, PROBE.width) for part in (data.train, data.validation, data.test)
+    )
+    tried = [(name, damping) for name in names for damping in PROBE.damping]
+    boundary = committee.draw(train, validation, candidates=tried, classes=data.classes)
+    of_head = [candidate for candidate in best_by_layer(boundary) if candidate[0] == head]
+    new = committee.refit(train, validation, of_head, classes=data.classes)
+    return Start(
+        weights, names, Features(train, validation), test, boundary, new, network_accuracies(case, data, weights)
+    )
+
+
+def best_by_layer(boundary: Boundary) -> list[tuple[str, float]]:
+    """(layer, damping) of each layer's best: what later rounds try."""
+    tried = tuple((fit.layer, fit.damping, fit.loss, fit.accuracy) for fit in boundary.tried)
+    return Choice("", boundary.members, tried).candidates()
+
+
+@dataclass
+class CleaningInMemory:
+    """posttrain on a case, without Ray and without a folder: its steps are what `rounds.clean` is handed."""
+
+    case: Case
+    data: Data
+    mode: Mode
+    start: Start
+    removal: Removal = field(default_factory=lambda: REMOVAL)
+    kept: np.ndarray = field(init=False)
+    """bool [n]: the live samples."""
+    steps: list[int] = field(default_factory=list)
+    """Gradient steps of each round."""
+    estimates: list[Estimate] = field(default_factory=list)
+    _removed_support: float = 0.0
+    """Sum of the removed samples' given labels' probabilities."""
+    _most: float = 0.0
+    """Largest share of wrong labels that any round thought possible."""
+    _features: tuple[bytes, Features] = field(init=False)
+    _chosen: tuple[bytes, Boundary] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.kept = np.ones(len(self.data.train), bool)
+        self._features = (self.start.weights, self.start.features)
+        self._chosen = (self.start.weights, self.start.boundary)
+
+    def embed(self, state: State[Model]) -> Features:
+        """Features of the model's backbone; with a new head alone, that is the first network in all rounds."""
+        weights = state.model.weights
+        if weights != self._features[0]:
+            model = cases.loaded(self.case, weights)
+            train, validation = (
+                embedded(self.case, model, self.start.layers, part, PROBE.width)
+                for part in (self.data.train, self.data.validation)
+            )
+            self._features = (weights, Features(train, validation))
+        return self._features[1]
+
+    def fit(self, state: State[Model], features: Features) -> Boundary:
+        """The boundary on the live samples: of a refined network its members are chosen anew."""
+        if state.model.boundary is not None:
+            return state.model.boundary
+        weights, chosen = self._chosen
+        if weights != state.model.weights:
+            live, candidates = rows(features.train, self.kept), best_by_layer(chosen)
+            chosen = committee.draw(live, features.validation, candidates=candidates, classes=self.data.classes)
+            self._chosen = (state.model.weights, chosen)
+        return chosen
+
+    def score(self, state: State[Model], features: Features, boundary: Boundary) -> scores.Evidence:
+        """The audited evidence on the live samples."""
+        live = replace(self.data, train=self.data.train.rows(self.kept))
+        train, removed = rows(features.train, self.kept), int((~self.kept).sum())
+        found = evidence(
+            self.case,
+            live,
+            train,
+            features.validation,
+            boundary,
+            removed=removed,
+            removed_support=self._removed_support,
+        )
+        assert found.audit is not None
+        noise = found.audit.noise
+        self.estimates.append(Estimate(noise.rate, noise.low, noise.high, noise.found))
+        return found
+
+    def select(self, state: State[Model], found: scores.Evidence) -> Taken:
+        """The round's cut: at most the budget, at most what is estimated to be wrong, no class below its floor."""
+        assert found.audit is not None
+        noise, live = found.audit.noise, int(self.kept.sum())
+        self._most = max(self._most, noise.most)
+        in_all = policy.allowance(state.history, self._most)
+        cut, gone = taken(
+            self.data.train,
+            self.kept,
+            scores.SCORES[self.removal.score](found).float().numpy(),
+            classes=self.data.classes,
+            at_most=min(policy.in_one_round(live, self.removal.budget), in_all),
+            threshold=self.removal.threshold,
+        )
+        support = float(scores.suggestion(found).self_confidence[torch.from_numpy(gone[self.kept])].sum())
+        return Taken(cut, gone, live, support, noise, in_all == 0)
+
+    def count(self, removal: Taken) -> Cut:
+        """How many samples were scored, how many are candidates, how many go."""
+        return Cut(
+            removal.live, removal.cut.candidates, removal.cut.total, 0, in_words(removal.noise), removal.exhausted
+        )
+
+    def refine(self, state: State[Model], features: Features, removal: Taken, boundary: Boundary) -> Model:
+        """The model without this round's samples: the boundary drawn again, or the whole network trained on."""
+        kept = self.kept & ~removal.gone
+        if self.mode == "head":
+            live = rows(features.train, kept)
+            drawn = committee.refit(live, features.validation, boundary.members, classes=self.data.classes)
+            return Model(state.model.weights, drawn)
+        weights, steps = trained_on(
+            self.case,
+            self.data.train.rows(kept),
+            state.model.weights,
+            seed=round_seed(self.case, state.number + 1),
+            settings=refining(self.case.dataset),
+        )
+        self.steps.append(steps)
+        return Model(weights)
+
+    def evaluate(self, state: State[Model], model: Model) -> dict[str, float]:
+        """Accuracy on what was never trained on and never cleaned."""
+        if model.boundary is None:
+            return network_accuracies(self.case, self.data, model.weights)
+        test = self.start.test
+        if model.weights != self.start.weights:
+            network = cases.loaded(self.case, model.weights)
+            test = embedded(self.case, network, model.boundary.layers, self.data.test, PROBE.width)
+        return boundary_accuracies(model.boundary, test)
+
+    def commit(self, state: State[Model], removal: Taken, model: Model, done: Round) -> Round:
+        """Take the round's samples out."""
+        self._removed_support += removal.support
+        self.kept = self.kept & ~removal.gone
+        return done
+
+    def clean(self) -> rounds.Outcome[Model]:
+        """All rounds, from the network as it came."""
+        first = Round(0, len(self.data.train), 0, 0, 0, self.start.accuracies)
+        state = State((first,), Model(self.start.weights), len(self.data.validation))
+        steps = Steps(
+            self.embed, self.fit, self.score, self.select, self.count, self.refine, self.evaluate, self.commit
+        )
+        limits = rounds.Limits(self.removal.max_rounds, self.removal.minimum, self.removal.patience)
+        return rounds.clean(state, steps, limits)
+
+    def last_boundary(self, state: State[Model], mode: Mode) -> State[Model]:
+        """After the last round: the boundary as the new head, where `policy` says so."""
+        if not policy.boundary_is_due(mode, state.number):
+            return state
+        boundary = self.fit(state, self.embed(state))
+        before = state.history[-1].metrics["validation_accuracy"]
+        if not policy.boundary_is_taken(mode, before, boundary.accuracy, state.validation_samples):
+            return state
+        model = Model(state.model.weights, boundary)
+        done = Round(state.number + 1, state.live, 0, 0, 0, self.evaluate(state, model))
+        return replace(state, history=(*state.history, done), model=model)
+
+
+def rows(features: InMemory, kept: np.ndarray) -> InMemory:
+    """The features of the samples in a mask [n]."""
+    mask = torch.from_numpy(kept)
+    return InMemory({name: own[mask] for name, own in features.features.items()}, features.labels[mask])
+
+
+def taken(
+    part: Part, kept: np.ndarray, scores: np.ndarray, *, classes: int, at_most: int, threshold: float = -np.inf
+) -> tuple[selection.Selection, np.ndarray]:
+    """The cut among the kept samples by their scores, float32 [kept], and the mask [n] of what goes.
+
+    Every class keeps its floor, a share of all its samples in the part.
+    """
+    ids, labels = part.ids[kept], part.given[kept]
+    live, samples = (np.bincount(own, minlength=classes) for own in (labels, part.given))
+    cut = selection.select(
+        lambda: [(ids, labels, scores)],
+        classes=classes,
+        at_most=at_most,
+        caps=policy.caps(live, samples, REMOVAL.class_floor),
+        threshold=threshold,
+    )
+    gone = np.zeros(len(part), bool)
+    gone[np.flatnonzero(kept)[cut.taken(ids, labels, scores)]] = True
+    return cut, gone
+
+
+def boundary_accuracies(boundary: Boundary, test: InMemory) -> dict[str, float]:
+    """Of a boundary, on both held-out sets: of the validation set it is known."""
+    logits = test.side_by_side(boundary.layers, boundary.standardizers) @ boundary.weights.float().T
+    accuracy = float((logits.argmax(dim=1) == test.labels).double().mean())
+    return {"validation_accuracy": boundary.accuracy, "test_accuracy": accuracy}
+
+
+def network_accuracies(case: Case, data: Data, weights: bytes) -> dict[str, float]:
+    """Of a network, on both held-out sets."""
+    model = cases.loaded(case, weights)
+    parts = {"validation": data.validation, "test": data.test}
+    return {f"{name}_accuracy": cases.accuracy(case, model, part) for name, part in parts.items()}

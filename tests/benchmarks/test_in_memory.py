@@ -1,0 +1,112 @@
+"""posttrain in memory: what a round takes, what a boundary is worth, when it becomes the head."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.benchmarks import cases, in_memory
+from pipelines.benchmarks.cases import Case, Data, Part
+from pipelines.benchmarks.ours import ours
+from posttrain.rounds import State
+from posttrain.schema import Round
+from posttrain.vision import layers
+from posttrain.vision.images import normalize
+
+NOISY = Case("digits", "symmetric 40", "memorised", 0)
+
+
+@pytest.fixture(scope="module")
+def begin(fifteen_epochs: None) -> tuple[Data, in_memory.Start]:
+    data = cases.load(NOISY)
+    return data, in_memory.start(NOISY, data, cases.train(NOISY, data.train, seed=0).weights)
+
+
+def test_the_first_round_takes_the_samples_with_the_largest_directed_margin(
+    begin: tuple[Data, in_memory.Start],
+):
+    data, start = begin
+    once = in_memory.REMOVAL.model_copy(update={"max_rounds": 1})
+    run = in_memory.CleaningInMemory(NOISY, data, "head", start, removal=once)
+    outcome = run.clean()
+    assert outcome.reason == "removal.max_rounds = 1 reached"
+    margins = ours(NOISY, data, start.weights).scores["directed_margin"]
+    tenth = int(0.1 * len(data.train))
+    assert set(np.flatnonzero(~run.kept)) == set(np.argsort(-margins)[:tenth])
+
+
+def test_a_cut_leaves_every_class_its_floor():
+    draw = np.random.default_rng(0)
+    given = np.repeat([0, 1, 2], [50, 30, 20])
+    part = Part(draw.permutation(100), torch.zeros(100, 1, 2, 2, dtype=torch.uint8), given, given)
+    kept = np.ones(100, bool)
+    kept[:10] = False
+    scores = draw.random(100).astype(np.float32)
+    # a plain walk down the scores: a tenth of all samples of a class stays
+    left, expected = {0: 40, 1: 30, 2: 20}, set()
+    for at in np.argsort(-scores):
+        floor = {0: 5, 1: 3, 2: 2}[int(given[at])]
+        if kept[at] and len(expected) < 79 and left[int(given[at])] > floor:
+            left[int(given[at])] -= 1
+            expected.add(int(at))
+    cut, gone = in_memory.taken(part, kept, scores[kept], classes=3, at_most=79)
+    assert set(np.flatnonzero(gone)) == expected and cut.total == 79
+    assert in_memory.taken(part, kept, scores[kept], classes=3, at_most=90)[0].total == 80
+
+
+def test_the_accuracy_of_a_boundary_is_that_of_the_network_that_ends_in_it(begin: tuple[Data, in_memory.Start]):
+    data, start = begin
+    boundary = start.boundary
+    weight, bias = (part.float() for part in boundary.fold())
+    dataset = cases.DATASETS["digits"]
+    size = (dataset.image.channels, *dataset.image.size)
+    network = cases.loaded(NOISY, start.weights)
+    _, _, probed = layers.as_probed(
+        network,
+        "head",
+        boundary.layers,
+        in_memory.PROBE.width,
+        weight,
+        bias,
+        factory=dataset.factory,
+        arguments=dataset.arguments,
+        size=size,
+    )
+    found = in_memory.boundary_accuracies(boundary, start.test)
+    for name, part in (("validation", data.validation), ("test", data.test)):
+        images = normalize(part.pixels, dataset.image.mean, dataset.image.std)
+        with torch.inference_mode():
+            right = (probed.eval()(images).argmax(dim=1).numpy() == part.given).mean()
+        # features are kept in float16
+        assert found[f"{name}_accuracy"] == pytest.approx(right, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("mode", "rounds", "before", "becomes"),
+    [
+        ("head", 0, 0.2, True),
+        # not by two standard errors
+        ("head", 0, "as good", False),
+        ("head", 1, 0.2, False),
+        ("network", 1, 0.2, False),
+        ("both", 0, 0.2, False),
+        ("both", 1, "as good", True),
+        ("both", 1, 1.0, False),
+    ],
+)
+def test_the_boundary_becomes_the_head_in_the_end_where_the_mode_asks_for_it(
+    begin: tuple[Data, in_memory.Start], mode: in_memory.Mode, rounds: int, before: float | str, becomes: bool
+):
+    data, start = begin
+    accuracy = start.boundary.accuracy if before == "as good" else float(before)
+    history = tuple(
+        Round(number, len(data.train), 0, 0, 0, {"validation_accuracy": accuracy}) for number in range(rounds + 1)
+    )
+    state = State(history, in_memory.Model(start.weights), len(data.validation))
+    after = in_memory.CleaningInMemory(NOISY, data, mode, start).last_boundary(state, mode)
+    assert (after.model.boundary is start.boundary) is becomes
+    assert after.number == rounds + becomes
+    if becomes:
+        expected = in_memory.boundary_accuracies(start.boundary, start.test)
+        assert after.history[-1].metrics == expected
