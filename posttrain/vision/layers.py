@@ -360,6 +360,8 @@ class Probed(nn.Module):
 
     place: Tensor
 
+    # a parameter that is made in inference mode can never be trained
+    @torch.inference_mode(False)
     def __init__(
         self, network: nn.Module, head: str, layers: Sequence[str], width: int, classes: int, example: Tensor
     ) -> None:
@@ -376,7 +378,8 @@ class Probed(nn.Module):
             if name != INPUT:
                 network.get_submodule(name).register_forward_hook(functools.partial(_met, name))
         self.eval()
-        self._drop_what_lies_behind(example)
+        # a copy: no gradient can be taken through an example that was made in inference mode
+        self._drop_what_lies_behind(example.clone())
         with torch.no_grad():
             self.probe = nn.Linear(self.features(example).shape[1], classes)
         self.train()
@@ -401,6 +404,7 @@ class Probed(nn.Module):
     def forward(self, batch: Tensor) -> Tensor:
         return self.probe(self.features(batch).to(self.probe.weight.dtype))
 
+    @torch.enable_grad()
     def _drop_what_lies_behind(self, example: Tensor) -> None:
         started: set[nn.Module] = set()
         hooks = [
@@ -411,8 +415,7 @@ class Probed(nn.Module):
         for parameter in wanted:
             parameter.requires_grad_(parameter.is_floating_point())
         try:
-            with torch.enable_grad():
-                features = self.features(example)
+            features = self.features(example)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -445,6 +448,7 @@ def _drop(module: nn.Module, started: Collection[nn.Module], used: Collection[nn
             _drop(child, started, used)
 
 
+@torch.inference_mode(False)
 def probed(
     classes: int,
     *,

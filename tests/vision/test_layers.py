@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import pickle
@@ -634,6 +635,27 @@ def test_training_moves_the_network_up_to_the_last_layer_also_after_a_pass_in_in
         losses.append(loss.item())
     assert all(not torch.equal(parameter, before[name]) for name, parameter in made.named_parameters())
     assert losses[-1] < 0.2 * losses[0]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_network_that_is_cut_where_no_gradients_are_kept_trains_like_any_other(
+    mode: Callable[[], contextlib.AbstractContextManager[None]],
+):
+    layers, whole = ["input", "stage1"], resnet()
+    with mode():
+        built = [
+            probed(5, network=SMALL_RESNET, arguments=BLOCKS, layers=layers, width=24, size=SIZE),
+            # the model and the probe's weights are of the same mode
+            cut(resnet(), *layers)[1],
+            Probed(whole, "head", layers, 24, 5, images(2)),
+        ]
+    names = {name for name, _ in cut(resnet(), *layers)[1].named_parameters()}
+    for made in built:
+        before = {name: parameter.clone() for name, parameter in made.named_parameters()}
+        assert before.keys() == names
+        F.cross_entropy(made(images()), torch.arange(6) % 5).backward()
+        torch.optim.SGD(made.parameters(), lr=0.1).step()
+        assert all(not torch.equal(parameter, before[name]) for name, parameter in made.named_parameters())
 
 
 @pytest.mark.parametrize("layers", [["stage2"], ["relu", "stage2", "head"]], ids=" ".join)
