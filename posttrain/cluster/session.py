@@ -15,11 +15,13 @@ from typing import Any
 
 from posttrain.errors import ConfigError
 
-# Measured: what an undisturbed run on one machine needs least of (see each line). Set before ray is imported,
+_NO_BARS = "RAY_DATA_DISABLE_PROGRESS_BARS"
+
+# Measured: what an undisturbed run on one machine needs least of (see each line). Set before Ray starts,
 # and never over what the user has set.
 _ENVIRONMENT = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    _NO_BARS: "1",
     # every new worker process imports torch again: keep those that are there
     "RAY_idle_worker_killing_time_threshold_ms": "600000",
     "RAY_num_workers_soft_limit": "16",
@@ -81,7 +83,7 @@ def session(
     Without `verbose` neither Ray nor its workers write to the console.
     """
     for name, value in _ENVIRONMENT.items():
-        if not (verbose and name.endswith(("LOG_LEVEL", "PROGRESS_BARS"))):
+        if not (verbose and name in ("RAY_BACKEND_LOG_LEVEL", _NO_BARS)):
             os.environ.setdefault(name, value)
     import ray
 
@@ -116,6 +118,8 @@ def session(
 
         for name in ("ray.data", "ray.train", "ray.tune", "ray"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
+        # ray.data reads its variable only when it is imported, which may be long before a session
+        ray.data.DataContext.get_current().enable_progress_bars = os.environ[_NO_BARS] == "0"
     try:
         yield
     finally:

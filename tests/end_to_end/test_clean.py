@@ -30,7 +30,9 @@ from small_data import (
 
 from pipelines.boundary import Boundaries
 from pipelines.steps import CleaningRun
+from posttrain.cluster.reading import ParquetSource, read
 from posttrain.errors import RunFolderError
+from posttrain.schema import SPLITS
 
 pytestmark = pytest.mark.ray
 
@@ -110,6 +112,14 @@ def test_the_removed_ids_are_the_same_for_another_file_layout(
         pq.write_table(shuffled.slice(start, stop - start), tmp_path / "layout" / f"{part}.parquet", row_group_size=50)
     run(tmp_path / "other", data={"train": str(tmp_path / "layout")})
     assert_same_result(tmp_path / "other", undisturbed()["run"])
+
+
+def test_reading_parquet_writes_nothing_to_the_console(
+    ray_session: None, digits_parquet: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sources = {split: ParquetSource((str(digits_parquet / split),), "id", "image", "label") for split in SPLITS}
+    read(sources, classes=[str(digit) for digit in range(10)], held_out_share=None, noise=None, seed=0)
+    assert capfd.readouterr() == ("", "")
 
 
 STEPS = ("embed", "fit", "score", "select", "refine", "evaluate", "commit", "tell_round")
