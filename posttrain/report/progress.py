@@ -55,8 +55,8 @@ class StepLog:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
-    def step(self, name: str, unit: str = "samples") -> Iterator[Callable[[int, int], None]]:
-        """Times a step and shows it; yields the function to tell it (done, total)."""
+    def step(self, name: str) -> Iterator[Callable[[int, int], None]]:
+        """Times a step and shows it; yields the function to tell it (done, total), both in samples."""
         label = name if self._round is None else f"round {self._round}  {name}"
         started = time.perf_counter()
         counted = [0, 0]
@@ -81,7 +81,7 @@ class StepLog:
                     said = now
                     rate = done / (now - started)
                     left = datetime.timedelta(seconds=round((total - done) / rate))
-                    self.say(f"  {label:<20} {done:>9,}/{total:,} {unit} {rate:>9,.0f}/s, {left} left")
+                    self.say(f"  {label:<20} {done:>9,}/{total:,} samples {rate:>9,.0f}/s, {left} left")
 
             yield tell
         took = time.perf_counter() - started
@@ -90,5 +90,6 @@ class StepLog:
         done = counted[0]
         if not done and took < _WORTH_A_LINE_S:
             return
-        what = f"{done:>9,} {unit:<8} {done / took:>9,.0f}/s" if done and took > 0 else " " * 30
+        noun = "sample" if done == 1 else "samples"
+        what = f"{done:>9,} {noun:<8} {done / took:>9,.0f}/s" if done and took > 0 else " " * 30
         self.say(f"  {label:<20} {what} {took:>8.1f} s")
