@@ -9,21 +9,15 @@ for each case: started again, it goes on with what is missing. `--report` only w
 
 from __future__ import annotations
 
-import argparse
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow.parquet as pq
-import torch
-from threadpoolctl import threadpool_limits
 
-from pipelines.benchmarks import cases, peers
-from pipelines.benchmarks.cases import DATASETS, NETWORKS, NOISES, Case, Data, OutOfSample
+from pipelines.benchmarks import cases, command, peers
+from pipelines.benchmarks.cases import NOISES, Case, Data, OutOfSample
 from pipelines.benchmarks.detection_findings import (
     AFTER_FOLDS,
     DEFAULT,
@@ -128,50 +122,23 @@ def wanted(case: Case, folder: Path, folds: Folds) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--datasets", nargs="+", choices=list(DATASETS), default=list(DATASETS))
-    parser.add_argument("--noises", nargs="+", choices=NOISES, default=list(NOISES))
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--folder", type=Path, default=Path("runs/detection"), help="networks and findings")
-    parser.add_argument("--out", type=Path, default=Path("pipelines/benchmarks/results"), help="the tables")
+    parser = command.parser(__doc__, NOISES, seeds=[0, 1, 2])
     cleanlab = parser.add_mutually_exclusive_group()
     cleanlab.add_argument("--without-cleanlab", action="store_true", help="no networks for out-of-sample predictions")
     cleanlab.add_argument("--only-kept", action="store_true", help="cleanlab only where its predictions are kept")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--report", action="store_true", help="measure nothing, write the tables of what is there")
-    parser.add_argument("--readme", action="store_true", help="measure nothing, print the README's table")
     options = parser.parse_args(arguments)
-    chosen = list(cases.cases(options.datasets, options.noises, options.networks, options.seeds))
-    if not (options.report or options.readme):
-        torch.set_num_threads(options.threads)
-        folds: Folds = "none" if options.without_cleanlab else "kept" if options.only_kept else "train"
-        with threadpool_limits(limits=options.threads):
-            for number, case in enumerate(chosen, start=1):
-                print(f"[{number}/{len(chosen)}] {case}", file=sys.stderr)
-                measure(case, options.folder, folds)
-    findings = [found for case in chosen if (found := kept(case, options.folder)) is not None]
-    if not findings:
-        parser.error(f"{options.folder} holds nothing of these {len(chosen)} cases; measure them first")
-    if options.readme:
-        print(short(findings))
-        return
-    options.out.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table(findings), options.out / "detection.parquet")
-    text = report(findings, _command(options))
-    options.out.joinpath("detection.md").write_text(text)
-    print(text)
-
-
-def _command(options: argparse.Namespace) -> str:
-    """What was asked for, without the folders, which are of one machine."""
-    parts = ["python", "-m", "pipelines.benchmarks.detection"]
-    for name, whole in (("datasets", DATASETS), ("noises", NOISES), ("networks", NETWORKS)):
-        given = getattr(options, name)
-        parts += [] if given == list(whole) else [f"--{name}", *given]
-    parts += ["--seeds", *(str(seed) for seed in options.seeds)]
-    parts += [f"--{name.replace('_', '-')}" for name in ("without_cleanlab", "only_kept") if getattr(options, name)]
-    return shlex.join([*parts, *(["--threads", str(options.threads)] if options.threads != 1 else [])])
+    folds: Folds = "none" if options.without_cleanlab else "kept" if options.only_kept else "train"
+    command.run(
+        "detection",
+        parser,
+        options,
+        measure=lambda case: measure(case, options.folder, folds),
+        kept=lambda case: kept(case, options.folder),
+        report=report,
+        short=short,
+        table=table,
+        flags=("without-cleanlab", "only-kept"),
+    )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ import pyarrow as pa
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from pipelines.benchmarks import findings
 from pipelines.benchmarks.cases import Case
 from pipelines.benchmarks.hardware import hardware
 from posttrain.config import Removal
@@ -145,42 +144,19 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float | None
 
 def kept(case: Case, folder: Path) -> Finding | None:
     """The case's finding from the folder, None where there is none."""
-    path = _path(case, folder)
-    if not path.exists():
-        return None
-    content = json.loads(path.read_text())
-    own = content["cleanlab_removed"]
-    return Finding(
-        **{
-            **content,
-            "case": Case(**content["case"]),
-            "removed": Removed(**content["removed"]),
-            "cleanlab_removed": Removed(**own) if own else None,
-            "layers": tuple(content["layers"]),
-            "dampings": tuple(content["dampings"]),
-            "tried": tuple(Tried(**entry) for entry in content["tried"]),
-            "rankings": tuple(Ranking(**entry) for entry in content["rankings"]),
-        }
-    )
+    return findings.kept(Finding, findings.file("detection", case, folder))
 
 
 def keep(found: Finding, folder: Path) -> None:
-    path = _path(found.case, folder)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(asdict(found), indent=1, allow_nan=False))
-    os.replace(aside, path)
+    """The case's finding goes into the folder."""
+    findings.keep(found, findings.file("detection", found.case, folder))
 
 
-def _path(case: Case, folder: Path) -> Path:
-    return folder / "detection" / f"{case.key}.json"
-
-
-def table(findings: Iterable[Finding]) -> pa.Table:
+def table(found: Iterable[Finding]) -> pa.Table:
     """One row for each case and method; what is of the case stands in each of its rows."""
     rows: list[dict[str, Any]] = []
-    for found in findings:
-        whole = asdict(found)
+    for finding in found:
+        whole = asdict(finding)
         case, rankings = whole.pop("case"), whole.pop("rankings")
         for name in ("removed", "cleanlab_removed"):
             own = whole.pop(name) or {}

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 from pipelines.benchmarks import cases
-from pipelines.benchmarks.cases import DATASETS, NETWORKS, NOISES
+from pipelines.benchmarks.cases import NETWORKS, NOISES
 from pipelines.benchmarks.detection_findings import AFTER_FOLDS, BINS, DEFAULT, Finding, Kind, Ranking, Tried
 from pipelines.benchmarks.peers import PEERS
+from pipelines.benchmarks.tables import document, fewer, grouped, head, markdown, with_spread
 
 Method = tuple[Kind, str]
 
@@ -69,7 +70,7 @@ class Defeat:
 def defeats(findings: Sequence[Finding]) -> list[Defeat]:
     """The peers that have a higher mean average precision than the default score, the largest difference first."""
     found: list[Defeat] = []
-    for (dataset, noise, network), group in _by(findings, "dataset", "noise", "network").items():
+    for (dataset, noise, network), group in grouped(findings, "dataset", "noise", "network").items():
         for name in PEERS:
             method: Method = ("peer", name)
             both = _side_by_side(group, method)
@@ -93,7 +94,7 @@ def report(findings: Sequence[Finding], command: str) -> str:
         _layers(findings),
         _suggestions(findings),
     ]
-    return "\n".join("\n".join(section) + "\n" for section in sections if section)
+    return document(sections)
 
 
 def short(findings: Sequence[Finding]) -> str:
@@ -107,22 +108,14 @@ def short(findings: Sequence[Finding]) -> str:
 
 
 def _head(findings: Sequence[Finding], command: str) -> list[str]:
-    sizes = [
-        f"{name} ({DATASETS[name].train} / {DATASETS[name].validation} / {DATASETS[name].test})"
-        for name in DATASETS
-        if any(f.case.dataset == name for f in findings)
-    ]
-    machines = sorted({f"{r.hardware}; {r.threads} thread(s)" for f in findings for r in f.rankings})
-    seeds = sorted({f.case.seed for f in findings})
     return [
-        "# Which samples have a wrong label?",
-        "",
-        f"`{command}`",
-        "",
-        f"- data sets (training / validation / test images): {', '.join(sizes)}",
-        f"- seeds: {', '.join(map(str, seeds))} (the sample, the wrong labels and the network depend on them)",
-        f"- cases: {len(findings)}, of which {len(_noisy(findings))} with wrong labels",
-        *(f"- measured on: {machine}" for machine in machines),
+        *head(
+            "Which samples have a wrong label?",
+            command,
+            [f.case for f in findings],
+            noisy=len(_noisy(findings)),
+            machines=[(r.hardware, r.threads) for f in findings for r in f.rankings],
+        ),
         "",
         "Quality in percent, mean over cases ± standard deviation over seeds. Seconds are wall seconds on top of the",
         "trained network, the methods of a case one after the other in one process, but for what was added later.",
@@ -187,19 +180,19 @@ def _overall(findings: Sequence[Finding], ranked: Sequence[Method]) -> list[str]
         )
     columns = ["", "average precision", "AUROC", "precision at the noise rate"]
     columns += ["seconds (median)", "of the default's (median)", "passes (median)", "noisy cases"]
-    return ["## All noisy cases together", "", *_lines(columns, _bold(rows, range(1, 4)))]
+    return ["## All noisy cases together", "", *markdown(columns, _bold(rows, range(1, 4)))]
 
 
 def _by_noise(findings: Sequence[Finding], ranked: Sequence[Method]) -> list[str]:
     lines = ["## Average precision by kind of noise"]
-    for (network, dataset), group in _by(_noisy(findings), "network", "dataset").items():
+    for (network, dataset), group in grouped(_noisy(findings), "network", "dataset").items():
         kinds = [kind for kind in NOISES if any(f.case.noise == kind for f in group)]
         rows: list[list[str]] = []
         for method in ranked:
             parts = [[f for f in group if f.case.noise == kind] for kind in kinds]
             rows.append([shown(method), *(_percent(part, _ranked_as(method)) for part in [*parts, group])])
         columns = ["", *kinds, "mean"]
-        lines += ["", f"### {dataset}, {network}", "", *_lines(columns, _bold(rows, range(1, len(columns))))]
+        lines += ["", f"### {dataset}, {network}", "", *markdown(columns, _bold(rows, range(1, len(columns))))]
     return lines
 
 
@@ -225,13 +218,13 @@ def _defeats(findings: Sequence[Finding]) -> list[str]:
         "Of one seed there is no spread, and any difference counts. Average precision of each seed. Within the spread,",
         f"a peer is ahead {len(ahead) - len(clear)} times more.",
         "",
-        *(_lines(columns, rows) if rows else ["Nowhere."]),
+        *(markdown(columns, rows) if rows else ["Nowhere."]),
     ]
 
 
 def _noise_rates(findings: Sequence[Finding]) -> list[str]:
     rows: list[list[str]] = []
-    for setting, group in _by(findings, "dataset", "noise", "network").items():
+    for setting, group in grouped(findings, "dataset", "noise", "network").items():
         inside = sum(f.low <= f.noise_rate <= f.high for f in group)
         low, high = (100 * statistics.mean(getattr(f, end) for f in group) for end in ("low", "high"))
         rows.append(
@@ -250,13 +243,13 @@ def _noise_rates(findings: Sequence[Finding]) -> list[str]:
         "",
         "Percent; the interval's ends and what the estimate is off by are means over seeds.",
         "",
-        *_lines(columns, rows),
+        *markdown(columns, rows),
     ]
 
 
 def _removals(findings: Sequence[Finding]) -> list[str]:
     rows: list[list[str]] = []
-    for setting, group in _by(findings, "dataset", "noise", "network").items():
+    for setting, group in grouped(findings, "dataset", "noise", "network").items():
         cells: list[str] = []
         for whose in ("removed", "cleanlab_removed"):
             measured = [f for f in group if getattr(f, whose) is not None]
@@ -273,13 +266,13 @@ def _removals(findings: Sequence[Finding]) -> list[str]:
         "Percent. posttrain: one round without a budget; cleanlab: what `find_label_issues` flags. Of clean data, all",
         "that is removed is wrongly removed. Precision is over the seeds where anything is removed.",
         "",
-        *_lines(columns, rows),
+        *markdown(columns, rows),
     ]
 
 
 def _layers(findings: Sequence[Finding]) -> list[str]:
     rows: list[list[str]] = []
-    for setting, group in _by(findings, "dataset", "network").items():
+    for setting, group in grouped(findings, "dataset", "network").items():
         noisy = _noisy(group)
         rows.append(
             [
@@ -302,7 +295,7 @@ def _layers(findings: Sequence[Finding]) -> list[str]:
         "Percent. The held-out labels are as noisy as the rest; the test labels are right. AUROC over the noisy cases,",
         "everything else over all of them.",
         "",
-        *_lines(columns, rows),
+        *markdown(columns, rows),
     ]
 
 
@@ -311,7 +304,7 @@ def _suggestions(findings: Sequence[Finding]) -> list[str]:
     names += ("removed_suggested_accuracy", "removed_confidence", "calibration_error")
     rows = [
         [*setting, *(_percent(group, attrgetter(name)) for name in names)]
-        for setting, group in _by(_noisy(findings), "dataset", "noise", "network").items()
+        for setting, group in grouped(_noisy(findings), "dataset", "noise", "network").items()
     ]
     columns = ["data set", "noise", "network", "wrong labels put right, posttrain", "cleanlab"]
     columns += ["removed: right", "removed: confidence", "removed: calibration error"]
@@ -322,7 +315,7 @@ def _suggestions(findings: Sequence[Finding]) -> list[str]:
         "(cleanlab: the most probable class out of sample). Removed: over what posttrain would remove, how often its",
         f"suggestion is right, its mean confidence, and the expected calibration error in {BINS} bins.",
         "",
-        *_lines(columns, rows),
+        *markdown(columns, rows),
     ]
 
 
@@ -334,17 +327,6 @@ def _methods(findings: Sequence[Finding]) -> list[Method]:
         values = found.setdefault((ranking.kind, ranking.method), [])
         values += [] if ranking.average_precision is None else [ranking.average_precision]
     return sorted(found, key=lambda m: (not _complete(noisy, m), -statistics.mean(found[m] or [0.0])))
-
-
-def _by(findings: Iterable[Finding], *names: str) -> dict[tuple[str, ...], list[Finding]]:
-    """Findings grouped by attributes of their case, in the order of the benchmark's lists."""
-    orders: dict[str, Sequence[str]] = {"dataset": list(DATASETS), "noise": NOISES, "network": NETWORKS}
-    found: dict[tuple[str, ...], list[Finding]] = {}
-    for finding in findings:
-        found.setdefault(tuple(getattr(finding.case, name) for name in names), []).append(finding)
-    return dict(
-        sorted(found.items(), key=lambda item: [orders[n].index(v) for n, v in zip(names, item[0], strict=True)])
-    )
 
 
 def _noisy(findings: Iterable[Finding]) -> list[Finding]:
@@ -378,9 +360,7 @@ def _percent(findings: Sequence[Finding], of: Callable[[Finding], float | None])
     if not known:
         return ""
     seeds = [statistics.mean(v for own, v in known if own == seed) for seed in {seed for seed, _ in known}]
-    deviation = f" ± {statistics.stdev(seeds):.1f}" if len(seeds) > 1 else ""
-    number = f" ({len(known)})" if len(known) < len(findings) else ""
-    return f"{statistics.mean(value for _, value in known):.1f}{deviation}{number}"
+    return with_spread(statistics.mean(value for _, value in known), seeds) + fewer(known, findings)
 
 
 def _ranked_as(method: Method, figure: str = "average_precision") -> Callable[[Finding], float | None]:
@@ -401,7 +381,3 @@ def _bold(rows: list[list[str]], columns: Iterable[int]) -> list[list[str]]:
             if means and cell and not cell.endswith(")") and float(cell.split()[0]) == max(means):
                 row[column] = f"**{cell}**"
     return rows
-
-
-def _lines(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]

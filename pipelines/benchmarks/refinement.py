@@ -9,22 +9,17 @@ of what is there, `--readme` prints the short one.
 
 from __future__ import annotations
 
-import argparse
-import shlex
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
-from threadpoolctl import threadpool_limits
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from pipelines.benchmarks import cases, peers
-from pipelines.benchmarks.cases import DATASETS, NETWORKS, NOISES, Case, Data
+from pipelines.benchmarks import cases, command, peers
+from pipelines.benchmarks.cases import DATASETS, NOISES, Case, Data
 from pipelines.benchmarks.hardware import hardware
 from pipelines.benchmarks.in_memory import (
     CleaningInMemory,
@@ -66,11 +61,7 @@ from posttrain import rounds
 from posttrain.rounds import State
 from posttrain.schema import Round, stream_seed, uniform
 
-DEFAULTS: dict[str, list[str]] = {
-    "datasets": list(DATASETS),
-    "noises": ["clean", "symmetric 40", "pair 40", "instance 40", "human random1"],
-    "networks": list(NETWORKS),
-}
+DEFAULT_NOISES = ("clean", "symmetric 40", "pair 40", "instance 40", "human random1")
 
 
 # -- one case ----------------------------------------------------------------------------------------------
@@ -260,47 +251,23 @@ def at_random(case: Case, data: Data) -> Ranking:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--datasets", nargs="+", choices=list(DATASETS), default=DEFAULTS["datasets"])
-    parser.add_argument("--noises", nargs="+", choices=NOISES, default=DEFAULTS["noises"])
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=DEFAULTS["networks"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--folder", type=Path, default=Path("runs/detection"), help="networks and findings")
-    parser.add_argument("--out", type=Path, default=Path("pipelines/benchmarks/results"), help="the tables")
+    parser = command.parser(__doc__, NOISES, default=DEFAULT_NOISES, seeds=[0, 1, 2])
     parser.add_argument("--cleanlab", action="store_true", help="train cleanlab's networks where they are not there")
     parser.add_argument("--without-scratch", action="store_true", help="leave out the training from scratch")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--report", action="store_true", help="measure nothing, write the tables of what is there")
-    parser.add_argument("--readme", action="store_true", help="measure nothing, print the README's table")
     options = parser.parse_args(arguments)
-    chosen = list(cases.cases(options.datasets, options.noises, options.networks, options.seeds))
-    if not (options.report or options.readme):
-        torch.set_num_threads(options.threads)
-        with threadpool_limits(limits=options.threads):
-            for number, case in enumerate(chosen, start=1):
-                print(f"[{number}/{len(chosen)}] {case}", file=sys.stderr)
-                measure(case, options.folder, cleanlab=options.cleanlab, scratch=not options.without_scratch)
-    findings = [found for case in chosen if (found := kept(case, options.folder)) is not None]
-    if not findings:
-        parser.error(f"{options.folder} holds nothing of these {len(chosen)} cases; measure them first")
-    if options.readme:
-        print(short(findings))
-        return
-    options.out.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table(findings), options.out / "refinement.parquet")
-    text = report(findings, _command(options))
-    options.out.joinpath("refinement.md").write_text(text)
-    print(text)
-
-
-def _command(options: argparse.Namespace) -> str:
-    """What was asked for, without the folders, which are of one machine."""
-    parts = ["python", "-m", "pipelines.benchmarks.refinement"]
-    for name, whole in DEFAULTS.items():
-        given = getattr(options, name)
-        parts += [] if given == whole else [f"--{name}", *given]
-    parts += ["--seeds", *(str(seed) for seed in options.seeds), *(["--cleanlab"] if options.cleanlab else [])]
-    return shlex.join([*parts, *(["--threads", str(options.threads)] if options.threads != 1 else [])])
+    command.run(
+        "refinement",
+        parser,
+        options,
+        measure=lambda case: measure(
+            case, options.folder, cleanlab=options.cleanlab, scratch=not options.without_scratch
+        ),
+        kept=lambda case: kept(case, options.folder),
+        report=report,
+        short=short,
+        table=table,
+        flags=("cleanlab",),
+    )
 
 
 if __name__ == "__main__":

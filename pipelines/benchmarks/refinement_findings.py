@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from pydantic import TypeAdapter
 
-from pipelines.benchmarks import in_memory, training
+from pipelines.benchmarks import findings, in_memory, training
 from pipelines.benchmarks.cases import Case
 from pipelines.benchmarks.in_memory import Estimate, Mode
 
@@ -120,41 +118,35 @@ def settings(dataset: str) -> dict[str, Any]:
 
 
 def kept(case: Case, folder: Path) -> Finding | None:
-    """The case's finding from the folder, None where there is none."""
-    path = _path(case, folder)
-    if not path.exists():
-        return None
-    found = TypeAdapter(Finding).validate_python(json.loads(path.read_text()))
-    if found.settings != settings(case.dataset):
+    """The case's finding from the folder, None where there is none.
+
+    Raises ValueError where it was measured with other settings.
+    """
+    path = findings.file("refinement", case, folder)
+    found = findings.kept(Finding, path)
+    if found is not None and found.settings != settings(case.dataset):
         raise ValueError(f"{path} was measured with other settings than these; name another --folder, or remove it")
     return found
 
 
 def keep(found: Finding, folder: Path) -> None:
-    path = _path(found.case, folder)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(asdict(found), indent=1, allow_nan=False))
-    os.replace(aside, path)
+    """The case's finding goes into the folder."""
+    findings.keep(found, findings.file("refinement", found.case, folder))
 
 
-def _path(case: Case, folder: Path) -> Path:
-    return folder / "refinement" / f"{case.key}.json"
-
-
-def table(findings: Iterable[Finding]) -> pa.Table:
+def table(found: Iterable[Finding]) -> pa.Table:
     """One row for each case and row; what is known of posttrain's own rounds stands in its rows alone."""
     unknown: dict[str, Any] = dict.fromkeys(Cleaning.__dataclass_fields__)
-    found: list[dict[str, Any]] = []
-    for finding in findings:
+    rows: list[dict[str, Any]] = []
+    for finding in found:
         known = {OURS[mode]: asdict(cleaning) for mode, cleaning in finding.cleanings.items()}
         whole = {"all_samples": finding.samples, "all_wrong": finding.wrong}
         machine = {"hardware": finding.hardware, "threads": finding.threads}
         for row in finding.rows:
             removal = {"removal_precision": precision(finding, row), "removal_recall": recall(finding, row)}
             own = {f"posttrain_{name}": value for name, value in known.get(row.name, unknown).items()}
-            found.append({**asdict(finding.case), **asdict(row), **whole, **removal, **own, **machine})
-    return pa.Table.from_pylist(found)
+            rows.append({**asdict(finding.case), **asdict(row), **whole, **removal, **own, **machine})
+    return pa.Table.from_pylist(rows)
 
 
 def precision(finding: Finding, row: Row) -> float | None:

@@ -10,7 +10,6 @@ from typing import Literal
 
 from scipy.stats import t as student
 
-from pipelines.benchmarks.cases import DATASETS, NETWORKS, NOISES
 from pipelines.benchmarks.in_memory import REMOVAL, Mode
 from pipelines.benchmarks.refinement_findings import (
     ABLATIONS,
@@ -29,6 +28,7 @@ from pipelines.benchmarks.refinement_findings import (
     precision,
     recall,
 )
+from pipelines.benchmarks.tables import document, grouped, head, markdown, percent
 from pipelines.benchmarks.training import DECAY, REFINE
 from posttrain.config import Removal
 
@@ -98,7 +98,7 @@ def report(findings: Sequence[Finding], command: str) -> str:
         _accuracies(findings),
         _removals(findings),
     ]
-    return "\n".join("\n".join(section) + "\n" for section in sections if section)
+    return document(sections)
 
 
 def short(findings: Sequence[Finding]) -> str:
@@ -106,28 +106,20 @@ def short(findings: Sequence[Finding]) -> str:
     groups: dict[str, list[Finding]] = {}
     for (dataset, _, network), group in _by_setting(_noisy(findings)).items():
         groups.setdefault(f"{dataset}, {network}", []).extend(group)
-    return "\n".join(_lines(["", *groups], _accuracy_rows(list(groups.values()))))
+    return "\n".join(markdown(["", *groups], _accuracy_rows(list(groups.values()))))
 
 
 def _head(findings: Sequence[Finding], command: str) -> list[str]:
-    sizes = [
-        f"{name} ({DATASETS[name].train} / {DATASETS[name].validation} / {DATASETS[name].test})"
-        for name in DATASETS
-        if any(f.case.dataset == name for f in findings)
-    ]
-    machines = sorted({f"{f.hardware}; {f.threads} thread(s)" for f in findings})
-    seeds = sorted({f.case.seed for f in findings})
     with_cleanlab = sum(f.row(CLEANLAB) is not None for f in findings)
     return [
-        "# Is the model better afterwards?",
-        "",
-        f"`{command}`",
-        "",
-        f"- data sets (training / validation / test images): {', '.join(sizes)}",
-        f"- seeds: {', '.join(map(str, seeds))} (the sample, the wrong labels and the network depend on them)",
-        f"- cases: {len(findings)}, of which {len(_noisy(findings))} with wrong labels; "
-        f"cleanlab's removal was measured on {with_cleanlab}",
-        *(f"- measured on: {machine}" for machine in machines),
+        *head(
+            "Is the model better afterwards?",
+            command,
+            [f.case for f in findings],
+            noisy=len(_noisy(findings)),
+            machines=[(f.hardware, f.threads) for f in findings],
+            note=f"; cleanlab's removal was measured on {with_cleanlab}",
+        ),
         f"- posttrain's defaults but for removal.budget = {REMOVAL.budget:g} (not {Removal().budget:g}) and "
         f"removal.max_rounds = {REMOVAL.max_rounds} (not {Removal().max_rounds})",
         f"- refining the network, each round: {REFINE.epochs} epochs of {REFINE.optimizer}, learning rate "
@@ -207,7 +199,7 @@ def _differences(findings: Sequence[Finding]) -> list[str]:
         "Points of test accuracy, mean over seeds ± standard error of the paired differences; bold: above by more than",
         "2 standard errors.",
         "",
-        *_lines(columns, lines),
+        *markdown(columns, lines),
     ]
 
 
@@ -220,7 +212,7 @@ def _due_to_removal(findings: Sequence[Finding]) -> list[str]:
         cells = []
         for mode, without in ABLATIONS.items():
             pairs = [(f.ours(mode), row) for f in group if (row := f.row(without)) is not None]
-            cells.append(_percent([own.test_accuracy - row.test_accuracy for own, row in pairs], signed=True))
+            cells.append(percent([own.test_accuracy - row.test_accuracy for own, row in pairs], signed=True))
         lines.append([*setting, str(len(group)), *cells])
     columns = ["data set", "noise", "network", "seeds", *(f"{OURS[m]} minus {ABLATIONS[m]}" for m in MODES)]
     return [
@@ -228,7 +220,7 @@ def _due_to_removal(findings: Sequence[Finding]) -> list[str]:
         "",
         "Points of test accuracy against the same without removing anything, mean ± standard deviation over seeds.",
         "",
-        *_lines(columns, lines),
+        *markdown(columns, lines),
     ]
 
 
@@ -239,9 +231,9 @@ def _clean(findings: Sequence[Finding]) -> list[str]:
     names = (*OURS.values(), NEW_HEAD, CHOSEN, NO_REMOVAL, EMA, THEN_BOUNDARY)
     lines: list[list[str]] = []
     for (dataset, _, network), group in _by_setting(clean).items():
-        cells = [_percent([row.test_accuracy if (row := f.row(UNTOUCHED)) else None for f in group])]
-        cells += [_percent([_gain(f, name) for f in group], signed=True) for name in names]
-        cells += [_percent([1 - f.ours(mode).samples / f.samples for f in group]) for mode in ("head", "network")]
+        cells = [percent([row.test_accuracy if (row := f.row(UNTOUCHED)) else None for f in group])]
+        cells += [percent([_gain(f, name) for f in group], signed=True) for name in names]
+        cells += [percent([1 - f.ours(mode).samples / f.samples for f in group]) for mode in ("head", "network")]
         lines.append([dataset, network, str(len(group)), *cells])
     columns = ["data set", "network", "seeds", UNTOUCHED, *names, "removed, head", "removed, network"]
     return [
@@ -250,7 +242,7 @@ def _clean(findings: Sequence[Finding]) -> list[str]:
         "The network as it came: test accuracy. Then the difference to it, in points, and the share removed, in",
         "percent: everything that is removed here is wrongly removed.",
         "",
-        *_lines(columns, lines),
+        *markdown(columns, lines),
     ]
 
 
@@ -267,7 +259,7 @@ def _accuracies(findings: Sequence[Finding]) -> list[str]:
     for (dataset, network), by_noise in parts.items():
         seeds = " or ".join(map(str, sorted({len(group) for group in by_noise.values()})))
         lines += ["", f"### {dataset}, {network} (seeds: {seeds})", ""]
-        lines += _lines(["", *by_noise], _accuracy_rows(list(by_noise.values())))
+        lines += markdown(["", *by_noise], _accuracy_rows(list(by_noise.values())))
     return lines
 
 
@@ -297,13 +289,13 @@ def _removals(findings: Sequence[Finding]) -> list[str]:
                 [
                     *setting,
                     mode,
-                    _percent([f.wrong / f.samples for f in group]),
-                    f"{_percent([e.rate for e in first])} ({low:.1f} to {high:.1f})",
-                    _percent([c.estimates[-1].rate for c in cleanings]),
+                    percent([f.wrong / f.samples for f in group]),
+                    f"{percent([e.rate for e in first])} ({low:.1f} to {high:.1f})",
+                    percent([c.estimates[-1].rate for c in cleanings]),
                     ", ".join(str(len(c.removed)) for c in cleanings),
-                    _percent([1 - row.samples / f.samples for f, row in own]),
-                    _percent([precision(f, row) for f, row in own if f.wrong]),
-                    _percent([recall(f, row) for f, row in own]),
+                    percent([1 - row.samples / f.samples for f, row in own]),
+                    percent([precision(f, row) for f, row in own if f.wrong]),
+                    percent([recall(f, row) for f, row in own]),
                     ", ".join(f"{reason} {number}" for reason, number in reasons),
                     str(sum(f.cleanings[last].new_boundary for f in group)),
                 ]
@@ -321,7 +313,7 @@ def _removals(findings: Sequence[Finding]) -> list[str]:
         "of the head where nothing was removed and it is clearly better, of both where the validation accuracy",
         "does not fall.",
         "",
-        *_lines(columns, lines),
+        *markdown(columns, lines),
     ]
 
 
@@ -344,13 +336,9 @@ def _difference(comparison: Comparison) -> str:
 
 def _by_setting(findings: Iterable[Finding]) -> dict[Setting, list[Finding]]:
     """In the order of the benchmark's lists, seeds ascending."""
-    found: dict[Setting, list[Finding]] = {}
-    for f in sorted(findings, key=lambda f: f.case.seed):
-        found.setdefault((f.case.dataset, f.case.noise, f.case.network), []).append(f)
-    names = list(DATASETS)
-    return dict(
-        sorted(found.items(), key=lambda i: (names.index(i[0][0]), NETWORKS.index(i[0][2]), NOISES.index(i[0][1])))
-    )
+    by_seed = sorted(findings, key=lambda f: f.case.seed)
+    found = grouped(by_seed, "dataset", "network", "noise")
+    return {(dataset, noise, network): group for (dataset, network, noise), group in found.items()}
 
 
 def _noisy(findings: Iterable[Finding]) -> list[Finding]:
@@ -358,25 +346,11 @@ def _noisy(findings: Iterable[Finding]) -> list[Finding]:
 
 
 def _by_seed(values: Sequence[tuple[int, float | None]]) -> str:
-    """`_percent` of each seed's mean; in brackets the number of values, where some are not known."""
+    """`percent` of each seed's mean; in brackets the number of values, where some are not known."""
     known: dict[int, list[float]] = {}
     for seed, value in values:
         if value is not None:
             known.setdefault(seed, []).append(value)
-    text = _percent([statistics.mean(own) for own in known.values()])
+    text = percent([statistics.mean(own) for own in known.values()])
     number = sum(map(len, known.values()))
     return text + (f" ({number})" if number and number < len(values) else "")
-
-
-def _percent(values: Sequence[float | None], *, signed: bool = False) -> str:
-    """Mean and standard deviation in percent, in brackets the number of values, where some are not known."""
-    known = [100 * value for value in values if value is not None]
-    if not known:
-        return ""
-    deviation = f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else ""
-    number = f" ({len(known)})" if len(known) < len(values) else ""
-    return f"{statistics.mean(known):{'+' if signed else ''}.1f}{deviation}{number}"
-
-
-def _lines(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]

@@ -7,25 +7,22 @@ with one class labelled at random. What is finished stays in `--folder`: started
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+import pyarrow as pa
 
-from pipelines.benchmarks import cases
-from pipelines.benchmarks.cases import HARD, NETWORKS, Case
+from pipelines.benchmarks import cases, command, findings
+from pipelines.benchmarks.cases import HARD, Case
 from pipelines.benchmarks.hardware import hardware
 from pipelines.benchmarks.in_memory import CleaningInMemory, boundary_accuracies, start
+from pipelines.benchmarks.tables import document, row
 from posttrain.config import Removal
 
 NOISES = ("clean", "symmetric 5", "symmetric 20", "symmetric 40", "symmetric 60", *HARD)
-
 
 HEADER = (
     "data set",
@@ -77,11 +74,16 @@ class Found:
         return self.wrong / self.samples
 
 
+def kept(case: Case, folder: Path) -> Found | None:
+    """The finding on a case from the folder, None where there is none."""
+    return findings.kept(Found, findings.file("safety", case, folder))
+
+
 def measured(case: Case, folder: Path) -> Found:
-    """The finding on a case, from the folder where it is there."""
-    path = folder / "safety" / f"{case.key}.json"
-    if path.exists():
-        return Found(**json.loads(path.read_text()))
+    """The finding on a case, from the folder where it is there; kept there."""
+    there = kept(case, folder)
+    if there is not None:
+        return there
     data = cases.load(case)
     begin = start(case, data, cases.trained(case, data, folder).weights)
     run = CleaningInMemory(case, data, "head", begin, removal=Removal())
@@ -111,14 +113,11 @@ def measured(case: Case, folder: Path) -> Found:
         sum(1 for done in outcome.state.history if done.removed),
         outcome.reason,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(asdict(found), indent=1))
-    os.replace(aside, path)
+    findings.keep(found, findings.file("safety", case, folder))
     return found
 
 
-def report(found: Sequence[Found], command: str) -> list[str]:
+def report(found: Sequence[Found], command: str) -> str:
     """The table in Markdown."""
     lines = [
         "# Stop and safety",
@@ -130,7 +129,7 @@ def report(found: Sequence[Found], command: str) -> list[str]:
         "*Boundary*: test accuracy of the chosen boundary with nothing removed. *Smallest class*: the smallest",
         "share that a class keeps.",
         "",
-        f"| {' | '.join(HEADER)} |",
+        row(HEADER),
         f"|{'---|' * len(HEADER)}",
     ]
     for one in found:
@@ -151,11 +150,11 @@ def report(found: Sequence[Found], command: str) -> list[str]:
             percent(one.test_after),
             one.rounds,
         ]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return lines
+        lines.append(row(cells))
+    return document([lines])
 
 
-def short(found: Sequence[Found]) -> list[str]:
+def short(found: Sequence[Found]) -> str:
     """The README's table: one line per data set and kind of labels, with the values of each network and seed."""
     lines = ["| data set, labels | wrong | estimate | removed | precision |", "|---|---|---|---|---|"]
     for key in dict.fromkeys((one.dataset, one.noise) for one in found):
@@ -166,8 +165,13 @@ def short(found: Sequence[Found]) -> list[str]:
         precision = ", ".join(percent(one.removed_wrong / one.removed) for one in gone)
         removed = ", ".join(percent(one.removed / one.samples) for one in mine)
         truth = percent(float(np.mean([one.truth for one in mine])))
-        lines.append(f"| {key[0]}, {key[1]} | {truth} | {rates} | {removed} | {precision} |")
-    return lines
+        lines.append(row([", ".join(key), truth, rates, removed, precision]))
+    return "\n".join(lines)
+
+
+def table(found: Iterable[Found]) -> pa.Table:
+    """One row for each case."""
+    return pa.Table.from_pylist([asdict(one) for one in found])
 
 
 def percent(share: float) -> str:
@@ -175,31 +179,18 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--datasets", nargs="+", default=list(cases.DATASETS), choices=list(cases.DATASETS))
-    parser.add_argument("--noises", nargs="+", default=list(NOISES), choices=list(NOISES))
-    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--folder", type=Path, default=Path("runs/detection"), help="a folder for all networks")
-    parser.add_argument("--out", type=Path, default=Path("pipelines/benchmarks/results"))
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--report", action="store_true", help="only write the table of what is there")
-    parser.add_argument("--readme", action="store_true", help="only print the short table of what is there")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    found = []
-    for case in cases.cases(options.datasets, options.noises, options.networks, options.seeds):
-        there = (options.folder / "safety" / f"{case.key}.json").exists()
-        if there or not (options.report or options.readme):
-            found.append(measured(case, options.folder))
-            print(case, flush=True)
-    if options.readme:
-        print("\n".join(short(found)))
-        return
-    seeds = " ".join(map(str, options.seeds))
-    options.out.joinpath("safety.md").write_text(
-        "\n".join(report(found, f"python -m pipelines.benchmarks.safety --seeds {seeds}")) + "\n"
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = command.parser(__doc__, NOISES, seeds=[0])
+    options = parser.parse_args(arguments)
+    command.run(
+        "safety",
+        parser,
+        options,
+        measure=lambda case: measured(case, options.folder),
+        kept=lambda case: kept(case, options.folder),
+        report=report,
+        short=short,
+        table=table,
     )
 
 

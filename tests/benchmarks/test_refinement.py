@@ -306,10 +306,3 @@ def test_what_was_measured_with_other_settings_is_refused(
     monkeypatch.setattr(training, "REFINE", training.REFINE.model_copy(update={"learning_rate": 0.02}))
     with pytest.raises(ValueError, match=r"seed_0\.json was measured with other settings"):
         refinement.measure(NOISY, folder)
-
-
-def test_a_report_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit):
-        refinement.main(["--report", "--folder", str(tmp_path), "--out", str(tmp_path / "out")])
-    assert "measure them first" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()

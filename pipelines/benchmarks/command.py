@@ -1,0 +1,84 @@
+"""The command line of the benchmarks on `cases`: which cases, where their findings are, what is written of them."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from threadpoolctl import threadpool_limits
+
+from pipelines.benchmarks import cases
+from pipelines.benchmarks.cases import DATASETS, NETWORKS, Case
+
+F = TypeVar("F")
+
+
+def parser(
+    description: str | None, noises: Sequence[str], *, default: Sequence[str] | None = None, seeds: Sequence[int]
+) -> argparse.ArgumentParser:
+    """The options of every benchmark; `default` are the noises that are taken where none is named, else all."""
+    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--datasets", nargs="+", choices=list(DATASETS), default=list(DATASETS))
+    found.add_argument("--noises", nargs="+", choices=noises, default=list(default or noises))
+    found.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    found.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
+    found.add_argument("--folder", type=Path, default=Path("runs/detection"), help="networks and findings")
+    found.add_argument("--out", type=Path, default=Path("pipelines/benchmarks/results"), help="the tables")
+    found.add_argument("--threads", type=int, default=1)
+    found.add_argument("--report", action="store_true", help="measure nothing, write the tables of what is there")
+    found.add_argument("--readme", action="store_true", help="measure nothing, print the README's table")
+    return found
+
+
+def run(
+    name: str,
+    parser: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    *,
+    measure: Callable[[Case], object],
+    kept: Callable[[Case], F | None],
+    report: Callable[[Sequence[F], str], str],
+    short: Callable[[Sequence[F]], str],
+    table: Callable[[Sequence[F]], pa.Table],
+    flags: Sequence[str] = (),
+) -> None:
+    """Measures the cases, unless only a report is asked for; writes and prints what is told of those that are kept.
+
+    `report` is handed the command, with those of the `flags` that are set. Exits with an error where nothing is kept.
+    """
+    chosen = list(cases.cases(options.datasets, options.noises, options.networks, options.seeds))
+    if not (options.report or options.readme):
+        torch.set_num_threads(options.threads)
+        with threadpool_limits(limits=options.threads):
+            for number, case in enumerate(chosen, start=1):
+                print(f"[{number}/{len(chosen)}] {case}", file=sys.stderr)
+                measure(case)
+    findings = [found for case in chosen if (found := kept(case)) is not None]
+    if not findings:
+        parser.error(f"{options.folder} holds nothing of these {len(chosen)} cases; measure them first")
+    if options.readme:
+        print(short(findings))
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table(findings), options.out / f"{name}.parquet")
+    text = report(findings, _line(name, parser, options, flags))
+    options.out.joinpath(f"{name}.md").write_text(text)
+    print(text)
+
+
+def _line(name: str, parser: argparse.ArgumentParser, options: argparse.Namespace, flags: Sequence[str]) -> str:
+    """What was asked for, without the folders, which are of one machine."""
+    parts = ["python", "-m", f"pipelines.benchmarks.{name}"]
+    for own in ("datasets", "noises", "networks"):
+        given = getattr(options, own)
+        parts += [] if given == parser.get_default(own) else [f"--{own}", *given]
+    parts += ["--seeds", *(str(seed) for seed in options.seeds)]
+    parts += [f"--{flag}" for flag in flags if getattr(options, flag.replace("-", "_"))]
+    return shlex.join([*parts, *(["--threads", str(options.threads)] if options.threads != 1 else [])])
