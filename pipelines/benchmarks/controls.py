@@ -25,6 +25,7 @@ from typing import Any
 from rich.console import Console
 
 from pipelines.benchmarks.hardware import hardware
+from pipelines.benchmarks.tables import percent
 from pipelines.clean import begun, finish, first_model, opened
 from pipelines.steps import CleaningRun, average_precisions
 from posttrain import rounds
@@ -110,10 +111,7 @@ def table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 def spread(values: Sequence[float | None]) -> str:
     """Mean and standard deviation in percent; empty where a value is not known."""
-    known = [100 * value for value in values if value is not None]
-    if not known or len(known) < len(values):
-        return ""
-    return f"{statistics.mean(known):.1f}" + (f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else "")
+    return "" if None in values else percent(values)
 
 
 def main() -> None:
