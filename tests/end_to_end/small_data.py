@@ -1,16 +1,19 @@
-"""Digits with wrong labels, on disk as users have them, and what a run left behind."""
+"""Digits with wrong labels, on disk as users have them, what interrupts a run, and what one left behind."""
 
 from __future__ import annotations
 
 import io
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -103,6 +106,27 @@ def as_built(run: str | os.PathLike[str]) -> nn.Module:
     model = models.build(section["factory"], classes=10, arguments=section["arguments"])
     model.load_state_dict(load_file(section["weights"]))
     return model.eval()
+
+
+@contextmanager
+def interrupted_after(step: str, *, call: int) -> Iterator[None]:
+    """A run in here is interrupted right after this call of a step of `CleaningRun`, counted from 1."""
+    from pipelines.steps import CleaningRun
+
+    after = getattr(CleaningRun, step)
+    calls = 0
+
+    def interrupted(self: CleaningRun, *arguments: Any) -> Any:
+        nonlocal calls
+        result = after(self, *arguments)
+        calls += 1
+        if calls == call:
+            raise KeyboardInterrupt
+        return result
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(CleaningRun, step, interrupted)
+        yield
 
 
 def rounds(run: str | os.PathLike[str]) -> list[dict[str, Any]]:

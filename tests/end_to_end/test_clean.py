@@ -23,6 +23,7 @@ from small_data import (
     accuracy,
     as_built,
     assert_same_result,
+    interrupted_after,
     png,
     removed_ids,
     rounds,
@@ -134,24 +135,11 @@ STEPS = ("embed", "fit", "score", "select", "refine", "evaluate", "commit", "tel
     ],
 )
 def test_a_run_interrupted_after_a_step_and_continued_ends_the_same(
-    run: Run, undisturbed: Undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, scope: str
+    run: Run, undisturbed: Undisturbed, tmp_path: Path, step: str, scope: str
 ) -> None:
     refine = {"head": {}, "network": NETWORK, "both": BOTH}[scope]
-    after = getattr(CleaningRun, step)
-    calls = 0
-
-    def interrupted(self: CleaningRun, *arguments: Any) -> Any:
-        nonlocal calls
-        result = after(self, *arguments)
-        calls += 1
-        if calls == 3:
-            raise KeyboardInterrupt
-        return result
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CleaningRun, step, interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "run", refine=refine)
+    with interrupted_after(step, call=3):
+        run(tmp_path / "run", refine=refine)
     committed = len(list((tmp_path / "run" / "rounds").glob("*/round.json"))) - 1
     assert 1 <= committed <= 3
     run(tmp_path / "run", refine=refine)
@@ -188,25 +176,13 @@ def test_a_run_interrupted_once_its_layers_are_chosen_chooses_the_same_again(
 
 @pytest.mark.parametrize("moment", ["_write_checkpoint", "tell_round"])
 def test_a_run_interrupted_while_it_puts_the_last_boundary_on_ends_the_same(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+    run: Run, tmp_path: Path, moment: str
 ) -> None:
     nothing_goes = {"threshold": 100.0}
     whole = run(tmp_path / "whole", removal=nothing_goes)
     assert (whole["rounds"], whole["removed"]) == (1, 0)
-    after = getattr(CleaningRun, moment)
-    calls = 0
-
-    def interrupted(self: CleaningRun, *arguments: Any) -> None:
-        nonlocal calls
-        after(self, *arguments)
-        calls += 1
-        if calls == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CleaningRun, moment, interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "run", removal=nothing_goes)
+    with interrupted_after(moment, call=2):
+        run(tmp_path / "run", removal=nothing_goes)
     assert len(rounds(tmp_path / "run")) == (2 if moment == "tell_round" else 1)
     again = run(tmp_path / "run", removal=nothing_goes)
     assert_same_result(tmp_path / "run", tmp_path / "whole")

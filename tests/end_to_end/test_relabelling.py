@@ -12,9 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from small_data import NETWORK, Digits, assert_same_result, relabelled, removed_ids, rounds
+from small_data import NETWORK, Digits, assert_same_result, interrupted_after, relabelled, removed_ids, rounds
 
-from pipelines.steps import CleaningRun
 from posttrain.cluster import refining
 
 pytestmark = pytest.mark.ray
@@ -156,26 +155,12 @@ def test_a_run_that_relabels_keeps_the_new_labels_over_an_interruption(
     run: Run,
     relabelling: Callable[[str], dict[str, Any]],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     scope: str,
     step: str,
 ) -> None:
     refine = NETWORK if scope == "network" else {}
-    after = getattr(CleaningRun, step)
-    calls = 0
-
-    def interrupted(self: CleaningRun, *arguments: Any) -> Any:
-        nonlocal calls
-        result = after(self, *arguments)
-        calls += 1
-        if calls == 2:
-            raise KeyboardInterrupt
-        return result
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CleaningRun, step, interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "run", removal=RELABEL, refine=refine)
+    with interrupted_after(step, call=2):
+        run(tmp_path / "run", removal=RELABEL, refine=refine)
     assert len(rounds(tmp_path / "run")) == (3 if step == "commit" else 2)
     again, whole = run(tmp_path / "run", removal=RELABEL, refine=refine), relabelling(scope)
     assert_same_result(tmp_path / "run", whole["run"])
