@@ -14,6 +14,9 @@ from posttrain.influence.probe import Reduce, Standardizer
 from posttrain.schema import Excluded, Relabelled, excluded_digest, relabelled_digest
 from posttrain.store.folder import RunFolder
 
+Members = tuple[tuple[str, float], ...]
+"""(layer, damping) of each probe that draws a boundary."""
+
 
 @dataclass(frozen=True)
 class Live:
@@ -29,7 +32,7 @@ class Live:
 
 
 @dataclass
-class _Samples:
+class StoredSamples:
     """`committee.Samples` over the feature store of one split; every view is made once."""
 
     workers: Workers
@@ -65,9 +68,8 @@ class _Samples:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A boundary with the views on its features."""
+    """A boundary with the views on its members' standardised features."""
 
-    backbone: str
     boundary: Boundary
     live: View
     held_out: View
@@ -78,8 +80,7 @@ class Choice:
     """Which probes draw the boundary on a backbone, and the table behind it."""
 
     backbone: str
-    members: tuple[tuple[str, float], ...]
-    """(layer, damping)."""
+    members: Members
     tried: tuple[tuple[str, float, float, float], ...]
     """(layer, damping, held-out cross-entropy, held-out accuracy)."""
 
@@ -112,7 +113,8 @@ class Boundaries:
     layers: tuple[str, ...]
     """Those to try."""
     choices: list[Choice] = field(default_factory=list)
-    _drawn: dict[tuple[str, ...], Drawn] = field(default_factory=dict)
+    _drawn: dict[tuple[str, str, Members], Drawn] = field(default_factory=dict, init=False)
+    """The last two, by backbone, digest of the live samples, and members."""
 
     def recall(self, rounds: Sequence[int]) -> None:
         """Take up the choices that these rounds made."""
@@ -135,27 +137,32 @@ class Boundaries:
             if self.choices
             else [(layer, damping) for layer in self.layers for damping in self.settings.damping]
         )
-        samples, held_out = self._samples(backbone, live)
+        samples, held_out = self.samples(backbone, live), self.held_out(backbone)
         boundary = committee.draw(samples, held_out, candidates=candidates, classes=self.classes)
         tried = tuple((fit.layer, fit.damping, fit.loss, fit.accuracy) for fit in boundary.tried)
         choice = Choice(backbone, boundary.members, tried)
         self.folder.write_json(self._path(number), asdict(choice))
         self.choices.append(choice)
-        return self._keep(backbone, live, boundary, samples, held_out)
+        return self._keep(boundary, samples, held_out)
 
     def of(self, backbone: str, members: Sequence[tuple[str, float]], live: Live) -> Drawn:
         """The boundary of these members on the live samples."""
-        found = self._drawn.get((backbone, live.digest, str(tuple(members))))
+        found = self._drawn.get((backbone, live.digest, tuple(members)))
         if found is not None:
             return found
-        samples, held_out = self._samples(backbone, live)
+        samples, held_out = self.samples(backbone, live), self.held_out(backbone)
         # from zero: a run that goes on after an interruption has no former boundary to start from
         boundary = committee.refit(samples, held_out, members, classes=self.classes)
-        return self._keep(backbone, live, boundary, samples, held_out)
+        return self._keep(boundary, samples, held_out)
 
-    def samples(self, backbone: str, live: Live) -> _Samples:
+    def samples(self, backbone: str, live: Live) -> StoredSamples:
         """The live training samples with their features."""
-        return self._samples(backbone, live)[0]
+        return StoredSamples(self.workers, self.folder, backbone, self.splits["train"], live)
+
+    def held_out(self, backbone: str) -> StoredSamples:
+        """The validation samples with their features."""
+        # nothing to leave out: what was quarantined of them is in no shard
+        return StoredSamples(self.workers, self.folder, backbone, self.splits["validation"], Live({}, {}))
 
     def chosen(self, backbone: str) -> Choice | None:
         """The choice made for this backbone."""
@@ -166,30 +173,24 @@ class Boundaries:
         if not self.choices:
             return None
         last = self.choices[-1]
-        keys = ("layer", "damping", "validation_loss", "validation_accuracy")
         return {
-            "members": [dict(zip(keys, member, strict=False)) for member in last.members],
-            "tried": [dict(zip(keys, row, strict=True)) for row in last.tried],
+            "members": [{"layer": layer, "damping": damping} for layer, damping in last.members],
+            "tried": [
+                {"layer": layer, "damping": damping, "validation_loss": loss, "validation_accuracy": accuracy}
+                for layer, damping, loss, accuracy in last.tried
+            ],
         }
 
-    def _keep(self, backbone: str, live: Live, boundary: Boundary, samples: _Samples, held_out: _Samples) -> Drawn:
+    def _keep(self, boundary: Boundary, samples: StoredSamples, held_out: StoredSamples) -> Drawn:
         drawn = Drawn(
-            backbone,
             boundary,
             samples.view(boundary.layers, boundary.standardizers),
             held_out.view(boundary.layers, boundary.standardizers),
         )
-        # the last two serve: the boundary after a removal is the next round's
+        # two serve: the boundary after a removal is the next round's
         self._drawn = dict(list(self._drawn.items())[-1:])
-        self._drawn[backbone, live.digest, str(boundary.members)] = drawn
+        self._drawn[samples.backbone, samples.live.digest, boundary.members] = drawn
         return drawn
-
-    def _samples(self, backbone: str, live: Live) -> tuple[_Samples, _Samples]:
-        # what was quarantined of the validation set is in no shard
-        return (
-            _Samples(self.workers, self.folder, backbone, self.splits["train"], live),
-            _Samples(self.workers, self.folder, backbone, self.splits["validation"], Live({}, {})),
-        )
 
     def _path(self, number: int) -> str:
         return self.folder.round(number, "probes.json")
