@@ -15,6 +15,7 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
     table.add_column(style="bold")
     table.add_column(justify="right")
     table.add_column(style="dim")
+    taken = "removed or relabelled" if summary["relabelled"] else "removed"
     rows: list[tuple[str, str | None, str]] = [
         ("rounds", f"{summary['rounds']}", ""),
         ("live", f"{summary['live']:,}", "samples kept: the clean data set"),
@@ -27,8 +28,8 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
             "labels as given, so noisy labels lower it",
         ),
         ("test accuracy", _change(summary["test_accuracy_before"], summary["test_accuracy_after"]), _refit(summary)),
-        ("removal precision", _percent(summary["removal_precision"]), "of the removed, how many were wrong"),
-        ("removal recall", _percent(summary["removal_recall"]), "of the wrong, how many were removed"),
+        ("removal precision", _percent(summary["removal_precision"]), f"of the {taken}, how many were wrong"),
+        ("removal recall", _percent(summary["removal_recall"]), f"of the wrong, how many were {taken}"),
         ("relabel accuracy", _percent(summary["relabel_accuracy"]), "of the relabelled, how many are right now"),
         ("wrong labels", *_noise(summary)),
         ("boundary", *_boundary(summary)),

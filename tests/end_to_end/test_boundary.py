@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -196,6 +197,17 @@ def test_where_removal_share_is_0_nothing_goes(run: Run, tmp_path: Path) -> None
     assert (summary["removed"], summary["live"]) == (0, 900)
     assert summary["ended"].startswith("no sample goes: removal.share = 0;")
     assert summary["validation_accuracy_after"] >= summary["validation_accuracy_before"]
+
+
+def test_wrong_labels_are_found_where_somebody_has_looked_through_the_validation_set(
+    run: Run, digits: Digits, tmp_path: Path
+) -> None:
+    right = pa.array(digits.true[list(digits.splits["validation"])])
+    pq.write_table(digits.table("validation", label=right), tmp_path / "validation.parquet")
+    summary = run(tmp_path / "run", data={"validation": str(tmp_path / "validation.parquet")})
+    assert summary["noise"]["found"] and summary["noise"]["low"] < 0.2 < summary["noise"]["high"]
+    assert summary["removed"] > 100 and summary["removal_precision"] > 0.9
+    assert summary["test_accuracy_after"] > summary["test_accuracy_before"]
 
 
 @pytest.mark.parametrize("seed", [0, 1])

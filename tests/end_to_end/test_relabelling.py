@@ -175,4 +175,6 @@ def test_where_all_selected_are_certain_none_goes(run: Run, tmp_path: Path) -> N
     assert summary["removed"] == 0 and summary["live"] == 900
     assert summary["relabelled"] == len(relabelled(tmp_path / "run")) == 45 + 45
     assert pq.read_table(tmp_path / "run" / "removed.parquet").num_rows == 0
-    assert np.isfinite(summary["relabel_accuracy"]) and summary["removal_precision"] is None
+    assert np.isfinite(summary["relabel_accuracy"])
+    # what is relabelled counts as found: 90 of the 181 wrong labels at most
+    assert summary["removal_precision"] >= 0.95 and summary["removal_recall"] == pytest.approx(0.5, abs=0.05)

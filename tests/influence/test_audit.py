@@ -95,16 +95,17 @@ def of_votes(votes: np.ndarray) -> Survey:
     """A survey of which only the votes and the count say anything."""
     flat = torch.linspace(0.5, 0, len(GRID), dtype=torch.float64)
     count = torch.tensor(float(votes.sum()), dtype=torch.float64)
-    confident, disagreeing = torch.zeros(2, 4096, dtype=torch.float64)
+    confident, disagreeing, *distances = torch.zeros(4, 4096, dtype=torch.float64)
     confident[0] = count
-    return Survey(count, flat * count, torch.from_numpy(votes), confident, disagreeing)
+    return Survey(count, flat * count, torch.from_numpy(votes), confident, disagreeing, *distances)
 
 
 def of_bins(confident: Tensor, disagreeing: Tensor) -> Survey:
     """A survey of which only the confidences say anything."""
     count = confident.sum()
     votes = torch.zeros(3, 3, dtype=torch.float64)
-    return Survey(count, torch.ones(257, dtype=torch.float64), votes, confident, disagreeing)
+    nothing = torch.zeros(4096, dtype=torch.float64)
+    return Survey(count, torch.ones(257, dtype=torch.float64), votes, confident, disagreeing, nothing, nothing)
 
 
 def evidence_of(of: Simulated, audit: Audit | None) -> Evidence:
@@ -115,7 +116,7 @@ def evidence_of(of: Simulated, audit: Audit | None) -> Evidence:
 
 
 def found_noise(rate: float) -> NoiseEstimate:
-    return NoiseEstimate(rate, 0.0, 1.0, round(1000 * rate), 1000, found=True)
+    return NoiseEstimate(rate, 0.0, 1.0, 1.0, round(1000 * rate), 1000, found=True)
 
 
 # -- t -----------------------------------------------------------------------------------------------------
@@ -393,8 +394,10 @@ def test_noise_is_found_where_scipy_says_that_there_is_more_than_in_a_clean_set(
     known = binomtest(disagreeing, counted, audits.CLEAN, alternative="greater")
     assert noise.found == (known.pvalue < 0.05)
     shares = [binomtest(number, counted).proportion_ci(method="exact") for number in (disagreeing, 0)]
-    assert noise.of_live == (side == "live" and shares[0].low > shares[1].high)
-    assert noise.rate == (disagreeing / counted if noise.found and (side == "held out" or noise.of_live) else 0.0)
+    assert (noise.source == "live") == (noise.found and side == "live" and shares[0].low > shares[1].high)
+    assert noise.rate == (
+        disagreeing / counted if noise.found and (side == "held out" or noise.source == "live") else 0.0
+    )
 
 
 @pytest.mark.parametrize("samples", [300, 3000])
@@ -493,26 +496,80 @@ def test_the_estimated_share_of_wrong_labels_covers_the_true_one(rate: float, cl
     assert float(np.mean([noise.rate for noise in found])) == pytest.approx(rate, abs=0.02)
 
 
+def looked_through(samples: int, rate: float, *, seed: int) -> Simulated:
+    """Held-out samples whose labels were put right, under a boundary drawn by noisy ones."""
+    noisy = simulated(samples, symmetric(10, rate), apart=4.0, seed=seed)
+    return replace(noisy, labels=noisy.true)
+
+
 def test_where_the_held_out_labels_are_right_the_live_ones_tell_the_share_of_wrong_labels():
     covered = 0
-    for seed in range(30):
-        looked_through = simulated(1500, symmetric(10, 0.0), apart=4.0, seed=1000 + seed)
-        noise = audited(looked_through, simulated(1500, symmetric(10, 0.3), apart=4.0, seed=5000 + seed)).noise
-        assert noise.found and noise.of_live and noise.most > 0.25
+    for seed in range(10):
+        noise = audited(
+            looked_through(1500, 0.3, seed=1000 + seed),
+            simulated(1500, symmetric(10, 0.3), apart=4.0, seed=5000 + seed),
+        ).noise
+        assert noise.found and noise.source == "live" and noise.most > 0.25
         covered += noise.low <= 0.3 <= noise.high
-    assert covered >= 27
+    assert covered >= 8
 
 
 def test_where_both_are_equally_noisy_the_held_out_labels_tell_the_share():
     # two intervals of 95 % that do not meet are rarer than one difference in twenty
-    assert sum(noise.of_live for noise in estimates(0.2, 100)) <= 2
+    assert sum(noise.source != "held-out" for noise in estimates(0.2, 100)) <= 3
+
+
+@pytest.mark.parametrize(("offset", "rate"), [(0.0, 0.3), (3.0, 0.3), (8.0, 0.3), (8.0, 0.1)])
+def test_where_the_held_out_labels_are_right_memorised_wrong_labels_are_found_by_comparison(offset: float, rate: float):
+    covered = 0
+    for seed in range(10):
+        right = looked_through(1500, rate, seed=1000 + seed)
+        noise = audited(
+            right, simulated(1500, symmetric(10, rate), apart=4.0, seed=5000 + seed).remembered(offset)
+        ).noise
+        assert noise.found and noise.most > rate
+        assert (noise.source == "comparison") == (offset > 1)
+        covered += noise.low <= rate <= noise.high
+    assert covered >= 8
+
+
+def test_memory_of_right_labels_alone_is_not_taken_for_wrong_ones():
+    found = 0
+    for seed in range(30):
+        held_out = simulated(300, symmetric(10, 0.0), apart=3.0, seed=1000 + seed)
+        live = simulated(1500, symmetric(10, 0.0), apart=3.0, seed=5000 + seed).remembered(8.0)
+        found += audited(held_out, live).noise.found
+    assert found <= 2
+
+
+@pytest.mark.parametrize("classes", [3, 5])
+def test_the_distances_equal_a_plain_loop(classes: int):
+    of = simulated(200, symmetric(classes, 0.3))
+    rivals, strangers = np.zeros(4096), np.zeros(4096)
+    for logits, label in zip((1.5 * of.logits).tolist(), of.labels.tolist(), strict=True):
+        for given in range(classes):
+            largest = sorted((z for c, z in enumerate(logits) if c != given), reverse=True)
+            at = min(int((largest[0] - largest[1]) * 256), 4095)
+            if given == label:
+                rivals[at] += 1
+            else:
+                strangers[at] += 1 / (classes - 1)
+    found = surveyed(of, 1.5)
+    assert found.rivals.tolist() == rivals.tolist()
+    assert found.strangers.numpy() == pytest.approx(strangers)
+
+
+def test_of_two_classes_no_distance_is_known():
+    found = surveyed(simulated(200, symmetric(2, 0.3)))
+    assert float(found.rivals.sum() + found.strangers.sum()) == 0
 
 
 def test_the_most_that_may_be_removed_is_a_bound_that_is_passed_once_in_a_thousand():
-    noise = NoiseEstimate(0.2, 0.1, 0.3, 20, 100, found=True)
-    # with so many wrong labels, 20 or fewer among 100 have a chance of 0.001
-    assert binomtest(20, 100, noise.most, alternative="less").pvalue == pytest.approx(0.001)
-    assert replace(noise, rate=0.0, found=False).most == 0.0
+    for noise in estimates(0.2, 5):
+        # with so many wrong labels, as few among those counted have a chance of 0.001
+        known = binomtest(noise.disagreeing, noise.counted, noise.most, alternative="less")
+        assert known.pvalue == pytest.approx(0.001)
+    assert all(noise.most == 0.0 for noise in estimates(0.0, 5) if not noise.found)
 
 
 # -- probabilities -----------------------------------------------------------------------------------------
