@@ -53,7 +53,7 @@ class Found:
     samples: int
     wrong: int
     rate: float
-    """Of wrong labels, as estimated in the last round."""
+    """Of wrong labels, as estimated in the first round."""
     low: float
     high: float
     found: bool
@@ -91,7 +91,7 @@ def measured(case: Case, folder: Path) -> Found:
     state = run.last_boundary(outcome.state, "head")
     wrong = data.train.given != data.train.true
     before, after = (np.bincount(data.train.given[mask], minlength=data.classes) for mask in (wrong >= 0, run.kept))
-    estimate = run.estimates[-1]
+    estimate = run.estimates[0]
     metrics = state.history[-1].metrics
     found = Found(
         case.dataset,
@@ -125,7 +125,7 @@ def report(found: Sequence[Found], command: str) -> str:
         f"`{command}`; {hardware()}",
         "",
         "posttrain with its default settings and `refine.scope: head`. *Estimate*: the share of wrong labels, as",
-        "the run saw it in its last round, with its 95 % interval; *no sign*: not more than a clean set shows.",
+        "the run saw it in its first round, with its 95 % interval; *no sign*: not more than a clean set shows.",
         "*Boundary*: test accuracy of the chosen boundary with nothing removed. *Smallest class*: the smallest",
         "share that a class keeps.",
         "",

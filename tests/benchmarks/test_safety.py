@@ -48,6 +48,8 @@ def test_the_awkward_cases_are_what_they_are_called(noise: str):
         assert sizes[0] > 10 * max(1, sizes[-1])
     if kind == "two":
         assert data.classes == 2 and set(data.test.true) == {0, 1}
+    checked = (data.validation.given == data.validation.true).all()
+    assert checked == (kind == "checked" or percent == "0")
     assert not set(data.train.ids) & set(data.validation.ids)
     assert (data.test.given == data.test.true).all()
 
