@@ -1,0 +1,99 @@
+"""The gate: whether a newly made model takes the place of the one that serves. Numbers in, a decision out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Verdict = Literal["promoted", "not promoted", "alarm"]
+
+# shares are quotients of counts: what is equal on paper may differ in the last bit
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What a model makes of the held-out set, by class."""
+
+    samples: tuple[int, ...]
+    correct: tuple[int, ...]
+
+    @property
+    def accuracy(self) -> float:
+        """Of all samples; 0 where there is none."""
+        return sum(self.correct) / max(1, sum(self.samples))
+
+
+@dataclass(frozen=True)
+class Arrivals:
+    """What the run made of the training samples that are new since the last one."""
+
+    samples: int
+    candidates: int
+    """That looked wrong in the first round."""
+    taken: int
+    """That were removed or relabelled in the end."""
+
+    @property
+    def suspect(self) -> float:
+        """The share that looks wrong, by whichever of both is more; 0 where nothing is new."""
+        return max(self.candidates, self.taken) / self.samples if self.samples else 0.0
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of the challenger, and why, in words and numbers."""
+
+    verdict: Verdict
+    reason: str
+
+
+def decide(
+    champion: HeldOut | None,
+    challenger: HeldOut,
+    arrivals: Arrivals,
+    *,
+    margin: float,
+    class_drop: float,
+    class_samples: int,
+    alarm_share: float,
+    alarm_samples: int,
+    classes: Sequence[str],
+) -> Decision:
+    """First the alarm, then the gate; without a champion there is no gate.
+
+    alarm: more than `alarm_share` of at least `alarm_samples` new samples looks wrong. not promoted: the accuracy is
+    less than the champion's plus `margin`, or that of a class with at least `class_samples` held-out samples is lower
+    by more than `class_drop`. Raises ValueError where the two were not measured on the same samples.
+    """
+    if arrivals.samples >= alarm_samples and arrivals.suspect > alarm_share:
+        return Decision(
+            "alarm",
+            f"{100 * arrivals.suspect:.1f} % of the {arrivals.samples:,} new samples look wrong "
+            f"({arrivals.candidates:,} in the first round, {arrivals.taken:,} were taken out in the end), "
+            f"and gate.alarm_share allows {100 * alarm_share:g} %",
+        )
+    after = f"{100 * challenger.accuracy:.2f} % of {sum(challenger.samples):,} held-out samples right"
+    if champion is None:
+        return Decision("promoted", f"there was no champion yet; {after}")
+    if champion.samples != challenger.samples:
+        raise ValueError(f"measured on other samples: {champion.samples} and {challenger.samples} by class")
+    before = f"the champion {100 * champion.accuracy:.2f} %"
+    if challenger.accuracy < champion.accuracy + margin - _ROUNDING:
+        wanted = f", and gate.margin asks for {100 * margin:g} points more" if margin else ""
+        return Decision("not promoted", f"{after}, {before}{wanted}")
+    losses = [
+        ((own - new) / count, name, own, new, count)
+        for name, count, own, new in zip(classes, champion.samples, champion.correct, challenger.correct, strict=True)
+        if count >= class_samples and (own - new) / count > class_drop + _ROUNDING
+    ]
+    if losses:
+        _, name, own, new, count = max(losses)
+        more = f" (and {len(losses) - 1} more)" if len(losses) > 1 else ""
+        return Decision(
+            "not promoted",
+            f"{after}, {before}, but of class {name}{more} {new} of {count} are right where the champion has {own}: "
+            f"a loss of {100 * (own - new) / count:.1f} points, and gate.class_drop allows {100 * class_drop:g}",
+        )
+    return Decision("promoted", f"{after}, {before}")

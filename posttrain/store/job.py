@@ -1,0 +1,154 @@
+"""The job folder: the one owner of every path in it, and of what a job knows of the runs before.
+
+```
+<job>/
+  state.json         files held back, champion, runs so far; written last, so that what it says has happened
+  files/<digest>.parquet   the files that have been seen, with what tells whether one has changed
+  base/<key>.safetensors, <key>.json   networks whose features the probes of the champions sit on
+  runs/<name>/       run folders
+  lease/             claims to the lease
+```
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+
+from posttrain.errors import RunFolderError
+from posttrain.store.folder import RunFolder
+from posttrain.store.listing import File
+
+_FORMAT = 1
+_COLUMNS = pa.schema(
+    [
+        ("split", pa.string()),
+        ("path", pa.string()),
+        ("size", pa.int64()),
+        ("mtime_ns", pa.int64()),
+        ("content", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class State:
+    """What a job knows when it starts; the empty one before its first run has ended."""
+
+    runs: tuple[str, ...] = ()
+    """Names of the finished runs, the oldest first."""
+    champion: str | None = None
+    """Version that serves, as of the last run or rollback."""
+    verdict: str | None = None
+    """Of the last run."""
+    files: str | None = None
+    """Name of the table of seen files."""
+    held_back: tuple[str, ...] = ()
+    """Paths of training files that take no part until they change or are accepted."""
+    accepted: tuple[str, ...] = ()
+    """Paths of training files that were held back and are let in by the user: they raise no alarm."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A network whose features are probed, and what builds it."""
+
+    key: str
+    recipe: Mapping[str, Any]
+    """factory, arguments, head."""
+    classes: tuple[str, ...] | None
+    """None: not known, of a version that posttrain did not make."""
+    weights: bytes
+
+
+@dataclass(frozen=True)
+class JobFolder:
+    """The folder of a job."""
+
+    folder: RunFolder
+
+    def refuse_a_run(self) -> None:
+        """Raises RunFolderError where `posttrain clean` has its run here."""
+        if self.folder.exists(self.folder.path("run.yaml")):
+            raise RunFolderError(
+                f"run.path = {self.folder.location} holds a run of another command; name a new folder for the job"
+            )
+
+    def run(self, name: str) -> RunFolder:
+        """The folder of a run."""
+        return RunFolder(f"{self.folder.location.rstrip('/')}/runs/{name}")
+
+    # -- state -----------------------------------------------------------------------------------------
+
+    def state(self) -> State:
+        """What is known; raises RunFolderError where another version of posttrain wrote it."""
+        path = self.folder.path("state.json")
+        if not self.folder.exists(path):
+            return State()
+        record = self.folder.read_json(path)
+        try:
+            if record.pop("format") != _FORMAT:
+                raise KeyError("format")
+            lists = {key: tuple(record.pop(key)) for key in ("runs", "held_back", "accepted")}
+            return replace(State(**record), **lists)
+        except (KeyError, TypeError, AttributeError):
+            raise RunFolderError(
+                f"{path} is not one that this version of posttrain wrote; name a new folder for the job"
+            ) from None
+
+    def write_state(self, state: State, seen: Iterable[File] | None = None) -> None:
+        """Write the state, with another table of seen files where one is given."""
+        if seen is not None:
+            rows = sorted(seen, key=lambda file: (file.split, file.path))
+            table = pa.Table.from_pylist([asdict(file) for file in rows], schema=_COLUMNS)
+            name = f"{listing_digest(rows)}.parquet"
+            self.folder.write_table(self.folder.path("files", name), table)
+            state = replace(state, files=name)
+        self.folder.write_json(self.folder.path("state.json"), {"format": _FORMAT, **asdict(state)})
+
+    def seen(self, state: State) -> dict[tuple[str, str], File]:
+        """The files that the finished runs have seen, by split and path; those held back are among them."""
+        if state.files is None:
+            return {}
+        rows = self.folder.read_table(self.folder.path("files", state.files)).to_pylist()
+        return {(row["split"], row["path"]): File(**row) for row in rows}
+
+    # -- base networks ---------------------------------------------------------------------------------
+
+    def base(self, key: str) -> Base | None:
+        """The base network of that key; None where its files are not there."""
+        described, weights = self._base(key)
+        if not (self.folder.exists(described) and self.folder.exists(weights)):
+            return None
+        record = self.folder.read_json(described)
+        classes = record["classes"]
+        return Base(key, record["recipe"], tuple(classes) if classes else None, self.folder.read_bytes(weights))
+
+    def keep_base(self, base: Base) -> None:
+        """Write a base network, unless it is there."""
+        described, weights = self._base(base.key)
+        if not self.folder.exists(described):
+            self.folder.write_bytes(weights, base.weights)
+            self.folder.write_json(described, {"recipe": dict(base.recipe), "classes": base.classes})
+
+    def _base(self, key: str) -> tuple[str, str]:
+        return self.folder.path("base", f"{key}.json"), self.folder.path("base", f"{key}.safetensors")
+
+    def drop_features(self, runs: Sequence[str]) -> None:
+        """Delete the feature stores of these runs."""
+        for name in runs:
+            self.run(name).keep_only_features("")
+
+
+def listing_digest(files: Iterable[File], *more: object) -> str:
+    """16 hexadecimal digits that tell one set of files, and whatever else decides a run, from another."""
+    digest = hashlib.sha256()
+    for file in sorted(files, key=lambda file: (file.split, file.path)):
+        digest.update(f"{file.split}\t{file.path}\t{file.size}\t{file.mtime_ns}\n".encode())
+    for part in more:
+        digest.update(f"{part}\n".encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,109 @@
+"""The files of a data set, found by name alone, and what tells one state of a file from another."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from pyarrow import fs
+
+from posttrain.errors import DataError
+from posttrain.store.folder import resolve
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+
+_READ_WHOLE = 64 * 2**20
+"""Largest local file, in bytes, whose content is compared where its time alone has changed."""
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of one split, as it was seen."""
+
+    split: str
+    path: str
+    """In its file system."""
+    size: int
+    mtime_ns: int
+    content: str = ""
+    """Digest of its bytes, where it has been read."""
+
+
+def parquet_files(location: str) -> tuple[fs.FileSystem, list[fs.FileInfo]]:
+    """The Parquet files at a location: itself, or all in the folder, sorted. Raises DataError where there are none."""
+    files, path = resolve(location)
+    info = files.get_file_info(path)
+    if info.type == fs.FileType.NotFound:
+        raise DataError(f"{location}: no such file or folder; check data.train, data.validation, data.test")
+    if info.type == fs.FileType.File:
+        return files, [info]
+    found = files.get_file_info(fs.FileSelector(path, recursive=True))
+    inside = sorted((f for f in found if f.path.endswith((".parquet", ".pq"))), key=lambda f: f.path)
+    if not inside:
+        raise DataError(f"{location}: holds no .parquet file; name a folder that does, or set data.source")
+    return files, inside
+
+
+def image_files(location: str) -> tuple[fs.FileSystem, list[fs.FileInfo]]:
+    """The images in a folder, sorted. Raises DataError where there are none."""
+    files, root = resolve(location)
+    if files.get_file_info(root).type != fs.FileType.Directory:
+        raise DataError(f"{location}: no such folder; check data.train, data.validation, data.test")
+    found = files.get_file_info(fs.FileSelector(root, recursive=True))
+    images = sorted(
+        (f for f in found if f.type == fs.FileType.File and f.path.lower().endswith(IMAGE_SUFFIXES)),
+        key=lambda f: f.path,
+    )
+    if not images:
+        raise DataError(f"{location}: holds no image; expected <class>/<image> with one of {', '.join(IMAGE_SUFFIXES)}")
+    return files, images
+
+
+def list_files(source: str, locations: Mapping[str, tuple[str, ...]]) -> list[File]:
+    """The files of each split's locations, of a `data.source` parquet or folder."""
+    find = image_files if source == "folder" else parquet_files
+    return [
+        File(split, info.path, info.size, info.mtime_ns or 0)
+        for split, given in locations.items()
+        for location in given
+        for info in find(location)[1]
+    ]
+
+
+def changed(now: Iterable[File], before: Mapping[tuple[str, str], File], *, local: bool) -> list[File]:
+    """The files that were not there before, by (split, path), or are others now.
+
+    A file counts as the same where size and time are, and on local disks also where its content is that of before.
+    """
+    found: list[File] = []
+    for file in now:
+        known = before.get((file.split, file.path))
+        if known is not None and known.size == file.size:
+            if known.mtime_ns == file.mtime_ns:
+                continue
+            if local and known.content and _digest(file).content == known.content:
+                continue
+        found.append(file)
+    return found
+
+
+def with_content(files: Iterable[File], *, local: bool) -> list[File]:
+    """The files with digests of their content, where that is cheap: not in an object store, not of large ones."""
+    if not local:
+        return list(files)
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(_digest, files))
+
+
+def _digest(file: File) -> File:
+    if file.content or file.size > _READ_WHOLE:
+        return file
+    try:
+        with open(file.path, "rb") as stream:
+            found = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16))
+        return replace(file, content=found.hexdigest())
+    except OSError:
+        # vanished since, or none of the file system's: its size and time have to do
+        return file

@@ -1,0 +1,150 @@
+"""The model registry of MLflow: versions, their aliases and tags; each call may be made again without harm.
+
+Aliases: `champion` is the version that serves, `previous` the one before it, `challenger` the last that did not pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from posttrain.config import without_credentials
+from posttrain.errors import PosttrainError, StepError
+from posttrain.store.tracking import connect, fetch_weights, reason
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
+
+RUN = "posttrain.run"
+"""Tag: which run made the version; no run makes two."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """A registered version of the job's model."""
+
+    number: str
+    tags: Mapping[str, str]
+
+
+class Registry:
+    """One registered model. Raises TrackingError where it cannot be opened, StepError where a later call fails."""
+
+    def __init__(self, client: MlflowClient, uri: str, name: str) -> None:
+        self._client = client
+        self.uri = uri
+        self.name = name
+
+    @classmethod
+    def open(cls, uri: str | None, *, home: Path, name: str) -> Registry:
+        """The registry at `uri`; None: that of the database in the folder `home`."""
+        client, uri = connect(uri, home)
+        return cls(client, uri, name)
+
+    def version(self, alias: str) -> Version | None:
+        """The version of that alias; None where there is none."""
+        from mlflow.exceptions import MlflowException
+
+        with self._asking(f"for the version with the alias {alias}"):
+            try:
+                return _version(self._client.get_model_version_by_alias(self.name, alias))
+            except MlflowException as error:
+                # an unknown alias is an invalid parameter, an unknown model does not exist
+                if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                    return None
+                raise
+
+    def by_number(self, number: str) -> Version | None:
+        """The version with that number; None where there is none (any more)."""
+        from mlflow.exceptions import MlflowException
+
+        with self._asking(f"for version {number}"):
+            try:
+                return _version(self._client.get_model_version(self.name, number))
+            except MlflowException as error:
+                if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                    return None
+                raise
+
+    def of_run(self, run: str) -> Version | None:
+        """The version that this run made, by its tag."""
+        with self._asking("for the versions"):
+            found = self._client.search_model_versions(f"name = '{self.name}' and tags.`{RUN}` = '{run}'")
+            return _version(found[0]) if found else None
+
+    def register(self, model_uri: str, *, run: str, run_id: str, tags: Mapping[str, str]) -> Version:
+        """The version that `run` makes of a logged model (models:/m-...); the one that it has made already."""
+        known = self.of_run(run)
+        if known is not None:
+            return known
+        from mlflow.exceptions import MlflowException
+
+        with self._asking("to register the model"):
+            try:
+                self._client.create_registered_model(self.name)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            model_id = model_uri.removeprefix("models:/")
+            made = self._client.create_model_version(
+                self.name,
+                # MLflow by itself would look a models:/ URI up on the server that the process is set to
+                self._client.get_logged_model(model_id).artifact_location,
+                run_id=run_id,
+                # with the version: there is none without its tags, whenever the job is killed
+                tags={**tags, RUN: run},
+                await_creation_for=60,
+                model_id=model_id,
+            )
+            return _version(made)
+
+    def promote(self, version: Version) -> None:
+        """Make a version the champion, and the champion `previous`."""
+        champion = self.version(CHAMPION)
+        if champion is not None and champion.number == version.number:
+            return
+        if champion is not None:
+            # first: killed in between, the champion is still the champion, and the same call ends the same
+            self.point(PREVIOUS, champion.number)
+        self.point(CHAMPION, version.number)
+
+    def point(self, alias: str, number: str) -> None:
+        """Give an alias to the version with that number."""
+        with self._asking(f"to make version {number} {alias}"):
+            self._client.set_registered_model_alias(self.name, alias, number)
+
+    def fetch(self, version: Version, into: Path) -> tuple[Path, dict[str, Any] | None]:
+        """The version's weights, downloaded into a folder, and what builds the network, where posttrain logged it.
+
+        Raises ModelError where it holds no weights that load without unpickling.
+        """
+        weights = fetch_weights(f"models:/{self.name}/{version.number}", self.uri, into)
+        for described in sorted(into.rglob("MLmodel")):
+            flavor = (yaml.safe_load(described.read_text()).get("flavors") or {}).get("python_function") or {}
+            recipe = flavor.get("config")
+            if isinstance(recipe, dict) and {"factory", "arguments", "classes", "head"} <= recipe.keys():
+                return weights, recipe
+        return weights, None
+
+    @contextmanager
+    def _asking(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except PosttrainError:
+            raise
+        except Exception as error:  # whatever the backend's driver raises
+            raise StepError(
+                f"the MLflow registry at {without_credentials(self.uri)} did not answer when asked {what} "
+                f"({reason(error)}); start the same command again to go on"
+            ) from error
+
+
+def _version(found: Any) -> Version:
+    return Version(str(found.version), dict(found.tags or {}))
