@@ -34,6 +34,9 @@ class RunFolder:
     """A run folder by its location. Picklable: workers open it for themselves."""
 
     location: str
+    shared_features: str | None = None
+    """Path, in the same file system, of the features of one backbone that other runs read, too: `features/<backbone>`
+    of their common search. Nothing in it is ever deleted from here."""
 
     def path(self, *parts: str) -> str:
         return "/".join((resolve(self.location)[1], *parts))
@@ -54,7 +57,10 @@ class RunFolder:
     # -- the paths -------------------------------------------------------------------------------------
 
     def features(self, backbone: str, split: str, bucket: int) -> str:
-        return self.path("features", backbone, split, f"{bucket:05d}.parquet")
+        """The shard of a bucket: in `shared_features` where these are the backbone's, else in this folder."""
+        shared = self.shared_features
+        of_backbone = shared if shared and shared.endswith(f"/{backbone}") else self.path("features", backbone)
+        return f"{of_backbone}/{split}/{bucket:05d}.parquet"
 
     def round(self, number: int, *parts: str) -> str:
         return self.path("rounds", f"{number:04d}", *parts)
@@ -89,7 +95,8 @@ class RunFolder:
             return True
         if info.type == fs.FileType.File:
             raise RunFolderError(f"run.path = {self.location} is a file; name a folder")
-        return not self.files.get_file_info(fs.FileSelector(self.path()))
+        inside = self.files.get_file_info(fs.FileSelector(self.path()))
+        return all(entry.base_name.startswith(".") for entry in inside)
 
     def read_bytes(self, path: str) -> bytes:
         with self.files.open_input_stream(path) as stream:

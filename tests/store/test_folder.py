@@ -153,3 +153,16 @@ def test_a_directory_is_no_file(folder: RunFolder):
     (folder.local / "cleaned").mkdir(parents=True)
     assert not folder.exists(folder.path("cleaned"))
     assert not folder.exists(folder.path("nothing"))
+
+
+def test_features_of_the_shared_backbone_lie_where_it_says_and_are_never_deleted(either: RunFolder):
+    shared = f"{either.path()}-search/features/abcd"
+    folder = RunFolder(either.location, shared)
+    assert folder.features("abcd", "train", 3) == f"{shared}/train/00003.parquet"
+    assert folder.features("ef01", "train", 3) == folder.path("features", "ef01", "train", "00003.parquet")
+    for backbone in ("abcd", "ef01"):
+        folder.write_bytes(folder.features(backbone, "train", 3), b"x")
+    folder.keep_only_features("")
+    assert folder.exists(folder.features("abcd", "train", 3))
+    assert not folder.exists(folder.features("ef01", "train", 3))
+    assert pickle.loads(pickle.dumps(folder)) == folder
