@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from posttrain import rounds
-from posttrain.config import RunFile, without_credentials
+from posttrain.config import Data, RunFile, without_credentials
 from posttrain.errors import ConfigError, StepError
 from posttrain.report.progress import StepLog
 from posttrain.report.summary import print_summary
@@ -97,8 +97,14 @@ def _opened(
         stack.enter_context(
             session(address=address, num_cpus=rays.num_cpus, object_store_gb=rays.object_store_gb, verbose=verbose)
         )
+    if address is not None:
+        from posttrain.cluster.nodes import refuse_unshared
+
+        with progress.step("check the nodes"):
+            refuse_unshared(config.run.path, locations(config.data))
     from pipelines.steps import CleaningRun
     from posttrain.cluster import reading
+    from posttrain.cluster.refining import refuse_missing_gpus
     from posttrain.cluster.workers import Workers
 
     with progress.step("read") as tell:
@@ -128,12 +134,20 @@ def _opened(
     )
     # local mode on one machine; a cluster's GPUs are not where the driver is
     train_workers = rays.train_workers if rays.train_workers is not None else int(address is not None)
+    if address is None and rays.gpus_per_train_worker:
+        refuse_missing_gpus(train_workers, rays.gpus_per_train_worker)
     if not train_workers:
         workers.start()  # they import torch while MLflow makes its tables
     with progress.step("open MLflow"):
         tracking = open_tracking(config, inputs, folder, fingerprint)
     stack.enter_context(tracking)
     return CleaningRun(config, inputs, splits, folder, workers, train_workers, tracking, progress)
+
+
+def locations(data: Data) -> dict[str, tuple[str, ...]]:
+    """Where the sets lie, by their keys in the run file; those that the driver itself makes lie nowhere."""
+    given = {f"data.{name}": getattr(data, name) for name in ("train", "validation", "test")}
+    return {key: (paths,) if isinstance(paths, str) else paths for key, paths in given.items() if paths is not None}
 
 
 def open_tracking(config: RunFile, inputs: Inputs, folder: RunFolder, fingerprint: dict[str, str]) -> Tracking:

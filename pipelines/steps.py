@@ -111,6 +111,8 @@ class CleaningRun:
     """The network as it came. With `refine.scope: head` it is the backbone of all rounds."""
     _found: dict[str, float] = field(default_factory=dict)
     """What the steps of the round found out, for its metrics."""
+    _at_once: int | None = None
+    """Images that were last said to be embedded at a time, for want of memory."""
     noise: dict[str, float] | None = None
     """The latest estimate of the share of wrong labels: rate, low, high, whether it is more than a clean set shows."""
 
@@ -427,7 +429,7 @@ class CleaningRun:
         spec = spec or self.inputs.spec
         model = models.build(spec.factory, classes=spec.classes, arguments=spec.arguments)
         models.load_bytes(model, weights)
-        return Network(spec, weights, models.fingerprint(model))
+        return Network(spec, weights, models.fingerprint(model), self.config.ray.precision)
 
     def _write_checkpoint(self, number: int, model: Network) -> None:
         self.folder.write_bytes(self.folder.checkpoint(number), model.weights)
@@ -464,7 +466,7 @@ class CleaningRun:
                 refining.Training(**settings.model_dump(exclude={"scope"}), max_steps=max_steps),
                 seed=seed,
                 workers=self.train_workers,
-                gpus_per_worker=self.workers.gpus_per_worker,
+                gpus_per_worker=self._gpus_per_train_worker(),
                 folder=self.folder,
                 run_name=f"{name}-{seed}",
                 progress=tell,
@@ -473,7 +475,15 @@ class CleaningRun:
             f"  {name}: {trained.epochs} epochs, {trained.steps} steps, accuracy on the given labels "
             f"{100 * trained.train_accuracy:.1f} %"
         )
+        if trained.part is not None:
+            self.progress.say(
+                f"  {name}: memory did not suffice for a whole step; its samples went through {trained.part} at a time"
+            )
         return self.network(trained.weights, model.spec)
+
+    def _gpus_per_train_worker(self) -> float:
+        given = self.config.ray.gpus_per_train_worker
+        return float(self.workers.gpus_per_worker > 0) if given is None else given
 
     # -- what the steps share --------------------------------------------------------------------------
 
@@ -493,6 +503,10 @@ class CleaningRun:
                     excluded=excluded,
                     progress=tell,
                 )
+        at_once = self.workers.reduced_batch()
+        if at_once is not None and at_once != self._at_once:
+            self._at_once = at_once
+            self.progress.say(f"  embed: memory did not suffice; going on with {at_once} images at a time")
         self._quarantine(summaries)
         return backbone
 

@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 from posttrain.errors import ConfigError
+from posttrain.schema import Precision
 
 Text = Annotated[str, Field(min_length=1)]
 Paths = Text | Annotated[tuple[Text, ...], Field(min_length=1)]
@@ -372,10 +373,23 @@ class Ray(Section):
     """CPUs of each such worker."""
     train_workers: int | None = Field(default=None, ge=0)
     """Workers of Ray Train; 0 trains in the driver's own process. null: 0, or 1 where an address is set."""
+    gpus_per_train_worker: float | None = Field(default=None, ge=0)
+    """GPUs of each of these; with 0 workers, whether the driver trains on its GPU. null: 1 where the workers that
+    embed have GPUs, else 0. Several that share a GPU (a fraction) exchange gradients by Gloo, else by NCCL."""
+    precision: Precision = "float32"
+    """In what the network computes where it embeds and trains: bfloat16 and float16 are faster on GPUs. Weights,
+    losses, sums, and all that is done with the features stay in float32 or float64."""
     num_cpus: int | None = Field(default=None, ge=1)
     """CPUs that a Ray of its own may use. null: all."""
     object_store_gb: float | None = Field(default=None, gt=0)
     """Memory of its object store in GB (10^9 bytes). null: Ray's default."""
+
+    @field_validator("gpus_per_worker", "gpus_per_train_worker")
+    @classmethod
+    def _a_share_of_one_gpu_or_whole_ones(cls, gpus: float | None) -> float | None:
+        if gpus is not None and gpus > 1 and gpus != int(gpus):
+            raise ValueError("should be a whole number, or a fraction below 1")
+        return gpus
 
     @model_validator(mode="after")
     def _a_cluster_has_its_size(self) -> Self:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas.util
@@ -25,6 +25,9 @@ BUCKET = "bucket"
 ROW = "row"
 
 SPLITS = ("train", "validation", "test")
+
+Precision = Literal["float32", "bfloat16", "float16"]
+"""In which number format a network's matrix products and convolutions are carried out."""
 
 BUCKET_ROWS = 2048
 """Samples per bucket, on average: a few megabytes of features, a tenth of a second of work."""

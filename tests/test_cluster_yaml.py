@@ -82,5 +82,8 @@ def test_the_cluster_has_the_ray_that_the_package_asks_for(cluster):
         tag = re.fullmatch(r"rayproject/ray:(\d+\.\d+\.\d+)-py(\d)(\d+)-(cpu|gpu)", image)
         assert tag and ray.specifier.contains(tag[1]), image
         assert project["requires-python"] == ">=3.11" and (int(tag[2]), int(tag[3])) >= (3, 11)
-    installed = [Requirement(w) for w in shlex.split(cluster["setup_commands"][0]) if w.startswith("ray[")]
-    assert [r.specifier for r in installed] == [ray.specifier]
+    # the checkout with the extra that brings the dashboard, of the same version
+    assert shlex.split(cluster["setup_commands"][0])[-1] == "/home/ray/posttrain[cluster]"
+    assert "/home/ray/posttrain" in cluster["file_mounts"]
+    [extra] = map(Requirement, project["optional-dependencies"]["cluster"])
+    assert (extra.name, extra.extras, extra.specifier) == ("ray", {"default"}, ray.specifier)

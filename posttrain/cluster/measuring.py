@@ -9,6 +9,7 @@ import pyarrow as pa
 import ray
 
 from posttrain.cluster.reading import Split
+from posttrain.cluster.tasks import results
 from posttrain.schema import LABEL, TRUE_LABEL, Excluded, Relabelled
 
 
@@ -58,11 +59,14 @@ def is_wrong(block: pa.Table) -> np.ndarray:
 def detection(split: Split, removed: Excluded, relabelled: Relabelled) -> Detection:
     """Counts over all of the split's samples; `removed` without the quarantined."""
     nothing = np.empty(0, np.int32)
-    counts = ray.get(
-        [
-            _count.remote(b.block, removed.get(b.index, nothing), *relabelled.get(b.index, (nothing, nothing)))
-            for b in split.buckets
-        ]
+    counts = list(
+        results(
+            _count,
+            [
+                (b.block, removed.get(b.index, nothing), *relabelled.get(b.index, (nothing, nothing)))
+                for b in split.buckets
+            ],
+        )
     )
     changed = sum(len(rows) for rows, _ in relabelled.values())
     return Detection(
@@ -76,5 +80,5 @@ def detection(split: Split, removed: Excluded, relabelled: Relabelled) -> Detect
 
 def wrong_rows(split: Split) -> dict[int, np.ndarray]:
     """bucket -> [rows] bool, the given label is wrong: one bit per sample, for benchmarks."""
-    found = ray.get([_wrong_rows.remote(b.block) for b in split.buckets])
+    found = results(_wrong_rows, [(b.block,) for b in split.buckets])
     return {b.index: wrong for b, wrong in zip(split.buckets, found, strict=True)}

@@ -7,6 +7,7 @@ buckets, so that its result does not depend on files or blocks.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import sys
@@ -14,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import ray
@@ -25,10 +26,11 @@ from ray.train.torch import TorchTrainer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from posttrain.cluster.devices import BatchSize, computing_in, moved
 from posttrain.cluster.reading import Bucket, Progress, Split, explain
 from posttrain.cluster.workers import Network, load_network
-from posttrain.errors import StepError
-from posttrain.schema import IMAGE, LABEL, Excluded, ImageSpec, Relabelled, current_labels
+from posttrain.errors import ConfigError, StepError
+from posttrain.schema import IMAGE, LABEL, Excluded, ImageSpec, Precision, Relabelled, current_labels
 from posttrain.store.folder import RunFolder
 from posttrain.vision import models
 from posttrain.vision.images import augmentation, decode_column, normalize
@@ -65,6 +67,18 @@ class Trained:
     train_accuracy: float
     train_loss: float
     seconds: float
+    part: int | None = None
+    """Samples per forward pass, where memory did not suffice for a whole step at a time."""
+
+
+def refuse_missing_gpus(workers: int, gpus_per_worker: float) -> None:
+    """Raises ConfigError where the training workers ask for more GPUs than there are: Ray Train waits for ever."""
+    wanted, there = max(1, workers) * gpus_per_worker, ray.cluster_resources().get("GPU", 0.0)
+    if wanted > there:
+        raise ConfigError(
+            f"ray.gpus_per_train_worker = {gpus_per_worker:g} and ray.train_workers = {workers} ask for {wanted:g} "
+            f"GPUs, but this machine shows {there:g}; lower one of them, or leave them out"
+        )
 
 
 def train(
@@ -83,8 +97,9 @@ def train(
 ) -> Trained:
     """The network after training on the split's samples but the excluded ones, under their present labels.
 
-    `progress` counts samples; with `workers > 0` it is called once, at the end. Raises StepError where the loss is
-    not finite or training fails.
+    It computes in the network's precision, on a GPU where `gpus_per_worker` is above 0 and there is one. `progress`
+    counts samples; with `workers > 0` it is called once, at the end. Raises StepError where the loss is not finite,
+    memory does not suffice, or training fails.
     """
     started = time.perf_counter()
     config: dict[str, Any] = {
@@ -95,6 +110,7 @@ def train(
         "training": training,
         "seed": seed,
         "threads": None if workers == 0 else 1,
+        "gpu": gpus_per_worker > 0,
     }
     if workers == 0:
         config["progress"] = progress
@@ -102,6 +118,8 @@ def train(
     trainer = TorchTrainer(
         _train_loop,
         train_loop_config=config,
+        # NCCL refuses two processes on one GPU
+        torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpus_per_worker >= 1 else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers,
             use_gpu=gpus_per_worker > 0 and workers > 0,
@@ -134,23 +152,31 @@ def train(
         found["accuracy"],
         found["loss"],
         time.perf_counter() - started,
+        found["part"],
     )
 
 
 def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    if config["threads"]:
+    rank, world = 0, 1
+    # in local mode there is nothing to ask, and inside a trial of Ray Tune it would be an error
+    alone = config["threads"] is None
+    if not alone:
+        context = ray.train.get_context()
+        rank, world = context.get_world_rank(), context.get_world_size()
         torch.set_num_threads(config["threads"])
     network: Network = config["network"]
     training: Training = config["training"]
-    device = ray.train.torch.get_device() if world > 1 or torch.cuda.is_available() else torch.device("cpu")
+    # a process without a GPU of its own sees those of the others all the same
+    on_gpu = config["gpu"] and torch.cuda.is_available()
+    device = torch.device("cpu")
+    if on_gpu:
+        device = torch.device("cuda") if alone else ray.train.torch.get_device()
     # the driver's own generator must not notice that training ran in its process
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config["seed"] * 1_000_003 + rank)
         # convolutions on the CPU and on tensor cores take this layout: 16 s an epoch on two cores instead of 25
         model = load_network(network).to(device).to(memory_format=torch.channels_last).train()
-        parallel = ray.train.torch.prepare_model(model) if world > 1 else model
+        parallel = ray.train.torch.prepare_model(model, move_to_device=device) if world > 1 else model
         images = LiveImages(
             config["buckets"][rank::world],
             config["excluded"],
@@ -169,6 +195,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
             device=device,
             seed=config["seed"],
             progress=config.get("progress", lambda done, total: None),
+            precision=network.precision,
         )
     return {"weights": models.to_bytes(model), **outcome}
 
@@ -184,15 +211,21 @@ def fit_network(
     device: torch.device,
     seed: int,
     progress: Progress,
+    precision: Precision = "float32",
 ) -> dict[str, Any]:
-    """The training loop itself; every rank takes the same number of steps."""
+    """The training loop itself; every rank takes the same number of steps.
+
+    Where memory does not suffice for a step's samples, they go through the network in parts, whose gradients add up
+    to the same step (but for batch normalisation, whose statistics are then those of a part).
+    """
     per_rank = max(1, training.batch_size // world)
     steps_per_epoch = max(1, math.ceil(live / (per_rank * world)))
     optimizer = _optimizer(model, training)
     total_steps = min(steps_per_epoch * training.epochs, training.max_steps or sys.maxsize)
     augment = augmentation(training.augment, spec.size)
+    passes = _Passes(model, optimizer, BatchSize(per_rank), spec, world, device, precision)
     taken = 0
-    accuracy = loss_mean = 0.0
+    epochs, accuracy, loss_mean = 0, 0.0, 0.0
     for epoch in range(training.epochs):
         generator = torch.Generator().manual_seed((seed * 10_007 + epoch) * 2 + 1)
         sums = torch.zeros(3, dtype=torch.float64, device=device)
@@ -201,18 +234,8 @@ def fit_network(
                 share = taken / total_steps
                 for group in optimizer.param_groups:
                     group["lr"] = training.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
-            inputs = normalize(augment(pixels, generator).to(device), spec.mean, spec.std)
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
-            targets = labels.to(device)
-            logits = model(inputs)
-            loss = cross_entropy(logits, targets)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+            sums += passes.step(augment(pixels, generator), labels)
             taken += 1
-            with torch.no_grad():
-                correct = (logits.argmax(dim=1) == targets).sum()
-                sums += torch.stack([loss.detach() * len(targets), correct, correct.new_tensor(len(targets))]).double()
             progress(min(taken * per_rank * world, live * training.epochs), live * training.epochs)
         if world > 1:
             torch.distributed.all_reduce(sums)
@@ -222,10 +245,106 @@ def fit_network(
                 f"training diverged in epoch {epoch + 1} (loss {loss_mean}); lower the learning rate "
                 f"({training.learning_rate:g}) of this section of the run file"
             )
+        epochs = epoch + 1
         reached = training.until_train_accuracy is not None and accuracy >= training.until_train_accuracy
         if reached or taken >= total_steps:
-            return {"epochs": epoch + 1, "steps": taken, "accuracy": accuracy, "loss": loss_mean}
-    return {"epochs": training.epochs, "steps": taken, "accuracy": accuracy, "loss": loss_mean}
+            break
+    return {"epochs": epochs, "steps": taken, "accuracy": accuracy, "loss": loss_mean, "part": passes.batch.reduced}
+
+
+class _Passes:
+    """Steps of the optimizer, each in as many forward and backward passes as memory asks for."""
+
+    _SETTLING = 3
+    """Steps until memory can be taken to suffice. In these the ranks compare notes, and exchange gradients only when
+    all are through: one that has run out of memory would leave the others waiting in the middle of an exchange."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batch: BatchSize,
+        spec: ImageSpec,
+        world: int,
+        device: torch.device,
+        precision: Precision,
+    ) -> None:
+        self.batch = batch
+        self._model, self._optimizer, self._spec = model, optimizer, spec
+        self._world, self._device = world, device
+        self._precision: Precision = precision
+        # the gradients of float16 would vanish; the scaler skips a step where they overflow
+        self._scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
+        self._settled, self._settled_size = 0, 0
+
+    def step(self, pixels: Tensor, labels: Tensor) -> Tensor:
+        """One step on uint8 [n, c, h, w] and labels [n]; float64 (sum of losses, correct, n)."""
+        sums = self.batch.carried(lambda size: self._gradients(pixels, labels, size))
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        return sums
+
+    def _gradients(self, pixels: Tensor, labels: Tensor, size: int) -> Tensor:
+        if size != self._settled_size:
+            self._settled, self._settled_size = 0, size
+        settling = self._settled < self._SETTLING
+        before = [buffer.clone() for buffer in self._model.buffers()] if settling else []
+        self._optimizer.zero_grad(set_to_none=True)
+        sums, short = None, False
+        try:
+            sums = self._accumulated(pixels, labels, size, apart=settling)
+        except torch.OutOfMemoryError:
+            if not settling and self._world > 1:
+                raise StepError(
+                    f"a training worker ran out of memory after {self._SETTLING} steps of {size} samples went well; "
+                    "lower batch_size of this section of the run file"
+                ) from None
+            short = True
+        if settling and self._world > 1:
+            flag = torch.tensor(float(short), device=self._device)
+            torch.distributed.all_reduce(flag)
+            short = bool(flag)
+        if sums is None or short:
+            # statistics of batch normalisation: the step begins anew
+            for buffer, kept in zip(self._model.buffers(), before, strict=False):
+                buffer.copy_(kept)
+            self._optimizer.zero_grad(set_to_none=True)
+            raise torch.OutOfMemoryError(f"a step of {len(labels)} samples, {size} at a time")
+        if settling:
+            self._settled += 1
+            if self._world > 1:
+                _average_gradients(self._model, self._world)
+        return sums
+
+    def _accumulated(self, pixels: Tensor, labels: Tensor, size: int, *, apart: bool) -> Tensor:
+        """Adds up the gradients of the mean loss; with `apart` every rank's stay its own."""
+        parts = math.ceil(len(labels) / size)
+        sums = torch.zeros(3, dtype=torch.float64, device=self._device)
+        for number, (images, given) in enumerate(
+            zip(pixels.tensor_split(parts), labels.tensor_split(parts), strict=True)
+        ):
+            alone = self._world > 1 and (apart or number < parts - 1)
+            with cast(Any, self._model).no_sync() if alone else contextlib.nullcontext():
+                inputs = normalize(moved(images, self._device), self._spec.mean, self._spec.std)
+                inputs = inputs.contiguous(memory_format=torch.channels_last)
+                targets = moved(given, self._device)
+                with computing_in(self._precision, self._device):
+                    logits = self._model(inputs)
+                loss = cross_entropy(logits.float(), targets)
+                self._scaler.scale(loss * (len(given) / len(labels))).backward()
+            with torch.no_grad():
+                correct = (logits.argmax(dim=1) == targets).sum()
+                sums += torch.stack([loss.detach() * len(targets), correct, correct.new_tensor(len(targets))]).double()
+        return sums
+
+
+def _average_gradients(model: torch.nn.Module, world: int) -> None:
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    torch.distributed.all_reduce(flat)
+    flat /= world
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 def _optimizer(model: torch.nn.Module, training: Training) -> torch.optim.Optimizer:

@@ -7,6 +7,7 @@ arguments alone: an actor that died is started again by Ray and goes on with the
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import os
@@ -21,6 +22,7 @@ import ray
 import torch
 from torch import Tensor
 
+from posttrain.cluster.devices import BatchSize, computing_in, moved, own_device
 from posttrain.cluster.reading import Bucket, Progress, explain
 from posttrain.errors import ConfigError
 from posttrain.influence.audit import Audit, Survey, survey
@@ -37,6 +39,7 @@ from posttrain.schema import (
     SAMPLE_ID,
     Excluded,
     ModelSpec,
+    Precision,
     Relabelled,
     current_labels,
     uniform,
@@ -82,12 +85,16 @@ class Network:
     spec: ModelSpec
     weights: bytes = field(repr=False)
     key: str
+    precision: Precision = "float32"
+    """In what it computes where it embeds and is trained."""
 
     @property
     def backbone(self) -> str:
         """Tells one feature store from another: everything that its features depend on."""
         backbone = models.backbone_fingerprint(load_network(self), self.spec.head)
         kept = f"{backbone}:{self.spec.layers}:{self.spec.width}"
+        if self.precision != "float32":
+            kept += f":{self.precision}"
         return hashlib.sha256(kept.encode()).hexdigest()[:16]
 
 
@@ -141,7 +148,8 @@ class _Worker:
 
     def __init__(self, threads: int, cache_bytes: int) -> None:
         torch.set_num_threads(threads)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = own_device()
+        self.batch = BatchSize(EMBEDDING_BATCH)
         self.network: tuple[str, torch.nn.Module] | None = None
         self.views: OrderedDict[str, dict[int, tuple[Shard, Tensor, Tensor]]] = OrderedDict()
         self.cache_bytes = cache_bytes
@@ -149,6 +157,9 @@ class _Worker:
 
     def ready(self) -> str:
         return str(self.device)
+
+    def reduced_batch(self) -> int | None:
+        return self.batch.reduced
 
     def embed(
         self,
@@ -162,7 +173,9 @@ class _Worker:
         network: Network = ray.get(network_in[0])
         if self.network is None or self.network[0] != network.key:
             self.network = (network.key, _for_inference(network, self.device))
-        shard, quarantined = embed_block(self.network[1], network.spec, block, skip, self.device)
+        shard, quarantined = embed_block(
+            self.network[1], network.spec, block, skip, self.device, precision=network.precision, batch=self.batch
+        )
         write_shard(folder, path, shard, quarantined)
         return ShardSummary(bucket, len(shard.rows), quarantined)
 
@@ -262,9 +275,20 @@ def side_by_side(shard: Shard, view: View) -> Tensor:
 
 
 def embed_block(
-    model: torch.nn.Module, spec: ModelSpec, block: pa.Table, skip: np.ndarray, device: torch.device
+    model: torch.nn.Module,
+    spec: ModelSpec,
+    block: pa.Table,
+    skip: np.ndarray,
+    device: torch.device,
+    *,
+    precision: Precision = "float32",
+    batch: BatchSize | None = None,
 ) -> tuple[Shard, list[dict[str, object]]]:
-    """Features of a bucket's rows but `skip`, and what could not be read, with the reason."""
+    """Features of a bucket's rows but `skip`, and what could not be read, with the reason.
+
+    `batch` is how many images go through the network at a time; it is halved where memory does not suffice.
+    """
+    batch = batch or BatchSize(EMBEDDING_BATCH)
     rows = np.setdiff1d(np.arange(block.num_rows), skip)
     block = block.take(pa.array(rows))
     image = spec.image
@@ -274,14 +298,21 @@ def embed_block(
     why |= {int(at): "no label" for at in np.flatnonzero(readable & (labels < 0))}
     parts: dict[str, list[Tensor]] = {layer: [] for layer in spec.layers}
     # a bucket without a readable image: one black image gives the widths
-    batches = pixels.split(EMBEDDING_BATCH) if len(pixels) else [pixels.new_zeros(1, image.channels, *image.size)]
-    with torch.inference_mode():
-        for batch in batches:
-            inputs = normalize(batch.to(device), image.mean, image.std)
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
-            embedded = layers.embed(model, spec.layers, spec.head, inputs, width=spec.width)
-            for layer, features in embedded.items():
-                parts[layer].append(features[: len(pixels)].cpu().half())
+    images = pixels if len(pixels) else pixels.new_zeros(1, image.channels, *image.size)
+
+    def embedded(start: int, size: int) -> dict[str, Tensor]:
+        inputs = normalize(moved(images[start : start + size], device), image.mean, image.std)
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+        found = layers.embed(model, spec.layers, spec.head, inputs, width=spec.width)
+        return {layer: features.cpu().half() for layer, features in found.items()}
+
+    done = 0
+    with torch.inference_mode(), computing_in(precision, device):
+        while done < len(images):
+            found = batch.carried(functools.partial(embedded, done))
+            done += len(found[spec.head])
+            for layer, features in found.items():
+                parts[layer].append(features[: len(pixels)])
     halves = {layer: torch.cat(found) for layer, found in parts.items()}
     finite = torch.stack([torch.isfinite(matrix).all(dim=1) for matrix in halves.values()]).all(dim=0).numpy()
     where_readable = np.flatnonzero(readable)
@@ -424,6 +455,11 @@ class Workers:
             done += live[bucket.index]
             progress(done, total)
         return [summary for summary in (found[b.index] for b in buckets) if summary is not None]
+
+    def reduced_batch(self) -> int | None:
+        """Images per forward pass of the worker with the fewest, where memory did not suffice for all; else None."""
+        found = ray.get([actor.reduced_batch.remote() for actor in self._actors])
+        return min((size for size in found if size is not None), default=None)
 
     def survey(self, view: View, verdict: Verdict, temperature: float) -> Survey:
         """The survey of the live samples by their leave-one-out logits."""

@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from posttrain.cluster.reading import Progress, Split, explain
+from posttrain.cluster.reading import Progress, Split
+from posttrain.cluster.tasks import results
 from posttrain.schema import IMAGE, LABEL, SAMPLE_ID, Excluded, Relabelled, current_labels
 from posttrain.store.folder import RunFolder
 
@@ -53,8 +54,8 @@ def write_cleaned(
     """
     nothing = np.empty(0, np.int32)
     kept = seen = 0
-    pending = [
-        _write.remote(
+    calls = [
+        (
             b.block,
             b.index,
             excluded.get(b.index, nothing),
@@ -66,11 +67,8 @@ def write_cleaned(
         )
         for b in split.buckets
     ]
-    try:
-        for bucket, reference in zip(split.buckets, pending, strict=True):
-            kept += ray.get(reference)
-            seen += bucket.rows
-            progress(seen, split.rows)
-    except Exception as error:
-        explain(error)
+    for bucket, written in zip(split.buckets, results(_write, calls), strict=True):
+        kept += written
+        seen += bucket.rows
+        progress(seen, split.rows)
     return kept

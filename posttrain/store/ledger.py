@@ -34,6 +34,7 @@ _PACKAGES = (
 
 # what may differ when a run goes on: where it computes and where it tells of it, not what it computes
 _MAY_DIFFER = ("ray.", "tracking.", "run.path")
+_MAY_NOT_DIFFER = ("ray.precision",)
 
 
 def settings(config: RunFile) -> dict[str, Any]:
@@ -94,7 +95,11 @@ class Ledger:
             raise RunFolderError(
                 f"{self.folder.path('run.yaml')} is not one that this version of posttrain wrote; name another run.path"
             ) from None
-        changed = [line for line in differences(before, config) if not line.startswith(_MAY_DIFFER)]
+        changed = [
+            line
+            for line in differences(before, config)
+            if line.startswith(_MAY_NOT_DIFFER) or not line.startswith(_MAY_DIFFER)
+        ]
         if changed:
             raise RunFolderError(
                 f"{self.folder.location} holds a run with other settings ({'; '.join(changed)}); "

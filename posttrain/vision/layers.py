@@ -221,18 +221,20 @@ def pooled(output: Tensor, width: int) -> Tensor:
     Maps with channels last, as swin's, cannot be told from others by shape in general: a square in dimensions 1
     and 2 that is smaller than dimension 3 is taken for one, anything else for channels first.
     """
-    features = output.float()
-    if features.ndim == 4:
-        features = _channels_first(features)
-        channels, *sides = features.shape[1:]
-        grid = next(g for g in _GRIDS if g == 1 or (g <= min(sides) and channels * g * g <= 4 * width))
-        features = F.adaptive_avg_pool2d(features, grid).flatten(1)
-    elif features.ndim == 3:
-        features = features.mean(dim=1)
-    elif features.ndim != 2:
-        raise ValueError(f"an output of shape {tuple(output.shape)} is neither vectors, tokens nor maps")
-    dim = features.shape[1]
-    return features if dim <= width else features @ _projection(dim, width, features.device)
+    # sums over many values: a network that computes in 16 bits does not extend to them
+    with torch.autocast(output.device.type, enabled=False):
+        features = output.float()
+        if features.ndim == 4:
+            features = _channels_first(features)
+            channels, *sides = features.shape[1:]
+            grid = next(g for g in _GRIDS if g == 1 or (g <= min(sides) and channels * g * g <= 4 * width))
+            features = F.adaptive_avg_pool2d(features, grid).flatten(1)
+        elif features.ndim == 3:
+            features = features.mean(dim=1)
+        elif features.ndim != 2:
+            raise ValueError(f"an output of shape {tuple(output.shape)} is neither vectors, tokens nor maps")
+        dim = features.shape[1]
+        return features if dim <= width else features @ _projection(dim, width, features.device)
 
 
 @functools.lru_cache(maxsize=16)
