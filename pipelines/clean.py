@@ -25,7 +25,8 @@ from posttrain.store.ledger import Ledger, settings
 if TYPE_CHECKING:
     from pipelines.inputs import Inputs
     from pipelines.steps import CleaningRun
-    from posttrain.cluster.workers import Network
+    from posttrain.cluster.reading import Split
+    from posttrain.cluster.workers import Network, Workers
     from posttrain.store.tracking import Tracking
 
 
@@ -41,14 +42,19 @@ def clean(config: RunFile, *, verbose: bool = False, quiet: bool = False) -> dic
     if summary is None:
         with opened(config, progress, verbose=verbose) as run:
             state = begun(run) or run.begin(first_model(run))
-            limits = rounds.Limits(config.removal.max_rounds, config.removal.minimum, config.removal.patience)
-            outcome = rounds.clean(state, run.as_steps(), limits)
+            outcome = rounds.clean(state, run.as_steps(), limits(config))
             progress.say(f"stopped: {outcome.reason}")
             outcome = replace(outcome, state=run.last_boundary(outcome.state, outcome.reason))
             summary = finish(run, outcome, began)
     if not quiet:
         print_summary(Console(), summary)
     return summary
+
+
+def limits(config: RunFile) -> rounds.Limits:
+    """When the rounds of this run file end."""
+    removal = config.removal
+    return rounds.Limits(removal.max_rounds, removal.minimum, removal.patience)
 
 
 def finished_already(ledger: Ledger, config: RunFile, progress: StepLog) -> dict[str, Any] | None:
@@ -69,7 +75,8 @@ def finished_already(ledger: Ledger, config: RunFile, progress: StepLog) -> dict
 
         ledger.refuse_other_data(started, {"files": list_files(config)})
         progress.say(
-            f"{config.run.path}: this run is finished; nothing to do. For another, set run.path to a new folder."
+            f"{config.run.path}: this {ledger.kind} is finished; nothing to do. For another, set run.path to a new "
+            "folder."
         )
     return summary
 
@@ -86,9 +93,8 @@ def opened(config: RunFile, progress: StepLog, *, verbose: bool) -> Iterator[Cle
         yield _opened(config, inputs, folder, progress, stack, verbose=verbose)
 
 
-def _opened(
-    config: RunFile, inputs: Inputs, folder: RunFolder, progress: StepLog, stack: ExitStack, *, verbose: bool
-) -> CleaningRun:
+def join_ray(config: RunFile, progress: StepLog, stack: ExitStack, *, verbose: bool) -> str | None:
+    """Start Ray, or join the cluster whose address is returned; `stack` ends it."""
     with progress.step("start Ray"):
         from posttrain.cluster.session import cluster_address, session
 
@@ -102,10 +108,18 @@ def _opened(
 
         with progress.step("check the nodes"):
             refuse_unshared(config.run.path, locations(config.data))
-    from pipelines.steps import CleaningRun
+    return address
+
+
+def locations(data: Data) -> dict[str, tuple[str, ...]]:
+    """Where the sets lie, by their keys in the run file; those that the driver itself makes lie nowhere."""
+    given = {f"data.{name}": getattr(data, name) for name in ("train", "validation", "test")}
+    return {key: (paths,) if isinstance(paths, str) else paths for key, paths in given.items() if paths is not None}
+
+
+def read(config: RunFile, inputs: Inputs, progress: StepLog) -> tuple[dict[str, Split], dict[str, str]]:
+    """All sets in buckets, and the fingerprint of the data: digests of files, ids and labels."""
     from posttrain.cluster import reading
-    from posttrain.cluster.refining import refuse_missing_gpus
-    from posttrain.cluster.workers import Workers
 
     with progress.step("read") as tell:
         splits = reading.read(
@@ -117,25 +131,48 @@ def _opened(
             ids_span_sets=config.data.id_scope == "all",
             progress=tell,
         )
-    fingerprint = {"files": inputs.listing, **{name: split.digest for name, split in splits.items()}}
-    ledger = Ledger(folder)
+    return splits, {"files": inputs.listing, **{name: split.digest for name, split in splits.items()}}
+
+
+def claim(ledger: Ledger, config: RunFile, fingerprint: dict[str, str]) -> None:
+    """Make the folder that of this run, or search. Refuses one that was begun on other data."""
     started = ledger.started()
     if started is not None and ledger.is_begun():
         ledger.refuse_other_data(started, fingerprint)
     elif started is None or (started.get("config"), started.get("data")) != (settings(config), fingerprint):
         # nothing but features can lie there yet, and those may be of other data
-        folder.keep_only_features("")
+        ledger.folder.keep_only_features("")
         ledger.start(config, fingerprint)
+
+
+def crew(config: RunFile, *, on_cluster: bool) -> tuple[Workers, int]:
+    """The workers that embed and score, and how many train; 0: the driver does."""
+    from posttrain.cluster.refining import refuse_missing_gpus
+    from posttrain.cluster.workers import Workers
+
+    rays = config.ray
     workers = Workers(
         count=rays.workers,
         cpus=rays.cpus_per_worker,
         gpus=rays.gpus_per_worker,
-        on_cluster=address is not None,
+        on_cluster=on_cluster,
     )
     # local mode on one machine; a cluster's GPUs are not where the driver is
-    train_workers = rays.train_workers if rays.train_workers is not None else int(address is not None)
-    if address is None and rays.gpus_per_train_worker:
+    train_workers = rays.train_workers if rays.train_workers is not None else int(on_cluster)
+    if not on_cluster and rays.gpus_per_train_worker:
         refuse_missing_gpus(train_workers, rays.gpus_per_train_worker)
+    return workers, train_workers
+
+
+def _opened(
+    config: RunFile, inputs: Inputs, folder: RunFolder, progress: StepLog, stack: ExitStack, *, verbose: bool
+) -> CleaningRun:
+    address = join_ray(config, progress, stack, verbose=verbose)
+    from pipelines.steps import CleaningRun
+
+    splits, fingerprint = read(config, inputs, progress)
+    claim(Ledger(folder), config, fingerprint)
+    workers, train_workers = crew(config, on_cluster=address is not None)
     if not train_workers:
         workers.start()  # they import torch while MLflow makes its tables
     with progress.step("open MLflow"):
@@ -144,25 +181,29 @@ def _opened(
     return CleaningRun(config, inputs, splits, folder, workers, train_workers, tracking, progress)
 
 
-def locations(data: Data) -> dict[str, tuple[str, ...]]:
-    """Where the sets lie, by their keys in the run file; those that the driver itself makes lie nowhere."""
-    given = {f"data.{name}": getattr(data, name) for name in ("train", "validation", "test")}
-    return {key: (paths,) if isinstance(paths, str) else paths for key, paths in given.items() if paths is not None}
+def open_tracking(
+    config: RunFile,
+    inputs: Inputs,
+    folder: RunFolder,
+    fingerprint: dict[str, str],
+    *,
+    home: RunFolder | None = None,
+) -> Tracking:
+    """The run's parent in MLflow; the one that it has already where it goes on.
 
-
-def open_tracking(config: RunFile, inputs: Inputs, folder: RunFolder, fingerprint: dict[str, str]) -> Tracking:
-    """The run's parent in MLflow; the one that it has already where it goes on."""
+    `home`: the folder of the job whose database the run shares, where tracking.uri is null.
+    """
     from posttrain.store.tracking import Tracking
 
     path = folder.path("tracking.json")
     known = folder.read_json(path) if folder.exists(path) else {}
-    if not known and config.tracking.uri is None:
+    if not known and config.tracking.uri is None and home is None:
         # a run that was killed while MLflow made its tables: half of them cannot be gone on with
         for left in folder.local.glob("mlflow.db*"):
             left.unlink()
     tracking = Tracking.open(
         config.tracking.uri,
-        run_folder=folder.local if folder.is_local else Path("."),
+        run_folder=(home or folder).local if folder.is_local else Path("."),
         experiment=config.tracking.experiment,
         run_name=config.run.path.rstrip("/").rsplit("/", 1)[-1],
         run_id=known.get("run_id"),
@@ -231,7 +272,8 @@ def finish(run: CleaningRun, outcome: rounds.Outcome[Network], began: float) -> 
         relabelled = sum(r.relabelled for r in state.history)
         if relabelled:
             results.write_taken(folder, "relabelled", numbers, classes)
-        results.write_issues(folder, numbers, last_scores, run.live.excluded, run.relabelled, classes)
+        relabelled_now = run.ledger.relabelled(state.history)
+        results.write_issues(folder, numbers, last_scores, run.live.excluded, relabelled_now, classes)
         kept = state.live
         if run.config.results.cleaned in ("both", "parquet"):
             from posttrain.cluster.writing import write_cleaned
@@ -259,7 +301,8 @@ def finish(run: CleaningRun, outcome: rounds.Outcome[Network], began: float) -> 
         if relabelled:
             files["what was relabelled"] = folder.path("relabelled.parquet")
     quarantined = sum(len(rows) for rows in run.quarantined.values())
-    check_counts(run.splits["train"].rows, kept, removed, quarantined)
+    earlier = sum(len(rows) for rows in run.earlier.excluded.values())
+    check_counts(run.splits["train"].rows, kept, removed, quarantined, earlier)
     first, last = state.history[0].metrics, state.history[-1].metrics
     if run.tracking is not None:
         with run.progress.step("log the model"):
@@ -313,11 +356,12 @@ def write_model(run: CleaningRun, model: Network) -> None:
     )
 
 
-def check_counts(samples: int, kept: int, removed: int, quarantined: int) -> None:
-    """Every input sample is in exactly one of kept, removed, quarantined."""
-    if kept + removed + quarantined != samples:
+def check_counts(samples: int, kept: int, removed: int, quarantined: int, earlier: int = 0) -> None:
+    """Every input sample is in exactly one of kept, removed (by this run or an earlier one of its job), quarantined."""
+    if kept + removed + quarantined + earlier != samples:
+        before = f" + {earlier} removed by earlier runs" if earlier else ""
         raise StepError(
-            f"the counts do not add up: {kept} kept + {removed} removed + {quarantined} quarantined is not "
+            f"the counts do not add up: {kept} kept + {removed} removed{before} + {quarantined} quarantined is not "
             f"{samples}; the run folder is left as it is, please report this with its rounds/*/round.json"
         )
 
@@ -331,24 +375,29 @@ def log_results(run: CleaningRun, outcome: rounds.Outcome[Network]) -> str:
             if (run.folder.local / name).exists():
                 tracking.log_artifact(run.folder.local / name)
         if run.config.tracking.log_model:
-            spec = outcome.state.model.spec
-            tracking.log_model(
-                run.folder.local / "model.safetensors",
-                factory=spec.factory,
-                arguments=spec.arguments,
-                classes=spec.classes,
-                head=spec.head,
-                image={
-                    "channels": spec.image.channels,
-                    "size": spec.image.size,
-                    "mean": spec.image.mean,
-                    "std": spec.image.std,
-                    "shape": spec.image.shape,
-                },
-            )
+            log_model(tracking, outcome.state.model, run.folder.local / "model.safetensors")
     tracking.log_metrics({"rounds": outcome.state.number}, step=outcome.state.number)
     return (
         f"mlflow ui --backend-store-uri {tracking.uri}"
         if "sqlite" in tracking.uri
         else without_credentials(tracking.uri)
+    )
+
+
+def log_model(tracking: Tracking, model: Network, weights: Path) -> str:
+    """The URI of the model as it is logged in MLflow; `weights` is its safetensors file."""
+    spec = model.spec
+    return tracking.log_model(
+        weights,
+        factory=spec.factory,
+        arguments=spec.arguments,
+        classes=spec.classes,
+        head=spec.head,
+        image={
+            "channels": spec.image.channels,
+            "size": spec.image.size,
+            "mean": spec.image.mean,
+            "std": spec.image.std,
+            "shape": spec.image.shape,
+        },
     )

@@ -1,4 +1,4 @@
-"""The command line: `posttrain clean`, `posttrain pretrain`, `posttrain schema`.
+"""The command line: `posttrain clean`, `posttrain pretrain`, `posttrain tune`, `posttrain schema`.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 failed after work had
 begun, 2 the input has to change, 130 interrupted. Nothing heavy is imported before a command needs it.
@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -21,7 +21,7 @@ from posttrain import __version__
 from posttrain.errors import PosttrainError
 
 if TYPE_CHECKING:
-    from posttrain.config import RunFile
+    from posttrain.config import JobFile, RunFile
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,6 +33,9 @@ app = typer.Typer(
 Runfile = Annotated[
     Path | None,
     typer.Argument(metavar="RUNFILE", help="YAML run file; without one, the embedded digits run.", show_default=False),
+]
+Jobfile = Annotated[
+    Path, typer.Argument(metavar="JOBFILE", help="YAML run file with a section `job`.", show_default=False)
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -89,11 +92,65 @@ def pretrain(
 
 
 @app.command()
-def schema() -> None:
+def tune(runfile: Runfile = None, overrides: Overrides = None, as_json: Json = False, verbose: Verbose = False) -> None:
+    """Try many recipes of cleaning, side by side, and write the best one as a run file for `clean`.
+
+    The run file's section `search` says what is tried. The same command again goes on with what is unfinished.
+    """
+
+    def work(config: RunFile) -> dict[str, Any]:
+        from pipelines.tune import tune
+
+        return tune(config, verbose=verbose, quiet=as_json)
+
+    _carry_out(work, runfile, overrides or (), as_json=as_json, verbose=verbose)
+
+
+@app.command()
+def retrain(
+    jobfile: Jobfile,
+    overrides: Overrides = None,
+    accept: Annotated[
+        bool, typer.Option("--accept", help="Let the files in that an earlier alarm has held back.")
+    ] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Bring a registered model up to date with what is new in its data set; to be started by a scheduler.
+
+    Cleans what is new, refines the champion, and promotes the result if it passes the gate. Exit codes: 0 promoted or
+    nothing new, 10 not promoted (gate), 11 alarm (the new samples look wrong and are held back), 2 the input has to
+    change, 1 failed, also where another start of the job is at work. The same command again goes on.
+    """
+
+    def work(config: JobFile) -> dict[str, Any]:
+        from pipelines.retrain import retrain
+
+        return retrain(config, accept=accept, verbose=verbose, quiet=as_json)
+
+    _carry_out(work, jobfile, overrides or (), as_json=as_json, verbose=verbose, load=_load_job)
+
+
+@app.command()
+def rollback(jobfile: Jobfile, overrides: Overrides = None, as_json: Json = False, verbose: Verbose = False) -> None:
+    """Make the version that was champion before the champion again."""
+
+    def work(config: JobFile) -> dict[str, Any]:
+        from pipelines.retrain import rollback
+
+        return rollback(config, verbose=verbose, quiet=as_json)
+
+    _carry_out(work, jobfile, overrides or (), as_json=as_json, verbose=verbose, load=_load_job)
+
+
+@app.command()
+def schema(
+    of_job: Annotated[bool, typer.Option("--job", help="Of a job file, which `retrain` takes.")] = False,
+) -> None:
     """Print the JSON schema of a run file."""
     from posttrain import config
 
-    typer.echo(json.dumps(config.schema(), indent=2))
+    typer.echo(json.dumps(config.schema(config.JobFile if of_job else config.RunFile), indent=2))
 
 
 def main() -> None:
@@ -107,20 +164,35 @@ def main() -> None:
             os.dup2(2, 1)
 
 
+def _load(path: Path | None, overrides: list[str] | tuple[()]) -> RunFile:
+    from posttrain import config
+
+    return config.load(path, overrides)
+
+
+def _load_job(path: Path | None, overrides: list[str] | tuple[()]) -> JobFile:
+    from posttrain import config
+
+    assert path is not None, "a command of a job has no default"
+    return config.load_job(path, overrides)
+
+
+File = TypeVar("File", bound="RunFile")
+
+
 def _carry_out(
-    work: Callable[[RunFile], dict[str, Any]],
+    work: Callable[[File], dict[str, Any]],
     runfile: Path | None,
     overrides: list[str] | tuple[()],
     *,
     as_json: bool,
     verbose: bool,
+    load: Callable[[Path | None, list[str] | tuple[()]], File] = _load,
 ) -> None:
     """Load the run file, do the work, print its summary if asked to; errors become one line and a code."""
     try:
-        from posttrain import config
-
         with _nothing_on_stdout() if as_json else contextlib.nullcontext():
-            summary = work(config.load(runfile, overrides))
+            summary = work(load(runfile, overrides))
     except PosttrainError as error:
         if verbose:
             traceback.print_exc()
@@ -134,6 +206,8 @@ def _carry_out(
     if as_json:
         # JSON has no NaN: a figure that is not known is null
         typer.echo(json.dumps(json.loads(json.dumps(summary), parse_constant=lambda _: None)))
+    if code := summary.get("exit_code", 0):
+        raise typer.Exit(code)
 
 
 @contextlib.contextmanager

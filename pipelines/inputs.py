@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -35,17 +36,20 @@ class Inputs:
     """SHA-256 over names and sizes of all files, 16 hexadecimal digits."""
 
 
-def prepare(config: RunFile) -> Inputs:
+def prepare(config: RunFile, *, only: Mapping[str, frozenset[str]] | None = None) -> Inputs:
     """Check the data and the model as far as that goes without reading images, and describe them.
 
-    Raises ConfigError, DataError, LabelRangeError or ModelError.
+    `only`: paths of the files of each split to read, where those are not all that are there. Raises ConfigError,
+    DataError, LabelRangeError or ModelError.
     """
-    import torch
 
     from posttrain.cluster import reading
     from posttrain.vision import models
 
     sources = _sources(config.data, config.run.seed)
+    for name, source in sources.items():
+        if only is not None and name in only and not isinstance(source, reading.TableSource):
+            sources[name] = replace(source, only=only[name])
     listings = {name: reading.list_source(source) for name, source in sources.items()}
     classes = _classes(config.data, sources["train"], listings["train"])
     if len(classes) < 2:
@@ -91,10 +95,7 @@ def prepare(config: RunFile) -> Inputs:
         config.data.image_shape or listings["train"].image_shape,
     )
     # refuses images that the network cannot take, layers and a head that do not fit, before any work
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        example = torch.randn(2, channels, *image.size)
-    tried = _layers(config.probe.layers, model, head, example)
+    tried = _layers(config.probe.layers, model, head, _example(image))
     return Inputs(
         sources,
         classes,
@@ -104,8 +105,7 @@ def prepare(config: RunFile) -> Inputs:
             len(classes),
             head,
             image,
-            # the head's own features serve the evaluation
-            (*(name for name in tried if name != head), head),
+            _kept(tried, head),
             config.probe.width,
         ),
         tried,
@@ -114,6 +114,29 @@ def prepare(config: RunFile) -> Inputs:
         reading.Noise(noise.kind, noise.rate, noise.seed, noise.matrix, image) if noise else None,
         _digest(listings),
     )
+
+
+def for_recipe(inputs: Inputs, config: RunFile) -> Inputs:
+    """The inputs of a run file that differs in its section `probe`. Raises ConfigError where a layer is not there."""
+    from posttrain.vision import models
+
+    spec = inputs.spec
+    model = models.build(spec.factory, classes=spec.classes, arguments=spec.arguments)
+    tried = _layers(config.probe.layers, model, spec.head, _example(spec.image))
+    return replace(inputs, layers=tried, spec=replace(spec, layers=_kept(tried, spec.head), width=config.probe.width))
+
+
+def _kept(tried: tuple[str, ...], head: str) -> tuple[str, ...]:
+    # the head's own features serve the evaluation
+    return (*(name for name in tried if name != head), head)
+
+
+def _example(image: ImageSpec) -> Tensor:
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return torch.randn(2, image.channels, *image.size)
 
 
 def _layers(

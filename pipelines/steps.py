@@ -113,8 +113,13 @@ class CleaningRun:
     """What the steps of the round found out, for its metrics."""
     _at_once: int | None = None
     """Images that were last said to be embedded at a time, for want of memory."""
+    earlier: Live = field(default_factory=lambda: Live({}, {}))
+    """What former runs of the same job removed and relabelled; see `take_over`."""
+    former: Sequence[RunFolder] | None = None
+    """Runs whose features are taken up, the latest first. None: this run is not one of a job."""
     noise: dict[str, float] | None = None
-    """The latest estimate of the share of wrong labels: rate, low, high, whether it is more than a clean set shows."""
+    """The first estimate of the share of wrong labels, thus of the data as they came: rate, low, high, whether it is
+    more than a clean set shows."""
 
     def __post_init__(self) -> None:
         self.boundaries = Boundaries(
@@ -132,8 +137,8 @@ class CleaningRun:
 
     @property
     def excluded(self) -> Excluded:
-        """What takes no part in training and scoring: removed or quarantined."""
-        return merged(self.quarantined, self.removed)
+        """What takes no part in training and scoring: removed, now or by a former run, or quarantined."""
+        return merged(merged(self.quarantined, self.removed), self.earlier.excluded)
 
     @property
     def first(self) -> Network:
@@ -150,7 +155,7 @@ class CleaningRun:
     def embed(self, state: State[Network]) -> str:
         """The feature store of the model's backbone, by its fingerprint; written where it is not there."""
         self.progress.begin_round(state.number + 1)
-        return self._embed(self._backbone(state.model), ("train", "validation"))
+        return self.embedded(self._backbone(state.model), ("train", "validation"))
 
     def fit(self, state: State[Network], backbone: str) -> Drawn:
         """The boundary on the live samples."""
@@ -209,7 +214,8 @@ class CleaningRun:
             "noise_found": float(noise.found),
             "noise_most": noise.most,
         }
-        self.noise = {"rate": noise.rate, "low": noise.low, "high": noise.high, "found": noise.found}
+        if self.noise is None:
+            self.noise = {"rate": noise.rate, "low": noise.low, "high": noise.high, "found": noise.found}
         return Scored(path, counts, noise)
 
     def select(self, state: State[Network], scored: Scored) -> Removal:
@@ -303,7 +309,7 @@ class CleaningRun:
         """Accuracy and cross-entropy on what was never trained on and never cleaned."""
         splits = [name for name in ("validation", "test") if name in self.splits]
         first = self._backbone(model)
-        backbone = self._embed(first, splits)
+        backbone = self.embedded(first, splits)
         with self.progress.step("evaluate") as tell:
             # a new head sits on layers of the first network, whose features are there
             layers = (model.spec.head,) if model.spec == first.spec else tuple(model.spec.arguments["layers"])
@@ -323,7 +329,8 @@ class CleaningRun:
             self.relabelled = live.relabelled
             metrics = {**done.metrics, **self._found, "removed_support": removal.support}
             if self._true_labels_known():
-                found = measuring.detection(self.splits["train"], self.removed, self.relabelled)
+                removed = merged(self.earlier.excluded, self.removed)
+                found = measuring.detection(self.splits["train"], removed, self.relabelled)
                 metrics |= _known(
                     removal_precision=found.precision,
                     removal_recall=found.recall,
@@ -373,7 +380,7 @@ class CleaningRun:
             return state
         number = state.number + 1
         self.progress.begin_round(number)
-        backbone = self._embed(state.model, ("train", "validation"))
+        backbone = self.embedded(state.model, ("train", "validation"))
         with self.progress.step("fit"):
             drawn = self.boundaries.draw(backbone, self.live, number=number)
         before, after = last.metrics["validation_accuracy"], drawn.boundary.accuracy
@@ -389,6 +396,56 @@ class CleaningRun:
         self.progress.say(f"the boundary as the new head, nothing removed: {self._line(done)}")
         return replace(state, history=(*state.history, done), model=model)
 
+    # -- as one of the runs of a job -------------------------------------------------------------------
+
+    def take_over(self, earlier: Live, former: Sequence[RunFolder]) -> None:
+        """Start where former runs left off: with what they took out and relabelled, and with their features."""
+        self.earlier, self.former, self.relabelled = earlier, former, earlier.relabelled
+
+    def through_backbones(self) -> dict[str, dict[str, tuple[int, int]]]:
+        """By split and backbone, the first one first: images that went through it, and those that were asked for."""
+        path = self.folder.path("embedded.json")
+        if not self.folder.exists(path):
+            return {}
+        return {
+            split: {backbone: (new, of) for backbone, (new, of) in counts.items()}
+            for split, counts in self.folder.read_json(path).items()
+        }
+
+    def _note_embedded(self, backbone: str, split: str, new: int, asked: int) -> None:
+        counts = self.through_backbones()
+        # the first time counts: afterwards the shards are there
+        if backbone not in counts.setdefault(split, {}):
+            counts[split][backbone] = (new, asked)
+            self.folder.write_json(self.folder.path("embedded.json"), counts)
+
+    def by_class(self, model: Network, on: Network | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Held-out samples of each class, and how many of them the model gets right.
+
+        On the test set, where there is one, else on the validation set; `on`: a network whose features are in the
+        store, where those serve. Else the held-out images go through the model.
+        """
+        name = "test" if "test" in self.splits else "validation"
+        on = on or self._backbone(model)
+        names = head_layers(model, on)
+        if names is None:
+            on = model = replace(model, spec=replace(model.spec, layers=(model.spec.head,)))
+            names = (model.spec.head,)
+        backbone = self.embedded(on, [name])
+        head = models.head_of(load_network(model), model.spec.head)
+        bias = torch.zeros(head.out_features) if head.bias is None else head.bias.detach()
+        reduce, weights = self._on_raw_features(backbone, name, names, head.weight.detach(), bias)
+        samples, correct = reduce(probe.class_hits, weights)
+        return tuple(map(int, samples.tolist())), tuple(map(int, correct.tolist()))
+
+    def base_of(self, state: State[Network]) -> Network:
+        """The network whose features the model's head sees: a later run needs no others of the same images."""
+        if self.config.refine.scope == "head":
+            return self.first
+        last = state.history[-1]
+        # a round that only put the boundary on
+        return self._read_checkpoint(last.number - 1) if last.ended else state.model
+
     # -- before the first round ------------------------------------------------------------------------
 
     def begin(self, model: Network) -> State[Network]:
@@ -396,7 +453,7 @@ class CleaningRun:
         self._first = model
         self._write_checkpoint(0, model)
         self.progress.begin_round(0)
-        backbone = self._embed(model, [name for name in ("train", "validation", "test") if name in self.splits])
+        backbone = self.embedded(model, [name for name in ("train", "validation", "test") if name in self.splits])
         metrics = self.evaluate(State((), model, self._validation_samples), model)
         with self.progress.step("fit"):
             metrics |= self._without_removal(backbone)
@@ -414,12 +471,13 @@ class CleaningRun:
             table = table.filter(pc.equal(table["split"], "train"))
             self.quarantined = excluded_rows(table[BUCKET].to_numpy(), table[ROW].to_numpy())
         self.removed = self.ledger.excluded(rounds)
-        self.relabelled = self.ledger.relabelled(rounds)
+        for bucket, (rows, new) in self.ledger.relabelled(rounds).items():
+            self.relabelled = relabelled_rows(np.full(len(rows), bucket), rows, new, self.relabelled)
         self.boundaries.recall([done.number for done in rounds])
         self._first = self._read_checkpoint(0)
         for done in rounds:
             self.tell_round(done, {})
-            if "noise_rate" in done.metrics:
+            if self.noise is None and "noise_rate" in done.metrics:
                 self.noise = {name: done.metrics[f"noise_{name}"] for name in ("rate", "low", "high")}
                 self.noise["found"] = bool(done.metrics["noise_found"])
         return State(rounds, self._read_checkpoint(rounds[-1].number), self._validation_samples)
@@ -472,8 +530,8 @@ class CleaningRun:
                 progress=tell,
             )
         self.progress.say(
-            f"  {name}: {trained.epochs} epochs, {trained.steps} steps, accuracy on the given labels "
-            f"{100 * trained.train_accuracy:.1f} %"
+            f"  {name}: {_counted(trained.epochs, 'epoch')}, {_counted(trained.steps, 'step')}, "
+            f"accuracy on the given labels {100 * trained.train_accuracy:.1f} %"
         )
         if trained.part is not None:
             self.progress.say(
@@ -487,7 +545,8 @@ class CleaningRun:
 
     # -- what the steps share --------------------------------------------------------------------------
 
-    def _embed(self, model: Network, splits: Iterable[str]) -> str:
+    def embedded(self, model: Network, splits: Iterable[str]) -> str:
+        """The feature store of the network's backbone, with these splits in it, by its fingerprint."""
         backbone = model.backbone
         summaries: dict[str, list[ShardSummary]] = {}
         for name in splits:
@@ -502,7 +561,11 @@ class CleaningRun:
                     split=name,
                     excluded=excluded,
                     progress=tell,
+                    former=self.former or (),
                 )
+            if self.former is not None:
+                asked = split.rows - sum(len(rows) for rows in excluded.values())
+                self._note_embedded(backbone, name, sum(found.embedded for found in summaries[name]), asked)
         at_once = self.workers.reduced_batch()
         if at_once is not None and at_once != self._at_once:
             self._at_once = at_once
@@ -530,9 +593,9 @@ class CleaningRun:
             if count:
                 first = next(t for t in new if t.num_rows)
                 self.progress.say(
-                    f"  {count} samples cannot be read and are quarantined, the first: "
+                    f"  not readable, and in quarantine.parquet: {_counted(count, 'sample')}, the first: "
                     f"{first['file'][0].as_py()} (sample_id {first[SAMPLE_ID][0].as_py()}): "
-                    f"{first['reason'][0].as_py()}; all in quarantine.parquet"
+                    f"{first['reason'][0].as_py()}"
                 )
         for name in ("validation", "test"):
             if name in summaries and not any(found.count for found in summaries[name]):
@@ -577,25 +640,32 @@ class CleaningRun:
         self, backbone: str, names: tuple[str, ...], weight: torch.Tensor, bias: torch.Tensor
     ) -> dict[str, float]:
         """Accuracy and cross-entropy of a linear head on raw features of these layers, on both held-out sets."""
-        # one block of columns and its 1 per layer: the bias goes with the first
-        sizes = self._widths(backbone, names)
-        parts = []
-        for at, own in enumerate(weight.split(sizes, dim=1)):
-            parts += [own, (bias if at == 0 else torch.zeros_like(bias))[:, None]]
-        standardizers = tuple(Standardizer(torch.zeros(size).double(), torch.ones(size).double()) for size in sizes)
         metrics: dict[str, float] = {}
         for name in ("validation", "test"):
             if name not in self.splits:
                 continue
-            buckets = tuple(bucket.index for bucket in self.splits[name].buckets)
-            view = View(self.folder, backbone, name, buckets, {}, {}, names, standardizers)
-            count, loss, correct, _ = self.workers.reducer(view)(probe.loss_gradient, torch.cat(parts, dim=1))
+            reduce, weights = self._on_raw_features(backbone, name, names, weight, bias)
+            count, loss, correct, _ = reduce(probe.loss_gradient, weights)
             metrics |= {f"{name}_accuracy": float(correct / count), f"{name}_loss": float(loss / count)}
         return metrics
 
-    def _widths(self, backbone: str, names: tuple[str, ...]) -> list[int]:
-        bucket = self.splits["validation"].buckets[0].index
-        shard = read_shard(self.folder, self.folder.features(backbone, "validation", bucket), names)
+    def _on_raw_features(
+        self, backbone: str, split: str, names: tuple[str, ...], weight: torch.Tensor, bias: torch.Tensor
+    ) -> tuple[probe.Reduce, torch.Tensor]:
+        """Sums over a split's raw features of these layers, and the weights of a linear head as they take it."""
+        # one block of columns and its 1 per layer: the bias goes with the first
+        sizes = self._widths(backbone, split, names)
+        parts = []
+        for at, own in enumerate(weight.split(sizes, dim=1)):
+            parts += [own, (bias if at == 0 else torch.zeros_like(bias))[:, None]]
+        standardizers = tuple(Standardizer(torch.zeros(size).double(), torch.ones(size).double()) for size in sizes)
+        buckets = tuple(bucket.index for bucket in self.splits[split].buckets)
+        view = View(self.folder, backbone, split, buckets, {}, {}, names, standardizers)
+        return self.workers.reducer(view), torch.cat(parts, dim=1)
+
+    def _widths(self, backbone: str, split: str, names: tuple[str, ...]) -> list[int]:
+        bucket = self.splits[split].buckets[0].index
+        shard = read_shard(self.folder, self.folder.features(backbone, split, bucket), names)
         return [matrix.shape[1] for matrix in shard.features.values()]
 
     def _in_all(self, state: State[Network], noise: NoiseEstimate) -> int:
@@ -639,7 +709,9 @@ class CleaningRun:
 
     @property
     def _validation_samples(self) -> int:
-        return self.splits["validation"].rows
+        """Those that can be read."""
+        table = self.folder.read_table(self.folder.path("quarantine.parquet"), ["split"])
+        return self.splits["validation"].rows - (pc.sum(pc.equal(table["split"], "validation")).as_py() or 0)
 
     def _true_labels_known(self) -> bool:
         from posttrain.cluster.reading import true_labels_are_known
@@ -650,14 +722,6 @@ class CleaningRun:
         """The round in MLflow; one that MLflow has already stays as it is."""
         if self.tracking is None:
             return
-        metrics: dict[str, float | None] = {
-            "live": done.live,
-            "candidates": done.candidates,
-            "removed": done.removed,
-            "relabelled": done.relabelled,
-            **done.metrics,
-            **{f"seconds_{name.replace(' ', '_')}": value for name, value in done.seconds.items()},
-        }
         settings = self.config.removal
         names = ("removed.parquet", "relabelled.parquet", "probes.json", "round.json")
         artifacts = []
@@ -669,7 +733,7 @@ class CleaningRun:
         self.tracking.log_round(
             done.number,
             params={"score": settings.score, "budget": settings.budget, "scope": self.config.refine.scope},
-            metrics=metrics,
+            metrics=figures_of(done),
             figures=figures,
             artifacts=artifacts,
         )
@@ -687,13 +751,47 @@ class CleaningRun:
 
 def in_words(noise: NoiseEstimate) -> str:
     """The estimate of the share of wrong labels, as a clause."""
+    interval = f"{100 * noise.rate:.0f} %, between {100 * noise.low:.0f} and {100 * noise.high:.0f} %"
+    if noise.source == "comparison":
+        return f"the live labels are contradicted more often than the held-out ones ({interval})"
     seen = (
-        f"of the {noise.counted} {'live' if noise.of_live else 'held-out'} samples that the others are surest of, "
+        f"of the {noise.counted} {noise.source} samples that the others are surest of, "
         f"{noise.disagreeing} have another label"
     )
-    if not noise.found:
-        return f"{seen}, no more than in a clean set"
-    return f"{seen} ({100 * noise.rate:.0f} %, between {100 * noise.low:.0f} and {100 * noise.high:.0f} %)"
+    return f"{seen} ({interval})" if noise.found else f"{seen}, no more than in a clean set"
+
+
+def figures_of(done: Round) -> dict[str, float]:
+    """What a round came to, by name: counts, metrics, and the seconds of each step."""
+    return {
+        "live": done.live,
+        "candidates": done.candidates,
+        "removed": done.removed,
+        "relabelled": done.relabelled,
+        **done.metrics,
+        **{f"seconds_{name.replace(' ', '_')}": value for name, value in done.seconds.items()},
+    }
+
+
+def head_layers(model: Network, on: Network) -> tuple[str, ...] | None:
+    """The layers of another network whose features the model's head takes, if it is that network with a new head."""
+    if model.backbone == on.backbone:
+        return (model.spec.head,)
+    if model.spec.factory != layers.FACTORY:
+        return None
+    arguments = model.spec.arguments
+    names = tuple(arguments["layers"])
+    if arguments["width"] != on.spec.width or arguments["network"] != on.spec.factory or set(names) - {*on.spec.layers}:
+        return None
+    own, given = load_network(model), load_network(on).state_dict()
+    assert isinstance(own, layers.Probed), f"{layers.FACTORY} builds nothing else"
+    kept = own.network.state_dict()
+    same = all(key in given and torch.equal(given[key], tensor) for key, tensor in kept.items())
+    return names if same else None
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def recipe(spec: ModelSpec) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -20,9 +20,11 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
+    SerializerFunctionWrapHandler,
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -420,6 +422,101 @@ class Results(Section):
     """The cleaned data set as Parquet (the kept samples), as a manifest (their ids), both, or not."""
 
 
+class Distribution(Section):
+    """What a search draws the values of one key from: exactly one of the following."""
+
+    choice: Annotated[tuple[JsonValue, ...], Field(min_length=1)] | None = None
+    """Values that are equally likely."""
+    uniform: tuple[float, float] | None = None
+    """Lowest and highest number."""
+    loguniform: tuple[Positive, Positive] | None = None
+    """Lowest and highest number; their logarithms are uniform."""
+    integers: tuple[int, int] | None = None
+    """Smallest and largest whole number, both of them possible."""
+
+    @property
+    def kind(self) -> Literal["choice", "uniform", "loguniform", "integers"]:
+        """Which of them it is."""
+        (kind,) = self.model_fields_set
+        return kind  # pyright: ignore[reportReturnType]
+
+    @property
+    def examples(self) -> tuple[JsonValue, ...]:
+        """Values to check a key's bounds and type with: all choices, or both ends and one between."""
+        if self.choice is not None:
+            return self.choice
+        low, high = self.uniform or self.loguniform or self.integers or (0, 0)
+        return (low, high) if self.integers else (low, low + (high - low) * 0.381966, high)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_one_of_them(cls, given: object) -> object:
+        known = isinstance(given, Mapping) and set(given) <= set(cls.model_fields)
+        if isinstance(given, Mapping) and known and (len(given) != 1 or None in given.values()):
+            raise ValueError(f"should be exactly one of {', '.join(cls.model_fields)}")
+        return given
+
+    @model_validator(mode="after")
+    def _low_comes_first(self) -> Self:
+        if self.choice is None:
+            low, high = self.uniform or self.loguniform or self.integers or (0, 0)
+            if low >= high:
+                raise ValueError(f"should be [lowest, highest], and {low:g} is not below {high:g}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _that_one_alone(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in write(self).items() if value is not None}
+
+
+def _flattened(value: object) -> object:
+    """{removal: {budget: ...}}, as `--set` makes it, to {removal.budget: ...}."""
+    if not isinstance(value, Mapping):
+        return value
+    flat: dict[object, object] = {}
+    for key, given in value.items():
+        if isinstance(given, Mapping) and key in RunFile.model_fields:
+            flat |= {f"{key}.{name}": distribution for name, distribution in given.items()}
+        else:
+            flat[key] = given
+    return flat
+
+
+class Search(Section):
+    """What `posttrain tune` tries: trials, each with values of its own for some keys of the run file."""
+
+    trials: int = Field(default=8, ge=1)
+    """Recipes tried. The first is the run file as it is, which no trial's stop cuts short."""
+    metric: Literal["validation_accuracy", "validation_loss"] = "validation_accuracy"
+    """What the best recipe has the highest (accuracy) or the lowest (loss) of, on held-out labels."""
+    grace_rounds: int = Field(default=1, ge=1)
+    """Rounds that every trial does before it may be stopped for being worse than others."""
+    reduction: float = Field(default=2, ge=2)
+    """Of the trials that get as far as a milestone, one in so many goes on (asynchronous successive halving)."""
+    at_once: int | None = Field(default=None, ge=1)
+    """Most trials that run side by side. null: as many as the resources carry."""
+    space: Annotated[
+        dict[str, Distribution],
+        Field(min_length=1),
+        BeforeValidator(_flattened, json_schema_input_type=dict[str, Distribution]),
+    ] = {
+        "removal.score": Distribution(choice=("directed_margin", "loo_margin", "parameter", "data")),
+        "removal.budget": Distribution(loguniform=(0.02, 0.1)),
+        "removal.max_rounds": Distribution(integers=(4, 12)),
+        "probe.layers": Distribution(choice=("auto", "last")),
+        "probe.damping": Distribution(loguniform=(0.003, 1.0)),
+        # both shows its boundary at its end alone: by its rounds it would be stopped for being worse
+        "refine.scope": Distribution(choice=("head", "network")),
+        "refine.learning_rate": Distribution(loguniform=(0.001, 0.03)),
+    }
+    """By key of the sections probe, removal and refine: what its values are drawn from. Naming any key takes the
+    place of all of these."""
+
+
+SEARCHED = ("probe", "removal", "refine")
+"""Sections whose keys a search may vary: with another model or other data, trials could not be compared."""
+
+
 class RunFile(Section):
     """A run of posttrain. Every key has a default; all defaults together are the embedded digits run."""
 
@@ -433,6 +530,7 @@ class RunFile(Section):
     ray: Ray = Ray()
     tracking: Tracking = Tracking()
     results: Results = Results()
+    search: Search = Search()
 
     @property
     def refining(self) -> Refine:
@@ -441,6 +539,44 @@ class RunFile(Section):
             return self.refine
         augment: Augment = self.pretrain.augment if self.model.weights is None else "crop_flip"
         return self.refine.model_copy(update={"augment": augment})
+
+    def with_values(self, values: Mapping[str, JsonValue]) -> RunFile:
+        """The run file with other values of keys such as removal.budget. Raises ValidationError."""
+        sections: dict[str, dict[str, JsonValue]] = {}
+        for key, value in values.items():
+            section, _, name = key.partition(".")
+            sections.setdefault(section, {})[name] = value
+        changed = {
+            name: type(section := getattr(self, name)).model_validate({**dict(section), **given})
+            for name, given in sections.items()
+        }
+        return self.model_copy(update=changed)
+
+    @model_validator(mode="after")
+    def _space_fits_the_keys(self) -> Self:
+        wrong: list[str] = []
+        for key, distribution in self.search.space.items():
+            section, _, name = key.partition(".")
+            where = f"search.space.{key}"
+            if section in RunFile.model_fields and section not in SEARCHED:
+                wrong.append(
+                    f"{where}: a search varies keys of {', '.join(SEARCHED)} only; trials that differ in {section} "
+                    "could not be compared"
+                )
+                continue
+            if key not in (known := [k for k in _known(RunFile) if k.partition(".")[0] in SEARCHED and "." in k]):
+                wrong.append(f"{where}: {_unknown(key, known)}")
+                continue
+            for value in distribution.examples:
+                try:
+                    self.with_values({key: value})
+                except ValidationError as error:
+                    (complaint,) = _complaints(error, {name: value})
+                    wrong.append(f"{where}: {section}.{complaint}")
+                    break
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return self
 
     @model_validator(mode="after")
     def _model_fits_the_data(self) -> Self:
@@ -462,20 +598,82 @@ class RunFile(Section):
         return self
 
 
+_File = TypeVar("_File", bound=RunFile)
+
+
+class Job(Section):
+    """A job that is started again and again, by hand or by a scheduler, and keeps a model up to date."""
+
+    name: Text
+    """Name of the registered model in MLflow whose versions the job makes; `champion` is the alias of the best."""
+    lease_s: float = Field(default=120, ge=1)
+    """Seconds after which a start of the job that no longer shows signs of life is taken for dead."""
+    wait_s: float = Field(default=0, ge=0)
+    """Seconds to wait where another start of the job is at work. 0: refuse at once."""
+
+    @field_validator("name")
+    @classmethod
+    def _a_name_that_a_registry_takes(cls, name: str) -> str:
+        if re.search("[/:%'\"\\s]", name):
+            raise ValueError("should be a name without / : % quotes and spaces")
+        return name
+
+
+class Gate(Section):
+    """What a new model, the challenger, must show to take the place of the champion."""
+
+    margin: float = Field(default=0.0, ge=-1, le=1)
+    """Held-out accuracy that the challenger must have beyond the champion's; below 0: that it may fall short."""
+    class_drop: float = Field(default=0.05, ge=0, le=1)
+    """Held-out accuracy that a class may lose at most."""
+    class_samples: int = Field(default=20, ge=1)
+    """Held-out samples from which on a class is looked at by itself."""
+    alarm_share: float = Field(default=0.5, gt=0, le=1)
+    """Share of the new samples that looks wrong above which the new files are held back, and the run is an alarm."""
+    alarm_samples: int = Field(default=20, ge=1)
+    """New samples from which on there can be an alarm."""
+
+
+class JobFile(RunFile):
+    """A run file with what a job needs besides; `run.path` is the folder of the job, which holds those of its runs."""
+
+    job: Job
+    gate: Gate = Gate()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _the_name_is_what_is_missing(cls, given: object) -> object:
+        return {**given, "job": {}} if isinstance(given, Mapping) and given.get("job") is None else given
+
+    def run_file(self, **sections: Section) -> RunFile:
+        """The run file of one run of the job, with other sections in place of its own."""
+        own = {key: getattr(self, key) for key in RunFile.model_fields}
+        return RunFile.model_construct(None, **{**own, **sections})
+
+
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> RunFile:
     """The validated run file at `path`, or the embedded digits run for None, with `overrides` applied.
 
     An override is `section.key=value`, its value read as YAML. Raises ConfigError, with all that is wrong in
     one sentence.
     """
+    return _loaded(RunFile, path, overrides)
+
+
+def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobFile:
+    """The validated job file at `path`, as `load` does."""
+    return _loaded(JobFile, path, overrides)
+
+
+def _loaded(kind: type[_File], path: str | Path | None, overrides: Sequence[str]) -> _File:
     raw = {} if path is None else _read(Path(path))
     for override in overrides:
         _override(raw, override)
     try:
-        return RunFile.model_validate(raw)
+        return kind.model_validate(raw)
     except ValidationError as error:
         where = " and ".join([str(path)] * (path is not None) + ["--set"] * bool(overrides))
-        raise ConfigError(f"{where}: {'; '.join(_complaints(error, raw))}") from None
+        raise ConfigError(f"{where}: {'; '.join(_complaints(error, raw, kind))}") from None
 
 
 def dump(runfile: RunFile) -> str:
@@ -483,9 +681,9 @@ def dump(runfile: RunFile) -> str:
     return yaml.dump(runfile.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
-def schema() -> dict[str, Any]:
-    """The JSON schema of a run file, for editors and checks: types, bounds, defaults, meanings."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **RunFile.model_json_schema()}
+def schema(kind: type[RunFile] = RunFile) -> dict[str, Any]:
+    """The JSON schema of a run file (or job file), for editors and checks: types, bounds, defaults, meanings."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **kind.model_json_schema()}
 
 
 def differences(a: RunFile, b: RunFile) -> list[str]:
@@ -588,39 +786,51 @@ def _override(raw: dict[str, Any], override: str) -> None:
 # Saying what is wrong ---------------------------------------------------------------------------------------
 
 
-def _complaints(error: ValidationError, raw: dict[str, Any]) -> list[str]:
+def _complaints(error: ValidationError, raw: dict[str, Any], kind: type[RunFile] = RunFile) -> list[str]:
     """What is wrong, once per key: `removal.budget = 3: should be less than 1`."""
     found: dict[str, list[str]] = {}
     for entry in error.errors(include_url=False):
-        key = _dotted(entry["loc"])
+        parts = _located(entry["loc"], kind)
+        key = ".".join(parts)
+        of_space = parts[:2] == ["search", "space"] and len(parts) > 2
         message = entry["msg"].removeprefix("Value error, ").removeprefix("Input ")
         if entry["type"] == "extra_forbidden":
-            found[_unknown(key)] = []
+            beside = [f"{'.'.join(parts[:-1])}.{how}" for how in Distribution.model_fields] if of_space else []
+            found[_unknown(key, beside or list(_known(kind)))] = []
+        elif entry["type"] == "missing":
+            found[f"{key} has to be set"] = []
         elif entry["type"] in ("model_type", "dict_type"):
             found.setdefault(f"{key} = {_shown(entry['input'])}", []).append("should be a mapping with keys beneath it")
-        elif entry["type"] == "value_error" and isinstance(entry["input"], Mapping):
+        elif entry["type"] == "value_error" and isinstance(entry["input"], Mapping) and not of_space:
             found[message] = []  # a check across keys, which names them itself
         else:
-            found.setdefault(f"{key} = {_shown(_at(raw, key))}", []).append(message)
+            found.setdefault(f"{key} = {_shown(_at(raw, parts))}", []).append(message)
     return [": ".join([what] + [" or ".join(dict.fromkeys(whys))] * bool(whys)) for what, whys in found.items()]
 
 
-def _dotted(location: tuple[int | str, ...]) -> str:
+def _located(location: tuple[int | str, ...], kind: type[RunFile]) -> list[str]:
     """The key of the run file that pydantic's location lies in, without branches of unions and indices."""
     parts: list[str] = []
-    section: type[Section] | None = RunFile
+    inside: Any = kind
     for part in map(str, location):
         parts.append(part)
-        if section is None or part not in section.model_fields:
+        if get_origin(inside) is dict:
+            inside = get_args(inside)[1]
+        elif part in inside.model_fields:
+            annotation = inside.model_fields[part].annotation
+            of_sections = get_origin(annotation) is dict and _section(get_args(annotation)[1])
+            inside = annotation if of_sections else _section(annotation)
+        else:
             break
-        section = _section(section.model_fields[part].annotation)
-        if section is None:
+        if inside is None:
             break
-    return ".".join(parts)
+    return parts
 
 
 def _section(annotation: Any) -> type[Section] | None:
     """The section that a field of this type holds, if it holds one (`Noise` for `Noise | None`)."""
+    if get_origin(annotation) is dict:
+        return None
     for kind in (annotation, *getattr(annotation, "__args__", ())):
         if isinstance(kind, type) and issubclass(kind, Section):
             return kind
@@ -635,21 +845,23 @@ def _known(section: type[Section], prefix: str = "") -> Iterator[str]:
             yield from _known(beneath, f"{prefix}{name}.")
 
 
-def _unknown(key: str) -> str:
+def _unknown(key: str, known: Sequence[str]) -> str:
     """That a key is unknown, with the nearest known one: first in its own section, then anywhere."""
-    known = list(_known(RunFile))
     parent, _, name = key.rpartition(".")
     siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == parent}
     anywhere = {k.rpartition(".")[2]: k for k in reversed(known)}
     for names in (anywhere if name in anywhere else siblings, anywhere):
         if near := difflib.get_close_matches(name, names, n=1):
             return f"{key} is not a key of a run file; did you mean {names[near[0]]}?"
-    return f"{key} is not a key of a run file; there are {', '.join(siblings.values())}"
+    return f"{key} is not a key of a run file; there are {', '.join(siblings.values() or known)}"
 
 
-def _at(raw: Any, key: str) -> object:
-    for part in key.split("."):
-        raw = raw.get(part) if isinstance(raw, Mapping) else None
+def _at(raw: Any, parts: Sequence[str]) -> object:
+    for part in parts:
+        if isinstance(raw, Mapping) and part not in raw and "." in part:
+            raw = _at(raw, part.split("."))
+        else:
+            raw = raw.get(part) if isinstance(raw, Mapping) else None
     return raw
 
 

@@ -87,7 +87,7 @@ def test_version():
     assert result.stdout == f"posttrain {posttrain.__version__}\n" and result.exit_code == 0
 
 
-@pytest.mark.parametrize("name", ["clean", "pretrain"])
+@pytest.mark.parametrize("name", ["clean", "pretrain", "tune"])
 def test_a_command_hands_the_run_file_with_its_overrides_to_the_pipeline(pipeline, tmp_path, name):
     (tmp_path / "run.yaml").write_text("removal: {budget: 0.2}\nrun: {seed: 3}")
     calls = []

@@ -349,7 +349,7 @@ def test_the_schema_takes_what_load_takes_and_refuses_what_it_refuses():
 
 def test_every_key_says_in_the_schema_what_it_means():
     sections = [kind for kind in schema()["$defs"].values() if "properties" in kind]
-    assert len(sections) == len(RunFile.model_fields) + 1  # and data.noise
+    assert len(sections) == len(RunFile.model_fields) + 2  # and data.noise, and what search.space holds
     for section in sections:
         assert section["description"]
         assert all(field.get("description") for field in section["properties"].values())
@@ -392,3 +392,72 @@ def test_one_layer_is_a_list_of_one():
 )
 def test_refining_changes_images_as_pretraining_did(overrides: list[str], augment: str):
     assert load(None, overrides).refining.augment == augment
+
+
+@pytest.mark.parametrize(
+    ("space", "expected"),
+    [
+        ("{removal.budgt: {uniform: [0.1, 0.2]}}", "search.space.removal.budgt: removal.budgt is not a key of "
+         "a run file; did you mean removal.budget?"),
+        ("{budget: {uniform: [0.1, 0.2]}}", "search.space.budget: budget is not a key of a run file; did you mean "),
+        ("{run.seed: {integers: [0, 9]}}", "search.space.run.seed: a search varies keys of probe, removal, refine "
+         "only; trials that differ in run could not be compared"),
+        ("{data.noise.rate: {uniform: [0, 1]}}", "trials that differ in data could not be compared"),
+        ("{model.head: {choice: [fc]}}", "trials that differ in model could not be compared"),
+        ("{pretrain.epochs: {integers: [1, 2]}}", "trials that differ in pretrain could not be compared"),
+        ("{search.trials: {integers: [1, 2]}}", "trials that differ in search could not be compared"),
+        ("{removal.budget: {uniform: [0.1, 2]}}", "search.space.removal.budget: removal.budget = 2.0: should be less"),
+        ("{removal.budget: {choice: [0.1, 0]}}", "search.space.removal.budget: removal.budget = 0: should be greater"),
+        ("{removal.score: {choice: [loss, los]}}", "search.space.removal.score: removal.score = \"los\": should be "),
+        ("{removal.max_rounds: {uniform: [1, 9]}}", "search.space.removal.max_rounds: removal.max_rounds = 4.0"),
+        ("{removal.max_rounds: {integers: [0, 9]}}", "removal.max_rounds = 0: should be greater than or equal to 1"),
+        ("{removal.max_rounds: {integers: [1, 4.5]}}", "search.space.removal.max_rounds.integers = [1, 4.5]: "),
+        ("{removal.budget: {uniform: [0.2, 0.1]}}", "should be [lowest, highest], and 0.2 is not below 0.1"),
+        ("{removal.budget: {loguniform: [0, 0.1]}}", "search.space.removal.budget.loguniform = [0, 0.1]: should be"),
+        ("{removal.budget: {uniform: [0.1, x]}}", 'search.space.removal.budget.uniform = [0.1, "x"]: should be a val'),
+        ("{removal.budget: {unifrm: [0.1, 0.2]}}", "search.space.removal.budget.unifrm is not a key of a run file; did "
+         "you mean search.space.removal.budget.uniform?"),
+        ("{removal.budget: {uniform: [0.1, 0.2], choice: [1]}}", "removal.budget = {\"uniform\": [0.1, 0.2], \"choice\""
+         ": [1]}: should be exactly one of choice, uniform, loguniform, integers"),
+        ("{removal.budget: {}}", "search.space.removal.budget = {}: should be exactly one of choice, uniform, "),
+        ("{removal.budget: {uniform: null}}", "should be exactly one of choice, uniform, loguniform, integers"),
+        ("{removal.budget: 3}", "search.space.removal.budget = 3: should be a mapping"),
+        ("{}", "search.space = {}: "),
+        ("3", "search.space = 3: should be a mapping"),
+    ],
+)  # fmt: skip
+def test_a_space_that_cannot_be_searched_is_refused_with_the_key(space, expected):
+    assert expected in complaint(None, f"search.space={space}")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("search.trials=0", "search.trials = 0: should be greater than or equal to 1"),
+        ("search.metric=test_accuracy", "search.metric = \"test_accuracy\": should be 'validation_accuracy' or "),
+        ("search.grace_rounds=0", "search.grace_rounds = 0: should be greater than or equal to 1"),
+        ("search.reduction=1.5", "search.reduction = 1.5: should be greater than or equal to 2"),
+        ("search.at_once=0", "search.at_once = 0: should be greater than or equal to 1"),
+    ],
+)
+def test_a_search_is_checked_like_every_section(override, expected):
+    assert expected in complaint(None, override)
+
+
+def test_a_space_takes_the_place_of_the_default_and_survives_writing_and_reading(write):
+    config = load(None, ["search.space.removal.budget={uniform: [0.1, 0.2]}", "search.trials=3"])
+    assert list(config.search.space) == ["removal.budget"]
+    assert load(write(dump(config))) == config
+    nested = write("search: {space: {removal: {budget: {uniform: [0.1, 0.2]}}}}")
+    assert load(nested, ["search.trials=3"]) == config
+    assert differences(RunFile(search=config.search.model_copy(update={"trials": 8})), config) == [
+        "search.trials: 8 -> 3"
+    ]
+
+
+def test_values_of_a_search_are_checked_and_leave_the_rest_of_the_run_file():
+    before = load(None, ["removal.patience=3"])
+    after = before.with_values({"removal.budget": 0.2, "probe.damping": 0.5})
+    assert differences(before, after) == ["probe.damping: [1.0, 0.1, 0.01] -> [0.5]", "removal.budget: 0.05 -> 0.2"]
+    with pytest.raises(ValueError, match="less than 1"):
+        before.with_values({"removal.budget": 2})

@@ -10,9 +10,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import json
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -44,7 +46,16 @@ from posttrain.schema import (
     current_labels,
     uniform,
 )
-from posttrain.store.features import Shard, ShardSummary, read_shard, summarise_shard, write_shard
+from posttrain.store.features import (
+    FormerFeatures,
+    Shard,
+    ShardSummary,
+    former_features,
+    image_digests,
+    read_shard,
+    summarise_shard,
+    write_shard,
+)
 from posttrain.store.folder import RunFolder
 from posttrain.vision import layers, models
 from posttrain.vision.images import decode_column, normalize
@@ -91,8 +102,11 @@ class Network:
     @property
     def backbone(self) -> str:
         """Tells one feature store from another: everything that its features depend on."""
-        backbone = models.backbone_fingerprint(load_network(self), self.spec.head)
-        kept = f"{backbone}:{self.spec.layers}:{self.spec.width}"
+        spec = self.spec
+        backbone = models.backbone_fingerprint(load_network(self), spec.head)
+        # the weights alone do not say how images are seen, nor what is done with the weights
+        recipe = f"{spec.factory}:{json.dumps(spec.arguments, sort_keys=True, default=str)}:{spec.head}:{spec.image}"
+        kept = f"{backbone}:{recipe}:{spec.layers}:{spec.width}"
         if self.precision != "float32":
             kept += f":{self.precision}"
         return hashlib.sha256(kept.encode()).hexdigest()[:16]
@@ -169,15 +183,21 @@ class _Worker:
         folder: RunFolder,
         path: str,
         skip: np.ndarray,
+        former: FormerFeatures | None = None,
+        buckets: int = 0,
     ) -> ShardSummary:
         network: Network = ray.get(network_in[0])
         if self.network is None or self.network[0] != network.key:
             self.network = (network.key, _for_inference(network, self.device))
-        shard, quarantined = embed_block(
+        known = known_rows(block, skip, network.spec.layers, former)
+        if known is not None:
+            skip = np.union1d(skip, known.rows)
+        fresh, quarantined = embed_block(
             self.network[1], network.spec, block, skip, self.device, precision=network.precision, batch=self.batch
         )
-        write_shard(folder, path, shard, quarantined)
-        return ShardSummary(bucket, len(shard.rows), quarantined)
+        shard, embedded = with_known(fresh, known, block), len(fresh.rows)
+        write_shard(folder, path, shard, quarantined, embedded=embedded, buckets=buckets)
+        return ShardSummary(bucket, len(shard.rows), quarantined, embedded)
 
     def reduce(
         self,
@@ -331,8 +351,89 @@ def embed_block(
     return Shard(rows[good], ids.filter(pa.array(good)), labels[good], kept), quarantined
 
 
+def known_rows(
+    block: pa.Table, skip: np.ndarray, layer_names: Sequence[str], former: FormerFeatures | None
+) -> Shard | None:
+    """The rows of a bucket but `skip` that a former run embedded from the same image, with their present labels."""
+    if former is None:
+        return None
+    labels = block[LABEL].to_numpy()
+    # what has lost its label is to be quarantined
+    rows = np.setdiff1d(np.flatnonzero(labels >= 0), skip)
+    wanted = block.take(pa.array(rows))
+    digests = image_digests(wanted[IMAGE])
+    ids = _one_array(wanted[SAMPLE_ID])
+    at, features = former.of(ids, digests, layer_names)
+    return Shard(rows[at], ids.take(pa.array(at)), labels[rows[at]], features, digests[at])
+
+
+def with_known(fresh: Shard, known: Shard | None, block: pa.Table) -> Shard:
+    """Both parts of a bucket as one shard in the order of the rows, with the digests of the images."""
+    fresh = replace(fresh, digests=image_digests(block[IMAGE].take(pa.array(fresh.rows))))
+    if known is None or not len(known.rows):
+        return fresh
+    rows = np.concatenate([fresh.rows, known.rows])
+    order = np.argsort(rows, kind="stable")
+    assert fresh.digests is not None and known.digests is not None
+    features = {
+        layer: np.concatenate([matrix, known.features[layer]])[order] for layer, matrix in fresh.features.items()
+    }
+    return Shard(
+        rows[order],
+        pa.concat_arrays([fresh.sample_ids, known.sample_ids]).take(pa.array(order)),
+        np.concatenate([fresh.labels, known.labels])[order],
+        features,
+        np.concatenate([fresh.digests, known.digests])[order],
+    )
+
+
+def _one_array(column: pa.ChunkedArray) -> pa.Array:
+    whole = column.combine_chunks()
+    if isinstance(whole, pa.ChunkedArray):
+        return pa.concat_arrays(whole.chunks) if whole.num_chunks else pa.array([], whole.type)
+    return whole
+
+
+@contextmanager
+def computing_threads(count: int) -> Iterator[None]:
+    """torch computes with so many threads: sums come out bitwise the same only where their number is the same."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _InProcess:
+    """A worker in this very process, called as if it were an actor: at once, and results come as references."""
+
+    def __init__(self, threads: int, cache_bytes: int) -> None:
+        self._threads = threads
+        with computing_threads(threads):
+            self._worker = _Worker(threads, cache_bytes)
+
+    def __getattr__(self, method: str) -> _Method:
+        return _Method(getattr(self._worker, method), self._threads)
+
+
+@dataclass(frozen=True)
+class _Method:
+    call: Callable[..., Any]
+    threads: int
+
+    def remote(self, *arguments: Any) -> Any:
+        # as Ray does for an actor: references among the arguments arrive as what they refer to
+        values = [ray.get(value) if isinstance(value, ray.ObjectRef) else value for value in arguments]
+        with computing_threads(self.threads):
+            return ray.put(self.call(*values))
+
+
 class Workers:
-    """The pool, seen from the driver. Actors start at the first call."""
+    """The pool, seen from the driver. Actors start at the first call.
+
+    With a `count` of 0 there is no pool: the driver's own process does what an actor would, and the same sums come out.
+    """
 
     def __init__(self, *, count: int | None, cpus: float, gpus: float | None, on_cluster: bool) -> None:
         resources = ray.cluster_resources()
@@ -348,7 +449,7 @@ class Workers:
             if self.gpus_per_worker
             else int(resources.get("CPU", 1) / max(cpus, 1))
         )
-        self.count = max(1, count or by_default)
+        self.count = 0 if count == 0 else max(1, count or by_default)
         # On one machine the steps never overlap, so that actors which reserve no CPU cannot starve Ray Data or
         # Ray Train; on a cluster the reservation is what places them.
         self._cpus = cpus if on_cluster else 0.0
@@ -359,7 +460,13 @@ class Workers:
         """Start the actors without waiting for them."""
         if self._actors:
             return
-        cache = int(0.3 * ray.cluster_resources().get("memory", 4 * 2**30) / self.count)
+        resources = ray.cluster_resources()
+        memory = 0.3 * resources.get("memory", 4 * 2**30)
+        if not self.count:
+            share = min(1.0, self._threads / resources.get("CPU", 1))
+            self._actors = [_InProcess(self._threads, int(memory * share))]
+            return
+        cache = int(memory / self.count)
         actor = ray.remote(_Worker).options(
             num_cpus=self._cpus,
             num_gpus=self.gpus_per_worker,
@@ -372,7 +479,7 @@ class Workers:
 
     def release(self) -> None:
         """End the actors: their CPUs and GPUs are wanted elsewhere. The next call starts new ones."""
-        for actor in self._actors:
+        for actor in self._actors if self.count else ():
             ray.kill(actor)
         self._actors = []
 
@@ -430,14 +537,20 @@ class Workers:
         split: str,
         excluded: Excluded,
         progress: Progress,
+        former: Sequence[RunFolder] = (),
     ) -> list[ShardSummary]:
-        """The shards of every bucket; those that are there already are kept. `progress` counts samples."""
+        """The shards of every bucket; those that are there already are kept. `progress` counts samples.
+
+        What one of the `former` runs has embedded by the same backbone is taken from the first that has any.
+        """
         found = {b.index: summarise_shard(folder, folder.features(backbone, split, b.index), b.index) for b in buckets}
         todo = [b for b in buckets if found[b.index] is None]
         nothing = np.empty(0, np.int32)
         live = {b.index: b.rows - len(excluded.get(b.index, nothing)) for b in todo}
         total = sum(live.values())
         reference = ray.put(network)
+        candidates = (former_features(run, backbone, split) for run in former if todo)
+        taken_up = next((found for found in candidates if found is not None), None)
         calls = [
             lambda actor, b=b: actor.embed.remote(
                 [reference],
@@ -446,6 +559,8 @@ class Workers:
                 folder,
                 folder.features(backbone, split, b.index),
                 excluded.get(b.index, nothing),
+                taken_up,
+                len(buckets),
             )
             for b in todo
         ]

@@ -31,12 +31,12 @@ def print_search(console: Console, summary: Mapping[str, Any]) -> None:
             str(trial["rounds"]),
             f"{trial['removed']:,}",
             "" if metric is None else _metric(summary["metric"], metric),
-            f"best; {trial['ended']}" if best else trial["ended"],
+            ("best; " if best else "") + _briefly(trial),
             style="bold" if best else None,
         )
     if not console.is_terminal:
         # a pipe or a log file has no width of its own; the 80 columns that rich takes would break the rows
-        console.width = max(console.width, 200)
+        console.width = max(console.width, 180)
     console.print(table)
     default = next(trial for trial in trials if trial["number"] == 0)[summary["metric"]]
     found = next(trial for trial in trials if trial["number"] == summary["best"])[summary["metric"]]
@@ -48,6 +48,10 @@ def print_search(console: Console, summary: Mapping[str, Any]) -> None:
         f"next                 posttrain clean {summary['files']['best run file']}",
     ):
         console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _briefly(trial: Mapping[str, Any]) -> str:
+    return "failed" if trial["how"] == "failed" else trial["ended"].partition(":")[0]
 
 
 def _metric(name: str, value: float) -> str:

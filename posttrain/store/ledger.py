@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import yaml
@@ -33,7 +33,10 @@ _PACKAGES = (
 )
 
 # what may differ when a run goes on: where it computes and where it tells of it, not what it computes
-_MAY_DIFFER = ("ray.", "tracking.", "run.path")
+_MAY_DIFFER = {
+    "run": ("ray.", "tracking.", "run.path", "search."),
+    "search": ("ray.", "tracking.", "run.path", "search.at_once"),
+}
 _MAY_NOT_DIFFER = ("ray.precision",)
 
 
@@ -47,26 +50,36 @@ def settings(config: RunFile) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Ledger:
-    """The record of one run in its folder."""
+    """The record of one run in its folder, or of one search in the folder that holds its trials."""
 
     folder: RunFolder
+    kind: Literal["run", "search"] = "run"
 
     # -- what the run was started with -----------------------------------------------------------------
 
     def started(self) -> dict[str, Any] | None:
-        """`run.yaml` as it was written; None for a new folder."""
-        path = self.folder.path("run.yaml")
-        if self.folder.exists(path):
-            return yaml.safe_load(self.folder.read_bytes(path))
+        """`run.yaml` (`search.yaml`) as it was written; None for a new folder."""
+        if self.folder.exists(self._record):
+            return yaml.safe_load(self.folder.read_bytes(self._record))
+        other, command = ("search", "tune") if self.kind == "run" else ("run", "clean")
+        if self.folder.exists(self.folder.path(f"{other}.yaml")):
+            raise RunFolderError(
+                f"run.path = {self.folder.location} holds a {other} (of posttrain {command}) and no {self.kind}; "
+                "name another run.path"
+            )
         if not self.folder.is_empty():
             raise RunFolderError(
-                f"run.path = {self.folder.location} is not empty and holds no run (no run.yaml); "
+                f"run.path = {self.folder.location} is not empty and holds no {self.kind} (no {self.kind}.yaml); "
                 "name a new folder, or empty this one"
             )
         return None
 
+    @property
+    def _record(self) -> str:
+        return self.folder.path(f"{self.kind}.yaml")
+
     def start(self, config: RunFile, fingerprint: dict[str, str]) -> None:
-        """Write `run.yaml`: settings, versions, seeds and the fingerprint of the data."""
+        """Write `run.yaml` (`search.yaml`): settings, versions, seeds and the fingerprint of the data."""
         versions = {}
         for name in _PACKAGES:
             try:
@@ -78,14 +91,15 @@ class Ledger:
             "data": fingerprint,
             "versions": {"python": platform.python_version(), **versions},
         }
-        text = "# Written by posttrain; the run goes on only with these settings and these data.\n"
+        text = f"# Written by posttrain; the {self.kind} goes on only with these settings and these data.\n"
         text += yaml.safe_dump(record, sort_keys=False)
-        self.folder.write_bytes(self.folder.path("run.yaml"), text.encode())
+        self.folder.write_bytes(self._record, text.encode())
 
     def is_begun(self) -> bool:
-        """Whether the folder holds anything that depends on the settings: trained weights, or a round."""
+        """Whether the folder holds anything that depends on the settings: trained weights, a round, or trials."""
         folder = self.folder
-        return folder.exists(folder.path("pretrained", "model.safetensors")) or bool(self.rounds())
+        drawn = folder.path("pretrained", "model.safetensors"), folder.path("trials.json")
+        return any(map(folder.exists, drawn)) or bool(self.rounds())
 
     def refuse_other_settings(self, started: dict[str, Any], config: RunFile) -> None:
         """Raises RunFolderError where the run in the folder was made with other settings."""
@@ -93,16 +107,16 @@ class Ledger:
             before = RunFile.model_validate(started["config"])
         except (ValidationError, KeyError, TypeError):
             raise RunFolderError(
-                f"{self.folder.path('run.yaml')} is not one that this version of posttrain wrote; name another run.path"
+                f"{self._record} is not one that this version of posttrain wrote; name another run.path"
             ) from None
         changed = [
             line
             for line in differences(before, config)
-            if line.startswith(_MAY_NOT_DIFFER) or not line.startswith(_MAY_DIFFER)
+            if line.startswith(_MAY_NOT_DIFFER) or not line.startswith(_MAY_DIFFER[self.kind])
         ]
         if changed:
             raise RunFolderError(
-                f"{self.folder.location} holds a run with other settings ({'; '.join(changed)}); "
+                f"{self.folder.location} holds a {self.kind} with other settings ({'; '.join(changed)}); "
                 "name another run.path, or go back to these settings"
             )
 
@@ -114,7 +128,7 @@ class Ledger:
         ]
         if changed:
             raise RunFolderError(
-                f"{self.folder.location} holds a run on other data (fingerprints {'; '.join(changed)}); "
+                f"{self.folder.location} holds a {self.kind} on other data (fingerprints {'; '.join(changed)}); "
                 "name another run.path for the data as they are now"
             )
 

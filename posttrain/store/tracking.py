@@ -98,10 +98,7 @@ class Tracking:
         except PosttrainError:
             raise
         except Exception as error:  # whatever the backend's driver raises
-            raise TrackingError(
-                f"the MLflow tracking server at {without_credentials(uri)} cannot be used ({_reason(error)}); "
-                "check tracking.uri, or leave it out to track in the run folder"
-            ) from error
+            raise _unusable(uri, error) from error
         tracking = cls(client, uri, experiment_id, found.info.run_id, resumed=found.info.run_id == run_id)
         try:
             with tracking._telling("the run's parameters"):
@@ -133,6 +130,28 @@ class Tracking:
         self._running = False
         with self._telling("the end of the run"):
             self._client.set_terminated(self.run_id, status)
+
+    def nested(self, name: str, *, params: Mapping[str, object], tags: Mapping[str, str]) -> Tracking:
+        """A run of this name beneath this one, which rounds can be logged to: the one that is there, or a new one."""
+        with self._telling(f"the run {name}"):
+            beneath = f"tags.`{_PARENT}` = '{self.run_id}' and tags.`mlflow.runName` = '{name}'"
+            runs = self._client.search_runs([self.experiment_id], beneath, max_results=1)
+            parent = {_PARENT: self.run_id}
+            found = runs[0] if runs else self._client.create_run(self.experiment_id, run_name=name, tags=parent)
+            nested = Tracking(self._client, self.uri, self.experiment_id, found.info.run_id, resumed=bool(runs))
+            nested._running = found.info.status != "FINISHED"
+            nested._log(nested.run_id, params=params, known=found.data.params, tags=tags)
+        return nested
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it has not come to its end yet."""
+        return self._running
+
+    def log_tags(self, tags: Mapping[str, str]) -> None:
+        """Tags on the parent."""
+        with self._telling("tags"):
+            self._log(self.run_id, tags=tags)
 
     def log_dataset(self, name: str, digest: str, source: str, profile: Mapping[str, object]) -> None:
         """Makes the data set an input of the run, with our digest (MLflow shows its first 36 characters).
@@ -304,7 +323,7 @@ class Tracking:
         except Exception as error:  # whatever the backend's driver raises
             raise StepError(
                 f"the MLflow tracking server at {without_credentials(self.uri)} did not take {what} "
-                f"({_reason(error)}); "
+                f"({reason(error)}); "
                 "start the same command again to go on"
             ) from error
 
@@ -365,13 +384,13 @@ def fetch_weights(uri: str, tracking_uri: str | None, into: Path) -> Path:
     except Exception as error:  # whatever the backend's driver raises
         raise TrackingError(
             f"the MLflow tracking server at {without_credentials(server or 'mlflow.db')} cannot be used "
-            f"({_reason(error)}), so that {uri} cannot be fetched; check tracking.uri"
+            f"({reason(error)}), so that {uri} cannot be fetched; check tracking.uri"
         ) from error
     try:
         location = _location(client, uri)
         local = download_artifacts(artifact_uri=location, dst_path=str(into), tracking_uri=server)
     except Exception as error:  # whatever the artifact store raises
-        raise ModelError(f"{uri} cannot be fetched from MLflow ({_reason(error)}); check model.weights") from error
+        raise ModelError(f"{uri} cannot be fetched from MLflow ({reason(error)}); check model.weights") from error
     return _weights_in(Path(local), uri)
 
 
@@ -452,7 +471,7 @@ def _from_export(path: Path, uri: str) -> Path:
             }
     except (zipfile.BadZipFile, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise ModelError(
-            f"{path.name} of {uri} cannot be read as an archive of torch.export ({_reason(error)}); "
+            f"{path.name} of {uri} cannot be read as an archive of torch.export ({reason(error)}); "
             "save the model's state_dict instead"
         ) from error
     target = path.with_suffix(".safetensors")
@@ -485,6 +504,31 @@ def _exported_tensor(data: bytes, entry: Mapping[str, Any]) -> torch.Tensor:
         return torch.zeros(size, dtype=dtype)
     flat = torch.frombuffer(bytearray(data), dtype=dtype)
     return flat.as_strided(size, stride, int(meta["storage_offset"]["as_int"])).clone().contiguous()
+
+
+def connect(uri: str | None, home: Path) -> tuple[MlflowClient, str]:
+    """A client of a tracking server that answers, and its address; `uri` None: the database in the folder `home`.
+
+    Raises TrackingError as `Tracking.open` does.
+    """
+    uri = uri or _local_uri(home)
+    _prepare(uri)
+    try:
+        with _first_contact(uri):
+            from mlflow import MlflowClient
+
+            client = MlflowClient(uri, registry_uri=os.environ.get("MLFLOW_REGISTRY_URI", uri))
+            client.search_experiments(max_results=1)
+    except Exception as error:  # whatever the backend's driver raises
+        raise _unusable(uri, error) from error
+    return client, uri
+
+
+def _unusable(uri: str, error: BaseException) -> TrackingError:
+    return TrackingError(
+        f"the MLflow tracking server at {without_credentials(uri)} cannot be used ({reason(error)}); "
+        "check tracking.uri, or leave it out to track in the run folder"
+    )
 
 
 def _local_uri(run_folder: Path) -> str:
@@ -590,7 +634,7 @@ def _flat(params: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The first line of what went wrong; where the network did, of the innermost error."""
     innermost = error
     while innermost.__cause__ or innermost.__context__:

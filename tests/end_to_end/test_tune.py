@@ -19,7 +19,6 @@ from small_data import removed_ids, rounds
 
 from pipelines.clean import clean
 from pipelines.tune import tune
-from posttrain.cluster import searching
 from posttrain.cluster.workers import View, Workers
 from posttrain.config import RunFile, load
 from posttrain.errors import ConfigError, RunFolderError
@@ -268,14 +267,3 @@ def lasting(folder: Path) -> list[Path]:
     names = ("rounds/*/round.json", "rounds/*/removed.parquet", "trial.json")
     found = [path for name in names for path in folder.glob(f"trials/*/{name}")]
     return [path for path in found if path.name != "removed.parquet" or path.with_name("round.json").exists()]
-
-
-def test_the_same_seed_gives_the_same_trials_and_more_of_them_change_none() -> None:
-    space = RunFile().search.space
-    eight = searching.draw(space, 8, 5)
-    assert eight == searching.draw(space, 8, 5) == searching.draw(space, 12, 5)[:8]
-    assert eight[0] == {} and all(list(values) == list(space) for values in eight[1:])
-    assert eight != searching.draw(space, 8, 6)
-    for values in eight:
-        json.dumps(values)
-        RunFile().with_values(values)

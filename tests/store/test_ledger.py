@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 import yaml
 
-from posttrain.config import RunFile
+from posttrain.config import RunFile, load
 from posttrain.errors import RunFolderError
 from posttrain.schema import Round
 from posttrain.store.folder import RunFolder
@@ -194,3 +194,30 @@ def test_a_run_is_finished_once_its_summary_is_there(ledger: Ledger):
     summary = {"rounds": 3, "test_accuracy_after": 0.95, "removal_precision": None}
     ledger.finish(summary)
     assert ledger.finished() == summary
+
+
+def test_a_folder_holds_a_run_or_a_search_and_neither_is_taken_for_the_other(ledger: Ledger):
+    search = Ledger(ledger.folder, "search")
+    search.start(RunFile(), DATA)
+    assert search.started() is not None and not search.is_begun()
+    with pytest.raises(RunFolderError, match=r"holds a search \(of posttrain tune\) and no run"):
+        ledger.started()
+    search.folder.write_json(search.folder.path("trials.json"), [])
+    assert search.is_begun()
+
+
+def test_a_run_goes_on_whatever_is_searched_and_a_search_only_with_the_same_space(ledger: Ledger):
+    record = started(ledger)
+    search = Ledger(ledger.folder, "search")
+    for override, may_differ in (
+        ("search.at_once=3", True),
+        ("search.trials=3", False),
+        ("search.space.removal.budget={choice: [0.1]}", False),
+    ):
+        changed = load(None, [override])
+        ledger.refuse_other_settings(record, changed)
+        if may_differ:
+            search.refuse_other_settings(record, changed)
+        else:
+            with pytest.raises(RunFolderError, match=r"holds a search with other settings \(search\."):
+                search.refuse_other_settings(record, changed)
