@@ -84,7 +84,7 @@ class Removal:
     relabelled: Relabelled
     """Of this round alone."""
     support: float
-    """Sum of the removed samples' given labels' probabilities."""
+    """Sum of the given labels' probabilities of all that is taken."""
     noise: NoiseEstimate
     exhausted: bool
     figures: dict[str, bytes]
@@ -181,10 +181,21 @@ class CleaningRun:
         with self.progress.step("audit"):
             held_out = self.workers.reducer(drawn.held_out)
             of_held_out, temperature = held_out_audit(held_out, boundary.weights)
-            of_live = self.workers.survey(drawn.live, verdict, temperature)
-            removed = sum(done.removed for done in state.history)
-            support = sum(done.metrics.get("removed_support", 0.0) for done in state.history)
-            audit = audits.audit(of_held_out, of_live, temperature, removed=removed, removed_support=support)
+            # under their new labels, those that were relabelled would look like memory
+            relabelled = {bucket: rows for bucket, (rows, _) in self.relabelled.items()}
+            as_given = drawn.live
+            if relabelled:
+                excluded = merged(as_given.excluded, relabelled)
+                as_given = replace(as_given, excluded=excluded, key=f"{as_given.key} as given")
+            of_live = self.workers.survey(as_given, verdict, temperature)
+            support = sum(done.metrics.get("taken_support", 0.0) for done in state.history)
+            audit = audits.audit(
+                of_held_out,
+                of_live,
+                temperature,
+                removed=policy.dealt_with(state.history),
+                removed_support=support,
+            )
         verdict = replace(verdict, audit=audit)
         path = self.folder.round(state.number + 1, "scores.parquet")
         counts = np.zeros(classes, np.int64)
@@ -270,7 +281,7 @@ class CleaningRun:
             relabelled_rows(
                 relabelled[BUCKET].to_numpy(), relabelled[ROW].to_numpy(), relabelled["suggested_label"].to_numpy()
             ),
-            float(pc.sum(removed["self_confidence"]).as_py() or 0.0),
+            float(pc.sum(taken["self_confidence"]).as_py() or 0.0),
             scored.noise,
             in_all == 0,
             figures,
@@ -327,7 +338,7 @@ class CleaningRun:
             live = self._after(removal)
             self.removed = merged(self.removed, removal.excluded)
             self.relabelled = live.relabelled
-            metrics = {**done.metrics, **self._found, "removed_support": removal.support}
+            metrics = {**done.metrics, **self._found, "taken_support": removal.support}
             if self._true_labels_known():
                 removed = merged(self.earlier.excluded, self.removed)
                 found = measuring.detection(self.splits["train"], removed, self.relabelled)

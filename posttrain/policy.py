@@ -67,4 +67,4 @@ def boundary_is_taken(scope: Scope, before: float, after: float, samples: int) -
     """
     if scope == "both":
         return after >= before
-    return after > before and after - before >= 2 * math.sqrt(2) * standard_error(before, samples)
+    return after - before > 2 * math.sqrt(2) * standard_error(before, samples)

@@ -1,8 +1,8 @@
 """How far the probes' leave-one-out word can be taken: calibration, directions of the noise, share of wrong labels.
 
-Everything is estimated from sums over the held-out samples (whose labels are as noisy as the rest, and which the
-network has not seen) and over the live samples (leave-one-out). No clean label is used. Notation: z_i are logits, for
-live samples leave-one-out ones; y_i the given label; t, b, A and the noise rate are what is estimated here.
+Everything is estimated from sums over the held-out samples (which the network has not seen, and whose labels are as
+noisy as the rest, or better) and over the live samples (leave-one-out). No clean label is used. Notation: z_i are
+logits, for live samples leave-one-out ones; y_i the given label; t, b, A and the noise rate are what is estimated here.
 
     t   inverse temperature: softmax(t z) has the lowest cross-entropy on the held-out labels
     b   memorisation: what the given label's logit of a live sample is too high, because the network's features
@@ -116,6 +116,8 @@ class Audit:
     directions: Float[Tensor, "classes classes"]
     """A."""
     noise: NoiseEstimate
+    held_out_rate: float
+    """Share of wrong labels among the held-out samples, on which the logits are calibrated."""
 
     def adjusted(
         self, logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]
@@ -136,12 +138,12 @@ class Audit:
 
             p_c = (q_c - e) / (1 - rate - e),  e = rate / (C - 1),    cut at 0 and scaled to sum 1
 
-        which inverts q = T p for noise that prefers no class.
+        which inverts q = T p for noise that prefers no class; `rate` is that of the held-out labels, which q foretells.
         """
         q = self.probabilities(logits, labels)
         classes = q.shape[1]
         # beyond this the labels would say nothing, and the division would blow up rounding
-        rate = min(self.noise.rate, 0.9 * (classes - 1) / classes)
+        rate = min(self.held_out_rate, 0.9 * (classes - 1) / classes)
         stray = rate / (classes - 1)
         p = ((q - stray) / (1 - rate - stray)).clamp_min(1e-6)
         return p / p.sum(dim=1, keepdim=True)
@@ -216,48 +218,56 @@ def audit(
     when they were. They count along: without them the live labels would be the better ones, and b would take
     that for memory.
     """
-    noise, more = _noise(held_out, live)
-    wanted = float(held_out.support[0] / held_out.count)
-    classes = len(live.votes)
-    if more and classes > 1:
-        # so much more often than among the held-out samples the given label is one that is not the right one
-        wanted = (1 - more) * wanted + more * (1 - wanted) / (classes - 1)
+    noise, shown, more = _noise(held_out, live)
+    wanted, classes = float(held_out.support[0] / held_out.count), len(live.votes)
+    if not shown or noise.source == "comparison":
+        # live and removed labels together are wrong this much more often than the held-out ones
+        count = float(live.count)
+        wrong = ((shown + (1 - shown) * more) * count + removed) / (count + removed) if count + removed else 0.0
+        beyond = max(0.0, (wrong - shown) / (1 - shown))
+        wanted = (1 - beyond) * wanted + beyond * (1 - wanted) / max(1, classes - 1)
     return Audit(
-        temperature, _offset(live, wanted, removed, removed_support), _directions(live.votes, float(live.count)), noise
+        temperature,
+        _offset(live, wanted, removed, removed_support),
+        _directions(live.votes, float(live.count)),
+        noise,
+        shown,
     )
 
 
-def _noise(held_out: Survey, live: Survey) -> tuple[NoiseEstimate, float]:
-    """The estimate, and the share of the live samples with wrong labels that only the comparison shows."""
+def _noise(held_out: Survey, live: Survey) -> tuple[NoiseEstimate, float, float]:
+    """The estimate, the share of wrong held-out labels, and what the comparison shows of the live ones beyond it."""
     of_held_out, of_live = (_most_confident(of) for of in (held_out, live))
     samples = float(held_out.count)
     error = float(held_out.disagreeing.sum()) / samples if samples else 0.0
     found = [_lowest(*pair) > max(CLEAN, MISTAKEN * error) for pair in (of_held_out, of_live)]
+    estimate = _counted(*of_held_out, found=found[0], source="held-out")
+    shown = estimate.rate
     # held-out labels that were looked through say nothing of the live ones; memory only hides wrong live labels
-    if found[1] and _interval(*of_live)[0] > _interval(*of_held_out)[1]:
-        return _counted(*of_live, found=True, source="live"), 0.0
-    estimate = _counted(*of_held_out, found=any(found), source="held-out")
+    if found[1] and (not found[0] or _interval(*of_live)[0] > estimate.high):
+        estimate = _counted(*of_live, found=True, source="live")
     more, deviation = _compared(held_out, live)
-    # one-sided 99 %
-    if more <= 2.326 * deviation:
-        return estimate, 0.0
-
     rate, low, high, most = (
-        min(max(estimate.rate + (1 - estimate.rate) * (more + z * deviation), 0.0), 1.0)
+        min(max(shown + (1 - shown) * (more + z * deviation), 0.0), 1.0) if more else 0.0
         for z in (0.0, -1.96, 1.96, 3.09)
     )
-    disagreeing, number = of_held_out
-    return NoiseEstimate(rate, low, high, most, disagreeing, number, found=True, source="comparison"), more
+    # one-sided 99 %; where the live labels themselves tell, they tell it better
+    if more <= 2.326 * deviation or (estimate.source == "live" and low <= estimate.high):
+        return estimate, shown, 0.0
+    return NoiseEstimate(rate, low, high, most, *of_held_out, found=True, source="comparison"), shown, more
 
 
 def _counted(disagreeing: int, number: int, *, found: bool, source: Source) -> NoiseEstimate:
     low, high = _interval(disagreeing, number)
-    rate, most = (disagreeing / number if number else 0.0), _highest(disagreeing, number)
-    return NoiseEstimate(rate if found else 0.0, low, high, most if found else 0.0, disagreeing, number, found, source)
+    if not found:
+        return NoiseEstimate(0.0, 0.0, high, 0.0, disagreeing, number, False, source)
+    return NoiseEstimate(
+        disagreeing / number, low, high, _highest(disagreeing, number), disagreeing, number, True, source
+    )
 
 
 def _compared(held_out: Survey, live: Survey) -> tuple[float, float]:
-    """How much larger a share of the live labels is wrong, and its standard error; 0 where that cannot be told.
+    """(rho_l - rho_h) / (1 - rho_h) for the shares rho of wrong labels, and its standard error; 0 where not known.
 
         e = (l - h) / (s - h)
 

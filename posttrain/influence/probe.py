@@ -116,6 +116,14 @@ def loss_gradient(features: Tensor, labels: Tensor, weights: Tensor) -> tuple[Te
     return count, loss.double().sum(), correct.double().sum(), residual.T @ features
 
 
+def class_hits(features: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over a block of: samples of each class [classes], correct predictions among them [classes]."""
+    logits, _, _ = residuals(features, labels, weights)
+    hits = labels[logits.argmax(dim=1) == labels]
+    classes = len(weights)
+    return labels.bincount(minlength=classes).double(), hits.bincount(minlength=classes).double()
+
+
 def hessian_product(features: Tensor, labels: Tensor, weights: Tensor, direction: Tensor) -> tuple[Tensor]:
     """Sum over a block of (S_i (x) h_i h_i^T) V with S_i = diag(p_i) - p_i p_i^T; V and result [classes, d]."""
     _, probabilities, _ = residuals(features, labels, weights)

@@ -151,7 +151,10 @@ def margin(e: Evidence) -> Float[Tensor, " batch"]:
 
 
 def gradient_norm(e: Evidence) -> Float[Tensor, " batch"]:
-    """||r_i|| ||h_i||, the norm of the loss gradient by the boundary's weights (baseline)."""
+    """||r_i|| ||h_i||, the norm of the loss gradient by a probe's weights (baseline).
+
+    Of a committee, the norm of all its members' own gradients, each over their number.
+    """
     return _norm([m.residual.norm(dim=1) * m.features.norm(dim=1) for m in e.members])
 
 

@@ -360,7 +360,8 @@ def test_nothing_is_estimated_where_there_are_no_samples():
     assert float(without_live.directions.abs().max()) == 0.0
     without_held_out = audits.audit(none, some, 1.0)
     assert without_held_out.offset == 0.0
-    noise = without_held_out.noise
+    assert without_held_out.noise.source == "live"
+    noise = audits.audit(none, none, 1.0).noise
     assert (noise.rate, noise.low, noise.high, noise.counted) == (0.0, 0.0, 1.0, 0)
     assert not audits.audit(none, none, 1.0).noise.found
 
@@ -375,7 +376,7 @@ def test_the_interval_is_the_exact_one_of_scipy(disagreeing: int, counted: int):
     noise = audits.audit(of_bins(confident, wrong), of_bins(confident, wrong), 1.0).noise
     known = binomtest(disagreeing, counted).proportion_ci(confidence_level=0.95, method="exact")
     assert (noise.disagreeing, noise.counted) == (disagreeing, counted)
-    assert (noise.low, noise.high) == pytest.approx((known.low, known.high), abs=1e-12)
+    assert (noise.low, noise.high) == pytest.approx((known.low if noise.found else 0.0, known.high), abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -393,11 +394,8 @@ def test_noise_is_found_where_scipy_says_that_there_is_more_than_in_a_clean_set(
     # the one-sided test at the 5 % level
     known = binomtest(disagreeing, counted, audits.CLEAN, alternative="greater")
     assert noise.found == (known.pvalue < 0.05)
-    shares = [binomtest(number, counted).proportion_ci(method="exact") for number in (disagreeing, 0)]
-    assert (noise.source == "live") == (noise.found and side == "live" and shares[0].low > shares[1].high)
-    assert noise.rate == (
-        disagreeing / counted if noise.found and (side == "held out" or noise.source == "live") else 0.0
-    )
+    assert noise.source == ("live" if noise.found and side == "live" else "held-out")
+    assert noise.rate == (disagreeing / counted if noise.found else 0.0)
 
 
 @pytest.mark.parametrize("samples", [300, 3000])
@@ -447,6 +445,39 @@ def test_removing_wrong_labels_is_not_taken_for_memory():
     whole = audits.audit(held_out, Survey(*survey(logits[3000:], labels[3000:], 1.0)), 1.0).offset
     again = audits.audit(held_out, cleaned, 1.0, removed=gone, removed_support=support).offset
     assert again == pytest.approx(whole, abs=0.02)
+
+
+@pytest.mark.parametrize(("rate", "memory"), [(0.3, 6.0), (0.4, 4.0)])
+def test_memory_is_known_through_all_rounds_where_the_held_out_labels_are_right(rate: float, memory: float):
+    held_out = looked_through(1500, rate, seed=1001)
+    live = simulated(3000, symmetric(10, rate), apart=4.0, seed=5001).remembered(memory)
+    first = audited(held_out, live)
+    wrong = torch.nonzero(live.wrong)[:, 0]
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        gone = wrong[: int(share * len(wrong))]
+        own = first.probabilities(live.logits[gone], live.labels[gone]).gather(1, live.labels[gone][:, None])
+        kept = torch.ones(len(live.labels), dtype=torch.bool)
+        kept[gone] = False
+        rest = Simulated(live.logits[kept], live.labels[kept], live.true[kept])
+        temperature = temperature_of(held_out.logits, held_out.labels)
+        surveys = surveyed(held_out, temperature), surveyed(rest, temperature)
+        found = audits.audit(*surveys, temperature, removed=len(gone), removed_support=float(own.sum()))
+        assert memory / 2 < found.offset / temperature < 1.2 * memory
+        candidates = directed_margin(evidence_of(rest, found)) > 1
+        assert int((candidates & rest.wrong).sum()) >= 0.95 * int(rest.wrong.sum())
+        assert int((candidates & ~rest.wrong).sum()) <= 0.005 * len(rest.labels)
+
+
+@pytest.mark.parametrize(("apart", "memory"), [(1.2, 0.0), (1.6, 3.0)])
+def test_suggestions_are_calibrated_also_where_the_held_out_labels_are_right(apart: float, memory: float):
+    noisy = simulated(4000, symmetric(10, 0.4), apart=apart, seed=1001)
+    live = simulated(8000, symmetric(10, 0.4), apart=apart, seed=5001).remembered(memory)
+    found = audited(replace(noisy, labels=noisy.true), live)
+    assert found.noise.found and found.noise.source != "held-out"
+    p = found.clean_probabilities(live.logits, live.labels)
+    sure = p.max(dim=1).values > 0.9
+    right = (p.argmax(dim=1) == live.true)[sure].double().mean()
+    assert float(right) == pytest.approx(float(p.max(dim=1).values[sure].mean()), abs=0.03)
 
 
 def test_as_many_count_as_disagree_alike():
@@ -581,7 +612,7 @@ def test_the_clean_probabilities_take_symmetric_noise_out_exactly(classes: int, 
     p = np.random.default_rng(0).dirichlet(np.ones(classes), size=200) + 1e-3
     p /= p.sum(axis=1, keepdims=True)
     q = torch.from_numpy(p @ symmetric(classes, rate))
-    audit = Audit(2.0, 0.7, torch.zeros(classes, classes).double(), found_noise(rate))
+    audit = Audit(2.0, 0.7, torch.zeros(classes, classes).double(), found_noise(rate), rate)
     labels = torch.arange(200) % classes
     # logits that were stretched and remember their label
     logits = lowered(q.log(), labels, -0.7) / 2.0
@@ -592,7 +623,7 @@ def test_the_clean_probabilities_take_symmetric_noise_out_exactly(classes: int, 
 @pytest.mark.parametrize("classes", [2, 10])
 @pytest.mark.parametrize("rate", [0.0, 0.2, 0.5, 0.95, 1.0])
 def test_probabilities_are_positive_and_sum_to_one_at_any_rate(classes: int, rate: float):
-    audit = Audit(1.3, 0.5, torch.zeros(classes, classes).double(), found_noise(rate))
+    audit = Audit(1.3, 0.5, torch.zeros(classes, classes).double(), found_noise(rate), rate)
     logits = 5 * torch.randn(100, classes, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     labels = torch.arange(100) % classes
     for p in (audit.probabilities(logits, labels), audit.clean_probabilities(logits, labels)):
@@ -604,7 +635,7 @@ def test_the_adjusted_logits_are_their_formula_sample_by_sample():
     live = simulated(50, symmetric(4, 0.2), apart=1.0)
     directions = torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     directions = directions - directions.T
-    audit = Audit(1.3, 0.5, directions, found_noise(0.2))
+    audit = Audit(1.3, 0.5, directions, found_noise(0.2), 0.2)
     found = audit.adjusted(live.logits, live.labels)
     for row, (z, y) in enumerate(zip(live.logits.tolist(), live.labels.tolist(), strict=True)):
         known = [1.3 * z[c] - 0.5 if c == y else 1.3 * z[c] + float(directions[c, y]) for c in range(4)]
@@ -699,7 +730,7 @@ def test_the_self_confidence_is_the_calibrated_probability_of_the_given_label(re
 def test_among_classes_that_are_equally_likely_the_suggestion_follows_the_directions():
     directions = torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     directions = directions - directions.T
-    audit = Audit(1.3, 0.5, directions, found_noise(0.2))
+    audit = Audit(1.3, 0.5, directions, found_noise(0.2), 0.2)
     level = Simulated(torch.zeros(6, 6).double(), torch.arange(6), torch.arange(6))
     found = suggestion(evidence_of(level, audit)).suggested
     for y in range(6):

@@ -304,14 +304,14 @@ def test_without_an_audit_the_directed_margin_is_the_loo_margin(any_case: Case, 
 
 def test_an_audit_without_findings_scales_the_loo_margin_and_does_no_more(one: Case):
     nothing = NoiseEstimate(0.0, 0.0, 0.05, 0.0, 0, 50, found=False)
-    audited = replace(one.found["exact"], audit=Audit(1.7, 0.0, torch.zeros(10, 10).double(), nothing))
+    audited = replace(one.found["exact"], audit=Audit(1.7, 0.0, torch.zeros(10, 10).double(), nothing, 0.0))
     torch.testing.assert_close(SCORES["directed_margin"](audited), 1.7 * SCORES["loo_margin"](audited))
 
 
 def test_the_directed_margin_is_its_formula_sample_by_sample(one: Case):
     directions = torch.randn(10, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     directions = directions - directions.T
-    audit = Audit(1.7, 0.6, directions, NoiseEstimate(0.2, 0.1, 0.3, 0.4, 10, 50, found=True))
+    audit = Audit(1.7, 0.6, directions, NoiseEstimate(0.2, 0.1, 0.3, 0.4, 10, 50, found=True), 0.2)
     audited = replace(one.found["exact"], audit=audit)
     found, logits = SCORES["directed_margin"](audited), audited.loo_logits.tolist()
     for row in one.rows[::10].tolist():
