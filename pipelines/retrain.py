@@ -181,7 +181,9 @@ def _what_is_new(stock: _Stock) -> str:
 
 def _nothing_new(config: JobFile, stock: _Stock) -> dict[str, Any]:
     held = len(stock.held_back)
-    reason = f"none of {len(stock.files) + held:,} files is new or has changed since the last run"
+    total = len(stock.files) + held
+    reason = f"none of the {total:,} files is" if total > 1 else "the one file is not"
+    reason += " new or changed since the last run"
     if held:
         reason += f"; {held:,} {'is' if held == 1 else 'are'} held back since an alarm (posttrain retrain --accept)"
     return _summary(config, "nothing new", reason, stock.state)
@@ -551,7 +553,7 @@ def _concluded(
 def _tags(attempt: _Attempt, record: dict[str, Any]) -> dict[str, str]:
     """What a version tells of where it comes from."""
     tags = {
-        _FOLDER: attempt.folder.location,
+        _FOLDER: str(attempt.folder.local) if attempt.folder.is_local else attempt.folder.location,
         _BASE: record["base"],
         "posttrain.data": ", ".join(f"{name} {digest}" for name, digest in record["data"].items()),
         "posttrain.removed": f"{record['taken']} samples taken out so far, in {attempt.folder.path('taken.parquet')}",
@@ -632,8 +634,8 @@ def _print(summary: dict[str, Any]) -> None:
     say(f"  champion: {'version ' + summary['champion'] if summary['champion'] else 'none yet'}")
     if summary["outcome"] == "alarm":
         say(
-            f"  held back: {len(summary['held_back']):,} files, until they change or are let in by posttrain retrain "
-            "--accept"
+            f"  held back: {len(summary['held_back']):,} training files, until they change or are let in by posttrain "
+            "retrain --accept"
         )
         for path in summary["held_back"][:5]:
             say(f"    {path}")

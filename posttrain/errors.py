@@ -51,3 +51,7 @@ class SingularCurvatureError(PosttrainError):
 
 class StepError(PosttrainError):
     """A step of a round failed after work had begun; starting the same command again goes on."""
+
+
+class HeldError(PosttrainError):
+    """Another job holds the lease; nothing was done."""

@@ -23,6 +23,7 @@ FILE = "file"
 ORDER = "order"
 BUCKET = "bucket"
 ROW = "row"
+DIGEST = "image_digest"
 
 SPLITS = ("train", "validation", "test")
 

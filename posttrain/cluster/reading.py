@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any, Literal, NoReturn, cast
 
@@ -21,7 +21,6 @@ import pyarrow.compute
 import pyarrow.dataset as pads
 import ray
 import ray.data
-from pyarrow import fs
 
 from posttrain import errors
 from posttrain.errors import DataError, DuplicateIdError, LabelRangeError, PosttrainError
@@ -41,6 +40,7 @@ from posttrain.schema import (
     uniform,
 )
 from posttrain.store.folder import resolve
+from posttrain.store.listing import image_files, parquet_files
 from posttrain.vision.noise import from_matrix, instance_dependent, pair, symmetric
 
 # pyarrow makes these functions when it is imported: a type checker sees none of them
@@ -48,8 +48,6 @@ pc = cast(Any, pyarrow.compute)
 
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
 # seeds of the draws that decide per sample id; any three different numbers
 _HELD_OUT_DRAW = 1
@@ -65,6 +63,8 @@ class ParquetSource:
     image: str
     label: str
     true_label: str | None = None
+    only: frozenset[str] | None = field(default=None, repr=False)
+    """Paths of the files to read; None: all that are there."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,8 @@ class FolderSource:
     """Class folders: `<location>/<class>/**/<image>`; the id is the path from `location` on."""
 
     location: str
+    only: frozenset[str] | None = field(default=None, repr=False)
+    """Paths of the images to read; None: all that are there."""
 
 
 @dataclass(frozen=True)
@@ -180,18 +182,9 @@ def _dataset(source: ParquetSource) -> pads.FileSystemDataset:
     parts: list[str] = []
     files = None
     for location in source.locations:
-        files, path = resolve(location)
-        info = files.get_file_info(path)
-        if info.type == fs.FileType.NotFound:
-            raise DataError(f"{location}: no such file or folder; check data.train, data.validation, data.test")
-        if info.type == fs.FileType.File:
-            parts.append(path)
-            continue
-        found = files.get_file_info(fs.FileSelector(path, recursive=True))
-        inside = sorted(f.path for f in found if f.path.endswith((".parquet", ".pq")))
-        if not inside:
-            raise DataError(f"{location}: holds no .parquet file; name a folder that does, or set data.source")
-        parts.extend(inside)
+        files, found = parquet_files(location)
+        parts.extend(info.path for info in found if source.only is None or info.path in source.only)
+    _refuse_vanished(source.locations[0], source.only, parts)
     try:
         return pads.dataset(parts, format="parquet", filesystem=files)
     except (pa.ArrowInvalid, OSError) as error:
@@ -204,24 +197,21 @@ def _sizes(dataset: pads.FileSystemDataset) -> tuple[tuple[str, int], ...]:
 
 
 def _list_folder(source: FolderSource) -> Listing:
-    files, root = resolve(source.location)
-    if files.get_file_info(root).type != fs.FileType.Directory:
-        raise DataError(f"{source.location}: no such folder; check data.train, data.validation, data.test")
-    found = files.get_file_info(fs.FileSelector(root, recursive=True))
-    images = sorted(
-        (f for f in found if f.type == fs.FileType.File and f.path.lower().endswith(IMAGE_SUFFIXES)),
-        key=lambda f: f.path,
-    )
+    _, found = image_files(source.location)
+    images = [info for info in found if source.only is None or info.path in source.only]
+    _refuse_vanished(source.location, source.only, [info.path for info in images])
+    _, root = resolve(source.location)
     relative = [PurePosixPath(f.path).relative_to(root) for f in images]
-    if not images:
-        raise DataError(
-            f"{source.location}: holds no image; expected <class>/<image> with one of {', '.join(IMAGE_SUFFIXES)}"
-        )
     loose = next((path for path in relative if len(path.parts) < 2), None)
     if loose is not None:
         raise DataError(f"{source.location}/{loose}: lies in no class folder; expected <class>/<image>")
     classes = tuple(sorted({path.parts[0] for path in relative}))
     return Listing(len(images), classes, None, tuple((f.path, f.size) for f in images))
+
+
+def _refuse_vanished(location: str, wanted: frozenset[str] | None, found: Sequence[str]) -> None:
+    if wanted is not None and (missing := wanted.difference(found)):
+        raise DataError(f"{min(missing)} has vanished from {location} since its files were listed; start again")
 
 
 def string_labels(source: ParquetSource) -> tuple[str, ...] | None:
@@ -340,7 +330,10 @@ def true_labels_are_known(sources: Mapping[str, Source], noise: Noise | None) ->
 
 
 def _without_data(source: Source) -> Source:
-    return TableSource(source.table.slice(0, 0), source.name) if isinstance(source, TableSource) else source
+    """The source as every task gets it: without what may be as long as the data set."""
+    if isinstance(source, TableSource):
+        return TableSource(source.table.slice(0, 0), source.name)
+    return replace(source, only=None)
 
 
 def _dataset_of(source: Source) -> ray.data.Dataset:

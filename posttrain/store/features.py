@@ -1,23 +1,44 @@
 """The feature store: one Parquet shard per bucket, float16, written whole or not at all.
 
-A shard holds `row` (position in the bucket), `sample_id`, `label` and one column of features per layer of the samples
-that could be read, and in its metadata the rows that could not, with the reason.
+A shard holds `row` (position in the bucket), `sample_id`, `label`, a digest of the image and one column of features
+per layer of the samples that could be read, and in its metadata the rows that could not, with the reason, how many
+images went through the backbone for it, and how many buckets its split has. By these a later run, whose samples lie
+in other buckets, finds again what has been embedded already.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet as pq
+from pyarrow import fs
 
-from posttrain.schema import BUCKET, FEATURES, FILE, LABEL, ROW, SAMPLE_ID
+from posttrain.schema import (
+    BUCKET,
+    DIGEST,
+    FEATURES,
+    FILE,
+    LABEL,
+    ROW,
+    SAMPLE_ID,
+    bucket_boundaries,
+    order_key,
+)
 from posttrain.store.folder import RunFolder
 
+# pyarrow makes these functions when it is imported: a type checker sees none of them
+pc = cast(Any, pyarrow.compute)
+
 _QUARANTINED = b"posttrain.quarantined"
+_EMBEDDED = b"posttrain.embedded"
+_BUCKETS = b"posttrain.buckets"
 
 
 @dataclass(frozen=True)
@@ -28,21 +49,42 @@ class Shard:
     sample_ids: pa.Array
     labels: np.ndarray
     features: dict[str, np.ndarray]
+    digests: np.ndarray | None = None
+    """uint64 [rows], of the images (`image_digests`); None: not known, and no later run can take the features up."""
 
 
-def write_shard(folder: RunFolder, path: str, shard: Shard, quarantined: list[dict[str, object]]) -> None:
-    """Write a shard; `quarantined` holds {row, sample_id, file, reason} of what could not be embedded."""
+def write_shard(
+    folder: RunFolder,
+    path: str,
+    shard: Shard,
+    quarantined: list[dict[str, object]],
+    *,
+    embedded: int = 0,
+    buckets: int = 0,
+) -> None:
+    """Write a shard; `quarantined` holds {row, sample_id, file, reason} of what could not be embedded.
+
+    `embedded`: images that went through the backbone for it; `buckets`: of its split.
+    """
     columns = {
         ROW: pa.array(shard.rows, pa.int32()),
         SAMPLE_ID: shard.sample_ids,
         LABEL: pa.array(shard.labels, pa.int32()),
     }
+    if shard.digests is not None:
+        columns[DIGEST] = pa.array(shard.digests, pa.uint64())
     for layer, features in shard.features.items():
         count, dim = features.shape
         flat = pa.array(features.reshape(-1), type=pa.float16())
         columns[_column(layer)] = pa.FixedSizeListArray.from_arrays(flat, dim) if count else _no_features(dim)
     table = pa.table(columns)
-    table = table.replace_schema_metadata({_QUARANTINED: json.dumps(quarantined).encode()})
+    table = table.replace_schema_metadata(
+        {
+            _QUARANTINED: json.dumps(quarantined).encode(),
+            _EMBEDDED: str(embedded).encode(),
+            _BUCKETS: str(buckets).encode(),
+        }
+    )
     with folder.writing(path) as stream:
         # float16 activations hardly compress: lz4 costs nothing and helps where many are zero
         pq.write_table(table, stream, compression="lz4", use_dictionary=False, write_statistics=False)
@@ -83,6 +125,8 @@ class ShardSummary:
     bucket: int
     count: int
     quarantined: list[dict[str, object]]
+    embedded: int = 0
+    """Images that went through the backbone; the others' features are those of a former run."""
 
 
 def summarise_shard(folder: RunFolder, path: str, bucket: int) -> ShardSummary | None:
@@ -91,11 +135,93 @@ def summarise_shard(folder: RunFolder, path: str, bucket: int) -> ShardSummary |
         return None
     try:
         with folder.files.open_input_file(path) as stream:
-            schema = pq.ParquetFile(stream)
-            quarantined = json.loads((schema.schema_arrow.metadata or {})[_QUARANTINED])
-            return ShardSummary(bucket, schema.metadata.num_rows, quarantined)
+            file = pq.ParquetFile(stream)
+            metadata = file.schema_arrow.metadata or {}
+            quarantined = json.loads(metadata[_QUARANTINED])
+            return ShardSummary(bucket, file.metadata.num_rows, quarantined, int(metadata.get(_EMBEDDED, 0)))
     except (pa.ArrowInvalid, KeyError, OSError):
         return None
+
+
+# what a former run embedded --------------------------------------------------------------------------------
+
+
+def image_digests(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """uint64 [rows]: eight bytes of a BLAKE2b of every image cell as it is stored."""
+    cells = (cell.as_py() for cell in column)
+    return np.array([int.from_bytes(_digest(cell), "big") for cell in cells], np.uint64)
+
+
+def _digest(cell: object) -> bytes:
+    if isinstance(cell, dict):
+        # {bytes, path}, as Hugging Face stores images
+        cell = cell.get("bytes")
+    content = cell if isinstance(cell, bytes) else json.dumps(cell, default=str).encode()
+    return hashlib.blake2b(content, digest_size=8).digest()
+
+
+@dataclass(frozen=True)
+class FormerFeatures:
+    """One split's shards of a former run for the same backbone. Picklable: workers read for themselves."""
+
+    folder: RunFolder
+    backbone: str
+    split: str
+    buckets: int
+
+    def of(self, ids: pa.Array, digests: np.ndarray, layers: Sequence[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Positions (sorted) of the samples that are there with the same image, and their features by layer.
+
+        `ids` are those of one bucket: the hash ranges of its samples name the shards in which they can lie.
+        """
+        positions: list[np.ndarray] = []
+        parts: dict[str, list[np.ndarray]] = {layer: [] for layer in layers}
+        keys = order_key(ids.to_numpy(zero_copy_only=False)) if len(ids) else np.empty(0, np.int64)
+        bucket_of = np.searchsorted(bucket_boundaries(self.buckets), keys, side="right")
+        for bucket in np.unique(bucket_of):
+            known = self._read(int(bucket), layers)
+            mine = np.flatnonzero(bucket_of == bucket)
+            if known is None or known.sample_ids.type != ids.type:
+                continue
+            assert known.digests is not None
+            at = pc.index_in(ids.take(pa.array(mine)), value_set=known.sample_ids)
+            there = at.is_valid().to_numpy(zero_copy_only=False)
+            found = at.drop_null().to_numpy().astype(np.int64)
+            same = known.digests[found] == digests[mine[there]]
+            positions.append(mine[there][same])
+            for layer in layers:
+                parts[layer].append(known.features[layer][found[same]])
+        if not any(len(part) for part in positions):
+            return np.empty(0, np.int64), {}
+        found = np.concatenate(positions)
+        order = np.argsort(found, kind="stable")
+        return found[order], {layer: np.concatenate(part)[order] for layer, part in parts.items()}
+
+    def _read(self, bucket: int, layers: Sequence[str]) -> Shard | None:
+        path = self.folder.features(self.backbone, self.split, bucket)
+        try:
+            digests = self.folder.read_table(path, [DIGEST])[DIGEST].to_numpy()
+            return replace(read_shard(self.folder, path, layers), digests=digests)
+        except (pa.ArrowInvalid, KeyError, OSError):
+            # cut short, of another version, or deleted: then its samples are embedded anew
+            return None
+
+
+def former_features(folder: RunFolder, backbone: str, split: str) -> FormerFeatures | None:
+    """What a run embedded of a split by this backbone; None where there is nothing."""
+    there = folder.features(backbone, split, 0).rpartition("/")[0]
+    for info in folder.files.get_file_info(fs.FileSelector(there, allow_not_found=True)):
+        if not info.path.endswith(".parquet"):
+            continue
+        try:
+            with folder.files.open_input_file(info.path) as stream:
+                metadata = pq.read_schema(stream).metadata or {}
+            buckets = int(metadata.get(_BUCKETS, 0))
+        except (pa.ArrowInvalid, OSError, ValueError):
+            continue
+        if buckets:
+            return FormerFeatures(folder, backbone, split, buckets)
+    return None
 
 
 def quarantine_table(summaries: list[ShardSummary]) -> pa.Table:

@@ -7,9 +7,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from posttrain.schema import bucket_boundaries, bucket_count, order_key
 from posttrain.store.features import (
+    FormerFeatures,
     Shard,
     ShardSummary,
+    former_features,
+    image_digests,
     quarantine_table,
     read_shard,
     summarise_shard,
@@ -155,3 +159,106 @@ def test_the_quarantine_lists_every_sample_left_out_with_its_bucket():
 def test_the_quarantine_keeps_string_ids_as_strings_and_may_be_empty():
     assert quarantine_table([ShardSummary(0, 3, [unreadable(1, "007")])])["sample_id"].to_pylist() == ["007"]
     assert quarantine_table([]).num_rows == 0
+
+
+# what a former run embedded
+
+
+def embedded_store(
+    folder: RunFolder, ids: np.ndarray, digests: np.ndarray, features: dict[str, np.ndarray], *, text: bool = False
+) -> None:
+    """The shards of a run, as `workers` writes them: its samples in buckets by the hash of their ids."""
+    names = np.array([f"é{i}" for i in ids], object) if text else ids
+    count = bucket_count(len(ids))
+    bucket_of = np.searchsorted(bucket_boundaries(count), order_key(names), side="right")
+    for bucket in range(count):
+        mine = np.flatnonzero(bucket_of == bucket)
+        mine = mine[np.argsort(order_key(names[mine]))]
+        shard = Shard(
+            np.arange(len(mine)),
+            pa.array(names[mine], pa.string() if text else pa.int64()),
+            np.zeros(len(mine), np.int32),
+            {layer: matrix[mine] for layer, matrix in features.items()},
+            digests[mine],
+        )
+        write_shard(folder, folder.features("b", "train", bucket), shard, [], buckets=count)
+
+
+@pytest.mark.parametrize("text", [False, True], ids=["int ids", "string ids"])
+@pytest.mark.parametrize(("before", "now"), [(300, 900), (9_000, 30_000), (30_000, 9_000), (2_048 * 4 + 1, 2_048 * 5)])
+def test_features_are_found_again_whatever_buckets_the_samples_lie_in(
+    folder: RunFolder, before: int, now: int, text: bool
+):
+    draw = np.random.default_rng(before)
+    features = {"input": draw.normal(size=(before, 3)).astype(np.float16), "fc": draw.normal(size=(before, 2))}
+    features["fc"] = features["fc"].astype(np.float16)
+    digests = draw.integers(0, 2**63, before).astype(np.uint64)
+    embedded_store(folder, np.arange(before), digests, features, text=text)
+    former = former_features(folder, "b", "train")
+    assert former is not None and former.buckets == bucket_count(before)
+    # some images have changed, and many ids are new
+    present = np.concatenate([digests, draw.integers(0, 2**63, max(0, now - before)).astype(np.uint64)])[:now]
+    changed = draw.random(now) < 0.1
+    present[changed] += np.uint64(1)
+    ids = np.arange(now)
+    names = np.array([f"é{i}" for i in ids], object) if text else ids
+    edges = bucket_boundaries(bucket_count(now))
+    bucket_of = np.searchsorted(edges, order_key(names), side="right")
+    found = set()
+    for bucket in range(len(edges) + 1):
+        mine = draw.permutation(np.flatnonzero(bucket_of == bucket))
+        at, taken = former.of(
+            pa.array(names[mine], pa.string() if text else pa.int64()), present[mine], ["fc", "input"]
+        )
+        assert (np.diff(at) > 0).all()
+        for layer, matrix in taken.items():
+            assert matrix.tobytes() == features[layer][mine[at]].tobytes()
+        found |= set(mine[at].tolist())
+    assert found == {i for i in range(min(before, now)) if not changed[i]}
+
+
+def test_only_the_shards_in_whose_hash_range_samples_lie_are_read(folder: RunFolder, monkeypatch: pytest.MonkeyPatch):
+    ids = np.arange(20_000)
+    embedded_store(folder, ids, ids.astype(np.uint64), {"fc": np.zeros((len(ids), 1), np.float16)})
+    former = former_features(folder, "b", "train")
+    assert former is not None and former.buckets == 10
+    read: list[int] = []
+    monkeypatch.setattr(FormerFeatures, "_read", lambda self, bucket, layers: read.append(bucket))
+    bucket_of = np.searchsorted(bucket_boundaries(4), order_key(ids), side="right")
+    mine = ids[bucket_of == 1]
+    former.of(pa.array(mine), mine.astype(np.uint64), ["fc"])
+    # the second quarter of ten: from 2.5 to 5
+    assert read == [2, 3, 4]
+
+
+def test_a_damaged_or_missing_shard_of_a_former_run_only_means_that_its_samples_are_embedded_anew(folder: RunFolder):
+    ids = np.arange(400)
+    embedded_store(folder, ids, ids.astype(np.uint64), {"fc": np.zeros((400, 1), np.float16)})
+    former = former_features(folder, "b", "train")
+    assert former is not None
+    (Path(folder.location) / "features/b/train/00001.parquet").unlink()
+    folder.write_bytes(folder.features("b", "train", 2), b"PAR1")
+    at, _ = former.of(pa.array(ids), ids.astype(np.uint64), ["fc"])
+    bucket_of = np.searchsorted(bucket_boundaries(4), order_key(ids), side="right")
+    assert at.tolist() == np.flatnonzero(~np.isin(bucket_of, [1, 2])).tolist()
+
+
+def test_a_run_without_these_features_has_nothing_to_take_up(folder: RunFolder):
+    assert former_features(folder, "b", "train") is None
+    write_shard(folder, folder.features("b", "train", 0), a_shard(3), [])  # of an older version: no digests
+    assert former_features(folder, "b", "train") is None
+    assert former_features(folder, "c", "train") is None
+
+
+def test_a_digest_tells_the_bytes_of_an_image_and_nothing_of_how_they_are_stored():
+    images = [b"a", b"b", b"", b"a"]
+    found = image_digests(pa.array(images))
+    assert found.dtype == np.uint64 and found[0] == found[3] and len(set(found.tolist())) == 3
+    for other in (
+        pa.chunked_array([images[:1], images[1:]]),
+        pa.array(images, pa.large_binary()),
+        pa.array([{"bytes": image, "path": f"{at}.png"} for at, image in enumerate(images)]),
+    ):
+        assert image_digests(other).tolist() == found.tolist()
+    lists = image_digests(pa.array([[1, 2], [12], None, [1, 2]]))
+    assert lists[0] == lists[3] and len(set(lists.tolist())) == 3
