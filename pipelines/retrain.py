@@ -633,10 +633,9 @@ def _print(summary: dict[str, Any]) -> None:
         say(f"  registered as version {summary['version']} of {summary['job']}")
     say(f"  champion: {'version ' + summary['champion'] if summary['champion'] else 'none yet'}")
     if summary["outcome"] == "alarm":
-        say(
-            f"  held back: {len(summary['held_back']):,} training files, until they change or are let in by posttrain "
-            "retrain --accept"
-        )
+        count = len(summary["held_back"])
+        files = "1 training file" if count == 1 else f"{count:,} training files"
+        say(f"  held back until changed, or let in by posttrain retrain --accept: {files}")
         for path in summary["held_back"][:5]:
             say(f"    {path}")
     say(f"  run: {summary['run']}")

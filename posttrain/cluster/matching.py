@@ -63,7 +63,11 @@ def taken_out(split: Split, removed: Excluded, relabelled: Relabelled) -> pa.Tab
             new = pa.array([None] * len(gone) + labels.tolist(), pa.int32())
             pending.append((_described.remote(bucket.block, np.concatenate([gone, changed])), new))
     try:
-        tables = [ray.get(found).drop_columns([ROW]).append_column(NEW_LABEL, new) for found, new in pending]
+        described: list[pa.Table] = ray.get([found for found, _ in pending])
+        tables = [
+            table.drop_columns([ROW]).append_column(NEW_LABEL, new)
+            for table, (_, new) in zip(described, pending, strict=True)
+        ]
     except Exception as error:
         explain(error)
     if not tables:

@@ -23,7 +23,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def logged(home: Path) -> Iterator[tuple[str, str, bytes]]:
     """(models:/m-..., its run's id, its weights)."""
     model = models.mlp(10)
-    torch.nn.init.constant_(model.get_submodule("head").bias, 7.0)
+    torch.nn.init.constant_(models.head_of(model, "head").bias, 7.0)
     models.save_weights(model, home / "w.safetensors")
     with Tracking.open(None, run_folder=home, experiment="e", run_name="r", params={}, tags={}) as tracking:
         uri = tracking.log_model(

@@ -1,0 +1,252 @@
+"""A week in the life of a scheduled job: real Parquet shards, a real Ray, a real MLflow server."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from small_data import Digits, accuracy, as_built, assert_same_result, removed_ids
+
+from posttrain.config import JobFile
+from posttrain.errors import HeldError
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("server")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{folder}/mlflow.db",
+        "--artifacts-destination",
+        str(folder / "files"),
+    ]
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen([sys.executable, *command], stdout=log, stderr=log, cwd=folder)
+    try:
+        deadline = time.monotonic() + 200
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        while True:
+            try:
+                direct.open(f"http://127.0.0.1:{port}/health", timeout=2)
+                break
+            except OSError:
+                assert server.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()[-2000:]
+                time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@pytest.fixture(autouse=True)
+def _no_proxy_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")
+
+
+class Shards:
+    """The training data of the job, which grows by a file at a time."""
+
+    def __init__(self, digits: Digits, folder: Path) -> None:
+        self.digits, self.folder = digits, folder
+        self.labels: dict[int, int] = {}
+        (folder / "train").mkdir(parents=True)
+        for split in ("validation", "test"):
+            pq.write_table(digits.table(split), folder / f"{split}.parquet")
+
+    def add(self, name: str, rows: range, labels: np.ndarray) -> None:
+        table = self.digits.table("train").slice(rows.start, len(rows))
+        table = table.set_column(2, "label", pa.array(labels))
+        self.labels |= dict(zip(rows, labels.tolist(), strict=True))
+        pq.write_table(table, self.folder / "train" / f"{name}.parquet")
+
+    def wrong(self, rows: range) -> set[int]:
+        return {i for i in rows if self.labels[i] != self.digits.true[i]}
+
+    def with_wrong(self, rows: range, share: float) -> np.ndarray:
+        draw = np.random.default_rng(rows.start)
+        true = self.digits.true[list(rows)]
+        return np.where(draw.random(len(rows)) < share, (true + draw.integers(1, 10, len(rows))) % 10, true)
+
+
+@pytest.fixture
+def shards(digits: Digits, tmp_path: Path) -> Shards:
+    return Shards(digits, tmp_path / "data")
+
+
+@pytest.fixture
+def jobfile(shards: Shards, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    def make(path: str = "job", **sections: dict[str, Any]) -> dict[str, Any]:
+        raw: dict[str, Any] = {
+            "run": {"path": str(tmp_path / path)},
+            "job": {"name": path},
+            "data": {
+                "source": "parquet",
+                "train": str(shards.folder / "train"),
+                **{split: str(shards.folder / f"{split}.parquet") for split in ("validation", "test")},
+                "true_label": "true",
+            },
+            "model": {"factory": "posttrain.vision.models:mlp", "channels": 1, "image_size": 8},
+            "pretrain": {"epochs": 60},
+            "removal": {"max_rounds": 4, "budget": 0.1},
+            "ray": {"workers": 2},
+            "results": {"cleaned": "manifest"},
+        }
+        for section, keys in sections.items():
+            raw[section] = {**raw.get(section, {}), **keys}
+        return raw
+
+    return make
+
+
+@pytest.fixture
+def retrain(shared_workers: None, jobfile: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    def start(path: str = "job", *, accept: bool = False, **sections: dict[str, Any]) -> dict[str, Any]:
+        from pipelines.retrain import retrain
+
+        return retrain(JobFile.model_validate(jobfile(path, **sections)), accept=accept, quiet=True)
+
+    return start
+
+
+def command(jobfile: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "pipelines.cli", *arguments, str(jobfile)]
+
+
+def test_a_week_in_the_life(
+    mlflow_server: str,
+    shards: Shards,
+    digits: Digits,
+    jobfile: Callable[..., dict[str, Any]],
+    retrain: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    from mlflow import MlflowClient
+
+    from posttrain.store.registry import Registry
+
+    server = {"tracking": {"uri": mlflow_server}}
+    job, file = tmp_path / "job", tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump(jobfile(**server)))
+    client = MlflowClient(mlflow_server)
+
+    def alias(name: str) -> str:
+        return client.get_model_version_by_alias("job", name).version
+
+    # day 0: the first run makes the first champion
+    first = range(0, 500)
+    shards.add("monday", first, shards.with_wrong(first, 0.2))
+    day = retrain(**server)
+    assert (day["outcome"], day["exit_code"], day["champion"]) == ("promoted", 0, "1")
+    assert day["embedded"]["train"] == {"new": 500, "of": 500, "for_new_weights": 0}
+    gone = set(removed_ids(day["run"]))
+    assert len(gone & shards.wrong(first)) >= 0.8 * len(gone) > 0
+
+    # day 1: nothing new, and nothing heavy is imported to find that out
+    code = "import sys; from pipelines.cli import app; app(['retrain', sys.argv[1]], standalone_mode=False); "
+    code += "print(*sys.modules)"
+    quiet = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, timeout=60)
+    said, loaded = quiet.stdout.splitlines()
+    assert said.startswith("job: nothing new: none of the 3 files is new")
+    assert not {"ray", "torch", "mlflow"} & set(loaded.split())
+
+    # day 2: a new shard with 30 % wrong labels is cleaned; nothing but its images goes through the backbone
+    second = range(500, 700)
+    shards.add("wednesday", second, shards.with_wrong(second, 0.3))
+    day = retrain(**server)
+    assert (day["outcome"], day["champion"], alias("champion"), alias("previous")) == ("promoted", "2", "2", "1")
+    assert day["embedded"]["train"] == {"new": 200, "of": 700 - len(gone), "for_new_weights": 0}
+    assert day["embedded"]["validation"]["new"] == day["embedded"]["test"]["new"] == 0
+    assert day["removed_earlier"] == len(gone)
+    assert day["live"] + day["removed"] + day["removed_earlier"] == 700
+    of_today = set(removed_ids(day["run"]))
+    assert not of_today & gone
+    found = of_today & set(second)
+    assert len(found & shards.wrong(second)) >= 0.8 * len(found)
+    assert len(found & shards.wrong(second)) >= 0.6 * len(shards.wrong(second))
+    version = client.get_model_version_by_alias("job", "champion")
+    assert version.tags["posttrain.parent"] == "1" and version.tags["posttrain.run"] == Path(day["run"]).name
+    rows = list(digits.splits["test"])
+    import torch
+
+    own = accuracy(as_built(day["run"]), digits.inputs("test"), torch.from_numpy(digits.true[rows]))
+    assert day["challenger_accuracy"] == pytest.approx(own, abs=2 / len(rows))
+
+    # day 3: a shard whose labels are permuted raises the alarm, is held back, and is no part of what follows
+    third = range(700, 800)
+    shards.add("thursday", third, (digits.true[list(third)] + 3) % 10)
+    day = retrain(**server)
+    assert (day["outcome"], day["exit_code"], day["version"]) == ("alarm", 11, None)
+    assert day["suspect_share"] > 0.5 and day["held_back"] == [str(shards.folder / "train" / "thursday.parquet")]
+    assert (alias("champion"), alias("previous")) == ("2", "1")
+    assert len(client.search_model_versions("name = 'job'")) == 2
+    assert retrain(**server)["outcome"] == "nothing new"
+
+    # day 4: killed in the middle and started again, the job ends as one that was not
+    fourth = range(800, 900)
+    shards.add("friday", fourth, shards.with_wrong(fourth, 0.3))
+    shutil.copytree(job, tmp_path / "twin")
+    twin = Registry.open(mlflow_server, home=tmp_path, name="twin")
+    made = json.loads((job / "runs" / version.tags["posttrain.run"] / "decision.json").read_text())
+    twin.promote(
+        twin.register(made["model"], run=version.tags["posttrain.run"], run_id=made["mlflow_run"], tags=version.tags)
+    )
+    whole = retrain("twin", **server)
+    before = {path.name for path in (job / "runs").iterdir()}
+    process = subprocess.Popen(command(file, "retrain"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not any(
+        path.name not in before and (path / "rounds" / "0001" / "round.json").exists()
+        for path in (job / "runs").iterdir()
+    ):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert alias("champion") == "2"
+    process = subprocess.Popen(command(file, "retrain", "--json"), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+    # day 5: while one is at work, a second start refuses
+    while True:
+        claims = [json.loads(path.read_text()) for path in (job / "lease").glob("*.json")]
+        if any(claim["process"]["pid"] == process.pid and claim["held_since"] for claim in claims):
+            break
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    with pytest.raises(HeldError, match=f"process {process.pid} on "):
+        retrain(**server)
+    out, _ = process.communicate(timeout=200)
+    day = json.loads(out)
+    assert process.returncode == day["exit_code"] == whole["exit_code"]
+    assert_same_result(day["run"], whole["run"])
+    varying = {"job", "run", "version", "champion", "seconds"}
+    assert {key: value for key, value in day.items() if key not in varying} == {
+        key: value for key, value in whole.items() if key not in varying
+    }
+
+    # day 6: back to the version before, which the next run then starts from
+    was = (alias("champion"), alias("previous"))
+    back = subprocess.run(command(file, "rollback"), capture_output=True, text=True, timeout=100)
+    assert back.returncode == 0
+    assert back.stdout == f"job: version {was[1]} is champion again, version {was[0]} is previous\n"
+    assert (alias("champion"), alias("previous")) == (was[1], was[0])
+    assert json.loads((job / "state.json").read_text())["champion"] == was[1]
