@@ -29,7 +29,6 @@ from pydantic import (
 )
 
 from posttrain.errors import ConfigError
-from posttrain.schema import Precision
 
 Text = Annotated[str, Field(min_length=1)]
 Paths = Text | Annotated[tuple[Text, ...], Field(min_length=1)]
@@ -378,7 +377,7 @@ class Ray(Section):
     gpus_per_train_worker: float | None = Field(default=None, ge=0)
     """GPUs of each of these; with 0 workers, whether the driver trains on its GPU. null: 1 where the workers that
     embed have GPUs, else 0. Several that share a GPU (a fraction) exchange gradients by Gloo, else by NCCL."""
-    precision: Precision = "float32"
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """In what the network computes where it embeds and trains: bfloat16 and float16 are faster on GPUs. Weights,
     losses, sums, and all that is done with the features stay in float32 or float64."""
     num_cpus: int | None = Field(default=None, ge=1)
