@@ -266,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report=report,
         short=short,
         table=table,
-        flags=("cleanlab",),
+        flags=("cleanlab", "without-scratch"),
     )
 
 

@@ -22,6 +22,7 @@ from pipelines.benchmarks.refinement_findings import (
     NO_REMOVAL,
     OURS,
     ROWS,
+    SCRATCH,
     THEN_BOUNDARY,
     UNTOUCHED,
     Finding,
@@ -133,10 +134,15 @@ def _head(findings: Sequence[Finding], command: str) -> list[str]:
         "seeds; where posttrain stopped before its first round they take none, and are the network as it came. EMA:",
         f"moving average of weights and batch-norm statistics, decay {DECAY:g} a step. Then the boundary: drawn by all",
         "samples on what `no removal, same steps` gave, it becomes the head by the rule of posttrain, both.",
-        "From scratch: as many steps as the case's network took, by the same settings without its early stop, so that",
-        "a falling learning rate falls to its end. A number in brackets: so many seeds were measured, fewer than of",
-        "the other rows.",
+        *(_SCRATCH if any(f.row(SCRATCH) is not None for f in findings) else []),
+        "A number in brackets: so many seeds were measured, fewer than of the other rows.",
     ]
+
+
+_SCRATCH = (
+    "From scratch: as many steps as the case's network took, by the same settings without its early stop, so that",
+    "a falling learning rate falls to its end.",
+)
 
 
 def _verdict(findings: Sequence[Finding]) -> list[str]:

@@ -159,9 +159,8 @@ def short(found: Sequence[Found]) -> str:
     lines = ["| data set, labels | wrong | estimate | removed | precision |", "|---|---|---|---|---|"]
     for key in dict.fromkeys((one.dataset, one.noise) for one in found):
         mine = [one for one in found if (one.dataset, one.noise) == key]
-        sign = [one for one in mine if one.found]
         rates = ", ".join(percent(one.rate) if one.found else "no sign" for one in mine)
-        gone = [one for one in sign if one.removed]
+        gone = [one for one in mine if one.removed]
         precision = ", ".join(percent(one.removed_wrong / one.removed) for one in gone)
         removed = ", ".join(percent(one.removed / one.samples) for one in mine)
         truth = percent(float(np.mean([one.truth for one in mine])))

@@ -13,7 +13,7 @@ from posttrain.cluster.refining import Training
 from posttrain.config import Refine
 from posttrain.vision import models
 
-REFINE = Refine(scope="network", epochs=2, batch_size=64)
+REFINE = Refine(scope="network", epochs=2, batch_size=64, augment="crop_flip")
 """Of each round. Digits are cropped and not mirrored."""
 DECAY = 0.99
 """Of the moving average of weights, by gradient step."""
@@ -22,7 +22,7 @@ DECAY = 0.99
 def refining(dataset: str) -> Training:
     """How the data set's network is trained in one round of refining."""
     settings = REFINE.model_dump(exclude={"scope"})
-    return Training(**{**settings, "augment": "crop" if dataset == "digits" else "crop_flip"})
+    return Training(**{**settings, "augment": "crop" if dataset == "digits" else settings["augment"]})
 
 
 def round_seed(case: Case, number: int) -> int:

@@ -38,18 +38,19 @@ def test_the_awkward_cases_are_what_they_are_called(noise: str):
     data = cases.load(Case("digits", noise, "memorised", 0))
     wrong = data.train.given != data.train.true
     sizes = np.bincount(data.train.true, minlength=data.classes)
-    kind, _, percent = noise.partition(" ")
+    kind, _, percent = noise.removeprefix(cases.CHECKED).partition(" ")
     if kind == "class":
         assert set(data.train.true[wrong]) == {3}
         assert binomtest(int(wrong.sum()), int(sizes[3]), 0.9).pvalue > 1e-3
     else:
-        assert binomtest(int(wrong.sum()), len(wrong), int(percent) / 100).pvalue > 1e-3
+        # instance-dependent rates scatter around theirs
+        assert kind == "instance" or binomtest(int(wrong.sum()), len(wrong), int(percent) / 100).pvalue > 1e-3
     if kind == "imbalanced":
         assert sizes[0] > 10 * max(1, sizes[-1])
     if kind == "two":
         assert data.classes == 2 and set(data.test.true) == {0, 1}
     checked = (data.validation.given == data.validation.true).all()
-    assert checked == (kind == "checked" or percent == "0")
+    assert checked == (noise.startswith(cases.CHECKED) or percent == "0")
     assert not set(data.train.ids) & set(data.validation.ids)
     assert (data.test.given == data.test.true).all()
 
