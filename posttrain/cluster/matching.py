@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.compute
 import ray
 
-from posttrain.cluster.reading import Split, explain
+from posttrain.cluster.reading import Split
+from posttrain.cluster.tasks import results
 from posttrain.schema import (
     DIGEST,
     FILE,
@@ -55,21 +56,17 @@ def taken_out(split: Split, removed: Excluded, relabelled: Relabelled) -> pa.Tab
     `label` is the given one, `new_label` empty for the removed.
     """
     nothing = np.empty(0, np.int32)
-    pending = []
+    calls, labels = [], []
     for bucket in split.buckets:
         gone = removed.get(bucket.index, nothing)
-        changed, labels = relabelled.get(bucket.index, (nothing, nothing))
+        changed, new = relabelled.get(bucket.index, (nothing, nothing))
         if len(gone) + len(changed):
-            new = pa.array([None] * len(gone) + labels.tolist(), pa.int32())
-            pending.append((_described.remote(bucket.block, np.concatenate([gone, changed])), new))
-    try:
-        described: list[pa.Table] = ray.get([found for found, _ in pending])
-        tables = [
-            table.drop_columns([ROW]).append_column(NEW_LABEL, new)
-            for table, (_, new) in zip(described, pending, strict=True)
-        ]
-    except Exception as error:
-        explain(error)
+            calls.append((bucket.block, np.concatenate([gone, changed])))
+            labels.append(pa.array([None] * len(gone) + new.tolist(), pa.int32()))
+    tables = [
+        table.drop_columns([ROW]).append_column(NEW_LABEL, new)
+        for table, new in zip(results(_described, calls), labels, strict=True)
+    ]
     if not tables:
         return pa.table(
             {
@@ -111,23 +108,19 @@ def found_again(split: Split, known: pa.Table) -> tuple[Excluded, Relabelled]:
     if not known.num_rows:
         return {}, {}
     reference = ray.put(known)
-    pending = [(bucket.index, _matched.remote(bucket.block, reference)) for bucket in split.buckets]
     removed: Excluded = {}
     relabelled: Relabelled = {}
-    try:
-        for bucket, found in pending:
-            table = ray.get(found)
-            changed = table[NEW_LABEL].is_valid()
-            gone, new = table.filter(pc.invert(changed)), table.filter(changed)
-            if gone.num_rows:
-                rows = gone[ROW].to_numpy()
-                removed = excluded_rows(np.full(len(rows), bucket), rows, removed)
-            if new.num_rows:
-                rows = new[ROW].to_numpy()
-                labels = new[NEW_LABEL].to_numpy()
-                relabelled = relabelled_rows(np.full(len(rows), bucket), rows, labels, relabelled)
-    except Exception as error:
-        explain(error)
+    tables = results(_matched, [(bucket.block, reference) for bucket in split.buckets])
+    for bucket, table in zip(split.buckets, tables, strict=True):
+        changed = table[NEW_LABEL].is_valid()
+        gone, new = table.filter(pc.invert(changed)), table.filter(changed)
+        if gone.num_rows:
+            rows = gone[ROW].to_numpy()
+            removed = excluded_rows(np.full(len(rows), bucket.index), rows, removed)
+        if new.num_rows:
+            rows = new[ROW].to_numpy()
+            labels = new[NEW_LABEL].to_numpy()
+            relabelled = relabelled_rows(np.full(len(rows), bucket.index), rows, labels, relabelled)
     return removed, relabelled
 
 
@@ -139,8 +132,5 @@ def _of_files(block: pa.Table, files: pa.Array) -> np.ndarray:
 def rows_of_files(split: Split, files: list[str]) -> Excluded:
     """bucket -> rows of the samples that come from these files, by the names that `reading` gives them."""
     reference = ray.put(pa.array(files, pa.string()))
-    pending = [(bucket.index, _of_files.remote(bucket.block, reference)) for bucket in split.buckets]
-    try:
-        return {bucket: rows for bucket, found in pending if len(rows := ray.get(found))}
-    except Exception as error:
-        explain(error)
+    found = results(_of_files, [(bucket.block, reference) for bucket in split.buckets])
+    return {bucket.index: rows for bucket, rows in zip(split.buckets, found, strict=True) if len(rows)}
