@@ -80,9 +80,8 @@ class Tracking:
         seconds where the server cannot be reached, unless MLFLOW_HTTP_REQUEST_TIMEOUT or _MAX_RETRIES say
         otherwise.
         """
-        artifacts = None
-        if uri is None:
-            uri, artifacts = _local_uri(run_folder), (run_folder.absolute() / "mlartifacts").as_uri()
+        uri = uri or _local_uri(run_folder)
+        artifacts = _beside(uri)
         _prepare(uri)
         try:
             with _first_contact(uri):
@@ -538,6 +537,18 @@ def _local_uri(run_folder: Path) -> str:
             f"the address of an sqlite database cannot hold the % or ? of {path}; choose another run.path"
         )
     return f"sqlite:///{path.as_posix()}"
+
+
+def _beside(uri: str) -> str | None:
+    """Where the artifacts of an SQLite database go: beside it, and not where the command happens to be started.
+
+    None for a server, which knows by itself.
+    """
+    # three slashes before a relative path, four before an absolute one; `sqlite://` alone lies in memory
+    path = uri.removeprefix("sqlite:///").partition("?")[0]
+    if path == uri or not path:
+        return None
+    return (Path(path).absolute().parent / "mlartifacts").as_uri()
 
 
 def _prepare(uri: str) -> None:

@@ -358,3 +358,15 @@ def test_weights_in_mlflow_need_a_server_to_be_named(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(ModelError, match=r"set tracking\.uri or MLFLOW_TRACKING_URI"):
         fetch_weights("models:/digits/1", None, tmp_path / "into")
+
+
+def test_the_artifacts_of_a_database_that_is_named_lie_beside_it(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    uri = f"sqlite:///{tmp_path / 'store' / 'mlflow.db'}"
+    (tmp_path / "store").mkdir()
+    with Tracking.open(uri, run_folder=tmp_path, experiment="e", run_name="r", params={}, tags={}) as tracking:
+        (tmp_path / "note.txt").write_text("text")
+        tracking.log_artifact(tmp_path / "note.txt")
+    assert list((tmp_path / "store" / "mlartifacts").rglob("note.txt"))
+    assert not list((tmp_path / "elsewhere").iterdir())
