@@ -51,7 +51,7 @@ def retrain(config: JobFile, *, accept: bool = False, verbose: bool = False, qui
     progress = StepLog(Console(stderr=True))
     job = _job(config)
     stock = _stock(config, job)
-    if stock.new or (accept and stock.state.held_back):
+    if stock.new or (accept and stock.state.held_back) or job.folder.exists(_intent(job)):
         with lease.held(job.folder, lease_s=config.job.lease_s, wait_s=config.job.wait_s) as held:
             summary = _with_the_lease(config, job, held, progress, accept=accept, verbose=verbose)
     else:
@@ -72,6 +72,9 @@ def _with_the_lease(
         state = replace(state, held_back=(), accepted=tuple(sorted({*state.accepted, *state.held_back})))
         held.assert_held()
         job.write_state(state)
+    if job.folder.exists(_intent(job)):
+        progress.say("a rollback was begun and not ended: carrying it out")
+        _complete_rollback(job, _registry(config, job), held)
     stock = _stock(config, job)
     if not stock.new:
         return _nothing_new(config, stock)
@@ -81,7 +84,6 @@ def _with_the_lease(
             "--accept"
         )
     registry = _registry(config, job)
-    _complete_rollback(job, registry, held)
     attempt = _attempt(config, job, registry, stock)
     path = attempt.folder.path("decision.json")
     if attempt.folder.exists(path):
@@ -106,21 +108,11 @@ class _Stock:
     new: list[File]
     """Of these, those that are new or others than before, or let in by the user."""
     held_back: list[File]
+    judged: list[File]
+    """The new training files, which may raise an alarm: all but those that the user let in."""
+    gone: int
+    """Files that the last run still saw."""
     seen: dict[tuple[str, str], File]
-
-    @property
-    def alarming(self) -> list[File]:
-        """The new training files but those that the user let in."""
-        accepted = set(self.state.accepted)
-        return [
-            file
-            for file in self.new
-            if file.split == "train" and not (file.path in accepted and self._is_as_it_was(file))
-        ]
-
-    def _is_as_it_was(self, file: File) -> bool:
-        known = self.seen.get((file.split, file.path))
-        return known is not None and (known.size, known.mtime_ns) == (file.size, file.mtime_ns)
 
 
 def _job(config: JobFile) -> JobFolder:
@@ -149,6 +141,8 @@ def _stock(config: JobFile, job: JobFolder) -> _Stock:
         [file for file in now if (file.split, file.path) not in waiting],
         [file for file in now if (file.split, file.path) in changed | let_in],
         [file for file in now if (file.split, file.path) in waiting],
+        [file for file in now if file.split == "train" and (file.split, file.path) in changed],
+        len(seen.keys() - {(file.split, file.path) for file in now}),
         seen,
     )
 
@@ -176,7 +170,8 @@ def _what_is_new(stock: _Stock) -> str:
             name = "training" if split == "train" else split
             parts.append(f"{len(of_split):,} {name} {'file' if len(of_split) == 1 else 'files'}")
     held = f"; {len(stock.held_back):,} held back" if stock.held_back else ""
-    return f"new or changed: {', '.join(parts)}{held}"
+    gone = f"; {stock.gone:,} gone" if stock.gone else ""
+    return f"new or changed: {', '.join(parts)}{held}{gone}"
 
 
 def _nothing_new(config: JobFile, stock: _Stock) -> dict[str, Any]:
@@ -186,6 +181,8 @@ def _nothing_new(config: JobFile, stock: _Stock) -> dict[str, Any]:
     reason += " new or changed since the last run"
     if held:
         reason += f"; {held:,} {'is' if held == 1 else 'are'} held back since an alarm (posttrain retrain --accept)"
+    if stock.gone:
+        reason += f"; {stock.gone:,} {'is' if stock.gone == 1 else 'are'} gone, and the next run does without"
     return _summary(config, "nothing new", reason, stock.state)
 
 
@@ -203,10 +200,10 @@ class _Attempt:
 
 
 def _registry(config: JobFile, job: JobFolder) -> Registry:
-    from posttrain.store.registry import Registry
+    from posttrain.store.registry import Registry, is_unused
 
     local = job.folder.local if job.folder.is_local else Path(".")
-    if config.tracking.uri is None and not job.state().runs and not [*local.glob("runs/*/tracking.json")]:
+    if config.tracking.uri is None and not job.state().runs and is_unused(local / "mlflow.db"):
         # a job that was killed while MLflow made its tables: half of them cannot be gone on with
         for left in local.glob("mlflow.db*"):
             left.unlink()
@@ -217,8 +214,8 @@ def _attempt(config: JobFile, job: JobFolder, registry: Registry, stock: _Stock)
     from posttrain.store.registry import CHAMPION, RUN
 
     new = sorted(f"{file.split}\t{file.path}" for file in stock.new)
-    alarming = sorted(file.path for file in stock.alarming)
-    digest = listing_digest(stock.files, new, alarming, _deciding(config))
+    judged = sorted(file.path for file in stock.judged)
+    digest = listing_digest(stock.files, new, judged, _deciding(config))
     champion = registry.version(CHAMPION)
     if champion is not None and champion.tags.get(RUN, "").startswith(f"{digest}-"):
         # it was promoted by this very run, which was killed before it could say so
@@ -306,7 +303,8 @@ def _made(
             "champion": asdict(champion) if champion else None,
             "challenger": asdict(challenger),
             "measured_on": "test" if "test" in splits else "validation",
-            "arrivals": asdict(arrivals),
+            "arrivals": asdict(gate.together(arrivals.values())),
+            "alarming": decision.alarming,
             "embedded": embedded,
             "taken": taken.num_rows,
             "removed_earlier": sum(len(rows) for rows in run.earlier.excluded.values()),
@@ -324,7 +322,7 @@ def _base(job: JobFolder, registry: Registry, champion: Version | None) -> Base 
         return known
     with tempfile.TemporaryDirectory() as folder:
         weights, recipe = registry.fetch(champion, Path(folder))
-        return Base(f"version {champion.number}", recipe or {}, None, weights.read_bytes())
+        return Base(f"version {champion.number}", recipe or {}, None, weights.read_bytes(), weights.suffix)
 
 
 def _run_config(config: JobFile, attempt: _Attempt, base: Base | None) -> RunFile:
@@ -361,7 +359,7 @@ def _inputs(config: RunFile, stock: _Stock, base: Base | None) -> Inputs:
         )
     model = models.build(inputs.spec.factory, classes=inputs.spec.classes, arguments=inputs.spec.arguments)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "base.safetensors")
+        path = Path(folder, f"base{base.suffix}")
         path.write_bytes(base.weights)
         models.load_weights(model, path)
     return replace(inputs, weights=models.to_bytes(model))
@@ -417,43 +415,57 @@ def _all_removed(run: CleaningRun) -> Any:
     return merged(run.earlier.excluded, run.removed)
 
 
-def _arrivals(config: JobFile, stock: _Stock, run: CleaningRun) -> gate.Arrivals:
-    """How many of the new training samples looked wrong, by the scores of the first round and by what was taken out."""
+def _arrivals(config: JobFile, stock: _Stock, run: CleaningRun) -> dict[str, gate.Arrivals]:
+    """By shipment: how many new samples looked wrong, by the scores of the first round and by what was taken out."""
     import numpy as np
 
     from posttrain.cluster import matching
     from posttrain.schema import BUCKET, ROW, merged
 
-    known = merged(run.quarantined, run.earlier.excluded)
-    train = run.splits["train"]
-    alarming = stock.alarming
-    if len(alarming) == sum(file.split == "train" for file in stock.files):
-        arrived = {bucket.index: np.arange(bucket.rows, dtype=np.int32) for bucket in train.buckets}
-    else:
-        arrived = matching.rows_of_files(train, _names(config.data, alarming))
-    arrived = {bucket: np.setdiff1d(rows, known.get(bucket, rows[:0])) for bucket, rows in arrived.items()}
-    taken = merged(
-        run.removed, {bucket: rows for bucket, (rows, _) in run.ledger.relabelled(run.ledger.rounds()).items()}
-    )
-    candidates = 0
+    files = _as_read(config.data, stock.judged)
+    shipments = _shipments(config.data, files)
+    names = sorted(set(shipments))
+    # the last entry: of rows from other files, which have the place -1
+    number = np.array([*(names.index(name) for name in shipments), len(names)])
+    of_rows = {
+        bucket: number[at].astype(np.int32) for bucket, at in matching.files_of_rows(run.splits["train"], files).items()
+    }
+    for bucket, rows in merged(run.quarantined, run.earlier.excluded).items():
+        if bucket in of_rows:
+            of_rows[bucket][rows] = len(names)
+
+    def counted(bucket: int, rows: np.ndarray) -> np.ndarray:
+        found = of_rows[bucket][rows] if bucket in of_rows else number[:0]
+        return np.bincount(found, minlength=len(names) + 1)
+
+    counts = np.zeros((3, len(names) + 1), np.int64)
+    for bucket, at in of_rows.items():
+        counts[0] += counted(bucket, np.arange(len(at)))
     for table in run.folder.row_groups(run.folder.round(1, "scores.parquet"), [BUCKET, ROW, "directed_margin"]):
-        if table.num_rows and (rows := arrived.get(table[BUCKET][0].as_py())) is not None:
+        if table.num_rows:
             suspect = table["directed_margin"].to_numpy() > config.removal.threshold
-            candidates += int(np.isin(table[ROW].to_numpy()[suspect], rows).sum())
-    return gate.Arrivals(
-        sum(len(rows) for rows in arrived.values()),
-        candidates,
-        sum(int(np.isin(rows, arrived[bucket]).sum()) for bucket, rows in taken.items() if bucket in arrived),
-    )
+            counts[1] += counted(table[BUCKET][0].as_py(), table[ROW].to_numpy()[suspect])
+    relabelled = run.ledger.relabelled(run.ledger.rounds())
+    for bucket, rows in merged(run.removed, {bucket: rows for bucket, (rows, _) in relabelled.items()}).items():
+        counts[2] += counted(bucket, rows)
+    return {name: gate.Arrivals(*map(int, column)) for name, column in zip(names, counts.T[:-1], strict=True)}
 
 
-def _names(data: Data, files: list[File]) -> list[str]:
+def _as_read(data: Data, files: list[File]) -> list[str]:
     """What the samples of these files carry as their file."""
+    if data.source == "folder":
+        assert isinstance(data.train, str), "inputs.prepare refuses several"
+        root = resolve(data.train)[1].strip("/")
+        return [file.path.strip("/").removeprefix(f"{root}/") for file in files]
+    # tables that come with posttrain, or are downloaded whole, are named by their split
+    return [file.path if data.source == "parquet" else f"{file.path}/{file.split}" for file in files]
+
+
+def _shipments(data: Data, files: list[str]) -> list[str]:
+    """By what the files are judged: each by itself, but the images of a class folder together."""
     if data.source != "folder":
-        return [file.path for file in files]
-    assert isinstance(data.train, str), "inputs.prepare refuses several"
-    root = resolve(data.train)[1].strip("/")
-    return [file.path.strip("/").removeprefix(f"{root}/") for file in files]
+        return files
+    return [f"{str(data.train).rstrip('/')}/{file.split('/', 1)[0]}" for file in files]
 
 
 def _embedded(run: CleaningRun) -> dict[str, dict[str, int]]:
@@ -522,27 +534,38 @@ def _concluded(
                 "start the same command again"
             )
         held.assert_held()
-        if verdict == "promoted":
-            registry.promote(version)
-        else:
+        former = registry.version(PREVIOUS)
+        if verdict != "promoted":
             registry.point(CHALLENGER, version.number)
+        elif former is None or former.number != version.number:
+            # else it was promoted before this run was killed, and somebody has rolled it back since
+            registry.promote(version)
     champion, previous = registry.version(CHAMPION), registry.version(PREVIOUS)
     waiting = {file.path for file in stock.held_back}
+    alarming: set[tuple[str, str]] = set()
     if verdict == "alarm":
-        waiting |= {file.path for file in stock.alarming}
+        shipments = _shipments(config.data, _as_read(config.data, stock.judged))
+        alarming = {
+            (file.split, file.path)
+            for file, name in zip(stock.judged, shipments, strict=True)
+            if name in record["alarming"]
+        }
+        waiting |= {path for _, path in alarming}
     state = replace(
         stock.state,
         runs=(*(name for name in stock.state.runs if name != attempt.name), attempt.name),
         champion=champion.number if champion else None,
         verdict=verdict,
         held_back=tuple(sorted(waiting)),
-        accepted=(),
+        accepted=stock.state.accepted if verdict == "alarm" else (),
     )
     _, local = _files(config.data)
-    seen = [stock.seen.get((file.split, file.path), file) for file in stock.held_back]
-    as_before = {(file.split, file.path) for file in stock.files} - {(file.split, file.path) for file in stock.new}
-    seen += [stock.seen[file.split, file.path] for file in stock.files if (file.split, file.path) in as_before]
-    seen += listing.with_content(stock.new, local=local)
+    # after an alarm the other new files are as new as before: no champion was made with them
+    taken_in = [file for file in stock.new if verdict != "alarm" or (file.split, file.path) in alarming]
+    others = {(file.split, file.path) for file in [*stock.files, *stock.held_back]}
+    others -= {(file.split, file.path) for file in taken_in}
+    seen = [known for key, known in stock.seen.items() if key in others]
+    seen += listing.with_content(taken_in, local=local)
     held.assert_held()
     job.write_state(state, seen)
     serving_runs = {found.tags.get("posttrain.run") for found in (champion, previous) if found}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,7 +27,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Arrivals:
-    """What the run made of the training samples that are new since the last one."""
+    """What the run made of training samples that are new since the last one: those of one file, or of several."""
 
     samples: int
     candidates: int
@@ -41,18 +41,26 @@ class Arrivals:
         return max(self.candidates, self.taken) / self.samples if self.samples else 0.0
 
 
+def together(arrivals: Iterable[Arrivals]) -> Arrivals:
+    """The samples of several files as those of one."""
+    parts = [(part.samples, part.candidates, part.taken) for part in arrivals]
+    return Arrivals(*(sum(column) for column in zip(*parts, strict=True))) if parts else Arrivals(0, 0, 0)
+
+
 @dataclass(frozen=True)
 class Decision:
     """What becomes of the challenger, and why, in words and numbers."""
 
     verdict: Verdict
     reason: str
+    alarming: tuple[str, ...] = ()
+    """Names of the files whose new samples look wrong."""
 
 
 def decide(
     champion: HeldOut | None,
     challenger: HeldOut,
-    arrivals: Arrivals,
+    arrivals: Mapping[str, Arrivals],
     *,
     margin: float,
     class_drop: float,
@@ -63,16 +71,19 @@ def decide(
 ) -> Decision:
     """First the alarm, then the gate; without a champion there is no gate.
 
-    alarm: more than `alarm_share` of at least `alarm_samples` new samples looks wrong. not promoted: the accuracy is
-    less than the champion's plus `margin`, or that of a class with at least `class_samples` held-out samples is lower
-    by more than `class_drop`. Raises ValueError where the two were not measured on the same samples.
+    alarm: more than `alarm_share` of the new samples of a file looks wrong; `arrivals` has them by the file's name.
+    Files with fewer than `alarm_samples` are judged together, if they have as many together. not promoted: the
+    accuracy is less than the champion's plus `margin`, or that of a class with at least `class_samples` held-out
+    samples is lower by more than `class_drop`. Raises ValueError where the two were not measured on the same samples.
     """
-    if arrivals.samples >= alarm_samples and arrivals.suspect > alarm_share:
+    if alarming := _alarming(arrivals, alarm_share, alarm_samples):
+        found = together(arrivals[name] for name in alarming)
         return Decision(
             "alarm",
-            f"{100 * arrivals.suspect:.1f} % of the {arrivals.samples:,} new samples look wrong "
-            f"({arrivals.candidates:,} in the first round, {arrivals.taken:,} were taken out in the end), "
+            f"{100 * found.suspect:.1f} % of the {found.samples:,} new samples of {_listed(alarming)} look wrong "
+            f"({found.candidates:,} in the first round, {found.taken:,} were taken out in the end), "
             f"and gate.alarm_share allows {100 * alarm_share:g} %",
+            alarming,
         )
     after = f"{100 * challenger.accuracy:.2f} % of {sum(challenger.samples):,} held-out samples right"
     if champion is None:
@@ -97,3 +108,17 @@ def decide(
             f"a loss of {100 * (own - new) / count:.1f} points, and gate.class_drop allows {100 * class_drop:g}",
         )
     return Decision("promoted", f"{after}, {before}")
+
+
+def _alarming(arrivals: Mapping[str, Arrivals], share: float, samples: int) -> tuple[str, ...]:
+    alone = [name for name, found in arrivals.items() if found.samples >= samples]
+    # or many small files would never raise an alarm
+    small = [name for name, found in arrivals.items() if 0 < found.samples < samples]
+    groups = [*([name] for name in alone), small]
+    found = ((group, together(arrivals[name] for name in group)) for group in groups)
+    return tuple(sorted(name for group, of in found if of.samples >= samples and of.suspect > share for name in group))
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    return f"{shown} and {len(names) - 3:,} more" if len(names) > 3 else shown

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -7,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posttrain.gate import Arrivals, Decision, HeldOut, decide
+from posttrain.gate import Arrivals, Decision, HeldOut, decide, together
 
 CHAMPION = HeldOut((100, 100, 10), (80, 90, 9))
-QUIET = Arrivals(300, 60, 70)
+QUIET = {"quiet": Arrivals(300, 60, 70)}
 SETTINGS: dict[str, Any] = {
     "margin": 0.0,
     "class_drop": 0.05,
@@ -21,7 +22,9 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def decision(champion: HeldOut | None, challenger: HeldOut, arrivals: Arrivals = QUIET, **settings: Any) -> Decision:
+def decision(
+    champion: HeldOut | None, challenger: HeldOut, arrivals: Mapping[str, Arrivals] = QUIET, **settings: Any
+) -> Decision:
     return decide(champion, challenger, arrivals, **{**SETTINGS, **settings})
 
 
@@ -65,8 +68,38 @@ def test_a_class_that_loses_is_named_with_its_numbers() -> None:
 )
 def test_an_alarm_where_too_many_of_the_new_samples_look_wrong(arrivals: Arrivals, verdict: str) -> None:
     better = HeldOut(CHAMPION.samples, (100, 100, 10))
-    assert decision(CHAMPION, better, arrivals).verdict == verdict
-    assert decision(None, better, arrivals).verdict == verdict
+    assert decision(CHAMPION, better, {"a": arrivals}).verdict == verdict
+    assert decision(None, better, {"a": arrivals}).verdict == verdict
+
+
+def test_a_poisoned_file_among_many_good_ones_raises_the_alarm_by_its_name() -> None:
+    good = {f"good {i}": Arrivals(1000, 100, 100) for i in range(9)}
+    poisoned = {"x/poisoned": Arrivals(50, 40, 30), "x/also": Arrivals(50, 10, 26)}
+    better = HeldOut(CHAMPION.samples, (100, 100, 10))
+    assert decision(CHAMPION, better, good) == replace(decision(CHAMPION, better), alarming=())
+    found = decision(CHAMPION, better, {**good, **poisoned})
+    assert (found.verdict, found.alarming) == ("alarm", ("x/also", "x/poisoned"))
+    assert found.reason.startswith(
+        "56.0 % of the 100 new samples of x/also, x/poisoned look wrong (50 in the first round, 56 were taken out"
+    )
+
+
+@pytest.mark.parametrize(("files", "verdict"), [(3, "promoted"), (4, "alarm")])
+def test_files_too_small_to_be_judged_alone_are_judged_together(files: int, verdict: str) -> None:
+    arrivals = {f"small {i}": Arrivals(5, 4, 4) for i in range(files)} | {"none": Arrivals(0, 0, 0)}
+    found = decision(None, CHAMPION, {**arrivals, "large": Arrivals(20, 0, 0)})
+    assert found.verdict == verdict
+    assert found.alarming == (tuple(sorted(arrivals))[1:] if verdict == "alarm" else ())
+
+
+def test_many_alarming_files_are_counted_and_three_are_named() -> None:
+    found = decision(None, CHAMPION, {f"f{i}": Arrivals(20, 20, 0) for i in range(7)})
+    assert "140 new samples of f0, f1, f2 and 4 more look wrong" in found.reason
+
+
+def test_the_samples_of_several_files_together_are_their_sums() -> None:
+    assert together([Arrivals(1, 2, 3), Arrivals(10, 20, 30)]) == Arrivals(11, 22, 33)
+    assert together([]) == Arrivals(0, 0, 0)
 
 
 def test_without_a_champion_any_model_is_promoted() -> None:

@@ -126,11 +126,15 @@ def found_again(split: Split, known: pa.Table) -> tuple[Excluded, Relabelled]:
 
 @ray.remote
 def _of_files(block: pa.Table, files: pa.Array) -> np.ndarray:
-    return np.flatnonzero(pc.is_in(block[FILE], value_set=files).to_numpy()).astype(np.int32)
+    at = pc.index_in(block[FILE], value_set=files)
+    return pc.fill_null(at, -1).to_numpy().astype(np.int32)
 
 
-def rows_of_files(split: Split, files: list[str]) -> Excluded:
-    """bucket -> rows of the samples that come from these files, by the names that `reading` gives them."""
+def files_of_rows(split: Split, files: list[str]) -> dict[int, np.ndarray]:
+    """bucket -> for each of its rows the place in `files` of the file that it comes from, -1 for any other.
+
+    `files`: names as `reading` gives them. Buckets with none of theirs are left out.
+    """
     reference = ray.put(pa.array(files, pa.string()))
     found = results(_of_files, [(bucket.block, reference) for bucket in split.buckets])
-    return {bucket.index: rows for bucket, rows in zip(split.buckets, found, strict=True) if len(rows)}
+    return {bucket.index: at for bucket, at in zip(split.buckets, found, strict=True) if (at >= 0).any()}

@@ -63,6 +63,8 @@ class Base:
     classes: tuple[str, ...] | None
     """None: not known, of a version that posttrain did not make."""
     weights: bytes
+    suffix: str = ".safetensors"
+    """How the name of a file of the weights ends; what others logged may have been saved by torch.save."""
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ Aliases: `champion` is the version that serves, `previous` the one before it, `c
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,6 +145,19 @@ class Registry:
                 f"the MLflow registry at {without_credentials(self.uri)} did not answer when asked {what} "
                 f"({reason(error)}); start the same command again to go on"
             ) from error
+
+
+def is_unused(database: Path) -> bool:
+    """Whether a SQLite database of MLflow holds no run and no registered model, or is not there."""
+    if not database.exists():
+        return True
+    with closing(sqlite3.connect(database)) as connection:
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        return not any(
+            connection.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone()
+            for table in ("runs", "logged_models", "registered_models")
+            if table in tables
+        )
 
 
 def _version(found: Any) -> Version:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from small_data import Digits, accuracy, as_built, assert_same_result, removed_ids
+from small_data import BOTH, Digits, accuracy, as_built, assert_same_result, relabelled, removed_ids
 
 from posttrain.config import JobFile
 from posttrain.errors import HeldError
@@ -73,9 +73,11 @@ class Shards:
         for split in ("validation", "test"):
             pq.write_table(digits.table(split), folder / f"{split}.parquet")
 
-    def add(self, name: str, rows: range, labels: np.ndarray) -> None:
+    def add(self, name: str, rows: range, labels: np.ndarray, *, text_ids: bool = False) -> None:
         table = self.digits.table("train").slice(rows.start, len(rows))
         table = table.set_column(2, "label", pa.array(labels))
+        if text_ids:
+            table = table.set_column(0, "id", pa.array([f"image {i}" for i in rows]))
         self.labels |= dict(zip(rows, labels.tolist(), strict=True))
         pq.write_table(table, self.folder / "train" / f"{name}.parquet")
 
@@ -191,17 +193,19 @@ def test_a_week_in_the_life(
     own = accuracy(as_built(day["run"]), digits.inputs("test"), torch.from_numpy(digits.true[rows]))
     assert day["challenger_accuracy"] == pytest.approx(own, abs=2 / len(rows))
 
-    # day 3: a shard whose labels are permuted raises the alarm, is held back, and is no part of what follows
-    third = range(700, 800)
-    shards.add("thursday", third, (digits.true[list(third)] + 3) % 10)
+    # day 3: a shard whose labels are permuted raises the alarm among many more good samples, and is held back alone
+    good, third = range(700, 770), range(770, 800)
+    shards.add("thursday", good, digits.true[list(good)])
+    shards.add("poisoned", third, (digits.true[list(third)] + 3) % 10)
+    poisoned = str(shards.folder / "train" / "poisoned.parquet")
     day = retrain(**server)
     assert (day["outcome"], day["exit_code"], day["version"]) == ("alarm", 11, None)
-    assert day["suspect_share"] > 0.5 and day["held_back"] == [str(shards.folder / "train" / "thursday.parquet")]
+    assert (day["new_samples"], day["held_back"]) == (100, [poisoned]) and day["suspect_share"] < 0.5
+    assert f"of the 30 new samples of {poisoned} look wrong" in day["reason"]
     assert (alias("champion"), alias("previous")) == ("2", "1")
     assert len(client.search_model_versions("name = 'job'")) == 2
-    assert retrain(**server)["outcome"] == "nothing new"
 
-    # day 4: killed in the middle and started again, the job ends as one that was not
+    # day 4: what was good the day before is new again; killed in the middle, the job ends as one that was not
     fourth = range(800, 900)
     shards.add("friday", fourth, shards.with_wrong(fourth, 0.3))
     shutil.copytree(job, tmp_path / "twin")
@@ -211,6 +215,7 @@ def test_a_week_in_the_life(
         twin.register(made["model"], run=version.tags["posttrain.run"], run_id=made["mlflow_run"], tags=version.tags)
     )
     whole = retrain("twin", **server)
+    assert (whole["new_samples"], whole["held_back"]) == (170, [poisoned])
     before = {path.name for path in (job / "runs").iterdir()}
     process = subprocess.Popen(command(file, "retrain"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
@@ -250,3 +255,36 @@ def test_a_week_in_the_life(
     assert back.stdout == f"job: version {was[1]} is champion again, version {was[0]} is previous\n"
     assert (alias("champion"), alias("previous")) == (was[1], was[0])
     assert json.loads((job / "state.json").read_text())["champion"] == was[1]
+
+
+def test_a_refined_network_and_new_labels_are_what_the_next_start_goes_on_from(
+    shards: Shards, retrain: Callable[..., dict[str, Any]]
+) -> None:
+    sections = {
+        "refine": {**BOTH, "epochs": 2},
+        "removal": {"max_rounds": 2, "action": "relabel", "relabel_above": 0.5},
+        "gate": {"margin": -1.0, "class_drop": 1.0},
+    }
+
+    def manifest(run: str) -> dict[str, int]:
+        table = pq.read_table(Path(run) / "cleaned" / "manifest.parquet")
+        return dict(zip(table["sample_id"].to_pylist(), table["label"].to_pylist(), strict=True))
+
+    def samples(day: dict[str, Any]) -> int:
+        return day["live"] + day["removed"] + day["removed_earlier"] + day["quarantined"]
+
+    shards.add("monday", range(0, 500), shards.with_wrong(range(0, 500), 0.2), text_ids=True)
+    first = retrain(**sections)
+    corrected = relabelled(first["run"])
+    assert first["outcome"] == "promoted" and samples(first) == 500 and corrected
+    assert first["embedded"]["train"]["for_new_weights"] > 0
+    shards.add("tuesday", range(500, 600), shards.with_wrong(range(500, 600), 0.3), text_ids=True)
+    second = retrain(**sections)
+    # the champion is measured on its base network's features, and was on its own as the challenger
+    assert second["champion_accuracy"] == first["challenger_accuracy"]
+    assert (second["outcome"], second["champion"], samples(second)) == ("promoted", "2", 600)
+    assert second["removed_earlier"] == len(removed_ids(first["run"])) > 0
+    kept = manifest(second["run"])
+    assert not set(removed_ids(first["run"])) & set(kept)
+    assert corrected.items() <= kept.items() and not set(corrected) & set(relabelled(second["run"]))
+    assert retrain(**sections)["outcome"] == "nothing new"

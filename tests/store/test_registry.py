@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from posttrain.errors import StepError, TrackingError
-from posttrain.store.registry import CHALLENGER, CHAMPION, PREVIOUS, RUN, Registry, Version
+from posttrain.store.registry import CHALLENGER, CHAMPION, PREVIOUS, RUN, Registry, Version, is_unused
 from posttrain.store.tracking import Tracking
 from posttrain.vision import models
 
@@ -113,6 +114,17 @@ def test_a_version_comes_back_with_its_weights_and_what_builds_the_network(
     model = models.build(recipe["factory"], classes=recipe["classes"], arguments=recipe["arguments"])
     models.load_weights(model, weights)
     assert (models.head_of(model, "head").bias == 7).all()
+
+
+def test_a_database_is_unused_until_a_model_or_a_run_is_in_it(tmp_path: Path) -> None:
+    database = tmp_path / "mlflow.db"
+    assert is_unused(database) and not database.exists()
+    database.write_bytes(b"")  # killed before the first table
+    assert is_unused(database)
+    registry = Registry.open(None, home=tmp_path, name="m")
+    assert registry.version(CHAMPION) is None and is_unused(database)
+    MlflowClient(registry.uri, registry_uri=registry.uri).create_registered_model("m")
+    assert not is_unused(database)
 
 
 def test_what_mlflow_refuses_is_one_sentence_with_the_way_on(registry: Registry) -> None:
