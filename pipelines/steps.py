@@ -195,6 +195,7 @@ class CleaningRun:
                 temperature,
                 removed=policy.dealt_with(state.history),
                 removed_support=support,
+                held_out_rate=state.history[-1].metrics.get("held_out_noise", 0.0),
             )
         verdict = replace(verdict, audit=audit)
         path = self.folder.round(state.number + 1, "scores.parquet")
@@ -224,6 +225,7 @@ class CleaningRun:
             "noise_high": noise.high,
             "noise_found": float(noise.found),
             "noise_most": noise.most,
+            "held_out_noise": audit.held_out_rate,
         }
         if self.noise is None:
             self.noise = {"rate": noise.rate, "low": noise.low, "high": noise.high, "found": noise.found}

@@ -129,6 +129,8 @@ class CleaningInMemory:
     estimates: list[Estimate] = field(default_factory=list)
     _removed_support: float = 0.0
     """Sum of the removed samples' given labels' probabilities."""
+    _held_out_rate: float = 0.0
+    """Share of wrong labels among the validation samples, as the last round saw it."""
     _most: float = 0.0
     """Largest share of wrong labels that any round thought possible."""
     _features: tuple[bytes, Features] = field(init=False)
@@ -174,9 +176,10 @@ class CleaningInMemory:
             boundary,
             removed=removed,
             removed_support=self._removed_support,
+            held_out_rate=self._held_out_rate,
         )
         assert found.audit is not None
-        noise = found.audit.noise
+        noise, self._held_out_rate = found.audit.noise, found.audit.held_out_rate
         self.estimates.append(Estimate(noise.rate, noise.low, noise.high, noise.found))
         return found
 

@@ -130,8 +130,9 @@ def evidence(
     *,
     removed: int = 0,
     removed_support: float = 0.0,
+    held_out_rate: float = 0.0,
 ) -> scores.Evidence:
-    """The audited evidence on the live samples; what was removed before as `audits.audit` takes it."""
+    """The audited evidence on the live samples; what former rounds removed and found as `audits.audit` takes it."""
     settings = ProbeSection()
     of_held_out, temperature = committee.held_out_audit(
         held_out.standardised(boundary.layers, boundary.standardizers), boundary.weights
@@ -146,5 +147,12 @@ def evidence(
     draw = torch.from_numpy(uniform(data.train.ids, stream_seed("control", case.seed))).float()
     unaudited = scores.joint_evidence(members, live.labels, draw)
     of_live = audits.Survey(*audits.survey(unaudited.loo_logits, live.labels, temperature))
-    audit = audits.audit(of_held_out, of_live, temperature, removed=removed, removed_support=removed_support)
+    audit = audits.audit(
+        of_held_out,
+        of_live,
+        temperature,
+        removed=removed,
+        removed_support=removed_support,
+        held_out_rate=held_out_rate,
+    )
     return scores.Evidence(unaudited.members, live.labels, draw, audit)

@@ -210,15 +210,24 @@ def fitted_temperature(moments: Callable[[Tensor], tuple[Tensor, ...]], *, steps
 
 
 def audit(
-    held_out: Survey, live: Survey, temperature: float, *, removed: int = 0, removed_support: float = 0.0
+    held_out: Survey,
+    live: Survey,
+    temperature: float,
+    *,
+    removed: int = 0,
+    removed_support: float = 0.0,
+    held_out_rate: float = 0.0,
 ) -> Audit:
     """The estimates from both surveys, which were made at this temperature.
 
     `removed`: samples that were live and have been taken out as wrong, and the sum of their labels' probabilities
     when they were. They count along: without them the live labels would be the better ones, and b would take
     that for memory.
+
+    `held_out_rate`: the share of wrong held-out labels as a former round found it. These labels stay what they are
+    while the boundary changes, so that it holds where this round, by the few that it is surest of, finds none.
     """
-    noise, shown, more = _noise(held_out, live)
+    noise, shown, more = _noise(held_out, live, held_out_rate)
     wanted, classes = float(held_out.support[0] / held_out.count), len(live.votes)
     if not shown or noise.source == "comparison":
         # live and removed labels together are wrong this much more often than the held-out ones
@@ -235,14 +244,14 @@ def audit(
     )
 
 
-def _noise(held_out: Survey, live: Survey) -> tuple[NoiseEstimate, float, float]:
+def _noise(held_out: Survey, live: Survey, held_out_rate: float) -> tuple[NoiseEstimate, float, float]:
     """The estimate, the share of wrong held-out labels, and what the comparison shows of the live ones beyond it."""
     of_held_out, of_live = (_most_confident(of) for of in (held_out, live))
     samples = float(held_out.count)
     error = float(held_out.disagreeing.sum()) / samples if samples else 0.0
     found = [_lowest(*pair) > max(CLEAN, MISTAKEN * error) for pair in (of_held_out, of_live)]
     estimate = _counted(*of_held_out, found=found[0], source="held-out")
-    shown = estimate.rate
+    shown = estimate.rate or held_out_rate
     # held-out labels that were looked through say nothing of the live ones; memory only hides wrong live labels
     if found[1] and (not found[0] or _interval(*of_live)[0] > estimate.high):
         estimate = _counted(*of_live, found=True, source="live")

@@ -447,6 +447,33 @@ def test_removing_wrong_labels_is_not_taken_for_memory():
     assert again == pytest.approx(whole, abs=0.02)
 
 
+def test_wrong_held_out_labels_found_once_hold_where_the_surest_samples_show_none():
+    """As in later rounds of a small set: the boundary has changed, and of 50 samples none is wrong by chance."""
+    rate, memory = 0.2, 1.0
+    held_out = simulated(3000, symmetric(10, rate), apart=4.0, seed=1)
+    live = simulated(3000, symmetric(10, rate), apart=4.0, seed=2).remembered(memory)
+    temperature = temperature_of(held_out.logits, held_out.labels)
+    first = audits.audit(surveyed(held_out, temperature), surveyed(live, temperature), temperature)
+    gone = live.wrong
+    own = first.probabilities(live.logits[gone], live.labels[gone]).gather(1, live.labels[gone][:, None])
+    rest = Simulated(live.logits[~gone], live.labels[~gone], live.true[~gone])
+    shown = surveyed(held_out, temperature)
+    hidden = replace(shown, disagreeing=torch.zeros_like(shown.disagreeing))
+    removed = {"removed": int(gone.sum()), "removed_support": float(own.sum())}
+    found = {
+        name: audits.audit(of, surveyed(rest, temperature), temperature, **removed, held_out_rate=known)
+        for name, of, known in (
+            ("shown", shown, 0.0),
+            ("forgotten", hidden, 0.0),
+            ("held", hidden, first.held_out_rate),
+        )
+    }
+    assert first.held_out_rate == pytest.approx(rate, abs=0.03)
+    assert found["held"].offset == found["shown"].offset == pytest.approx(memory * temperature, abs=0.15)
+    assert found["held"].held_out_rate == first.held_out_rate
+    assert found["forgotten"].offset > found["held"].offset + 0.5
+
+
 @pytest.mark.parametrize(("rate", "memory"), [(0.3, 6.0), (0.4, 4.0)])
 def test_memory_is_known_through_all_rounds_where_the_held_out_labels_are_right(rate: float, memory: float):
     held_out = looked_through(1500, rate, seed=1001)
