@@ -118,6 +118,13 @@ def test_every_container_asks_for_what_it_may_use(document):
         for container in pod["containers"]:
             resources = container["resources"]
             assert {"cpu", "memory", "ephemeral-storage"} <= set(resources["limits"])
+            # a pod whose volumes on disk hold more than its limit is evicted
+            on_disk = sum(
+                int(volume["emptyDir"]["sizeLimit"].removesuffix("Gi"))
+                for volume in pod.get("volumes", ())
+                if "emptyDir" in volume and volume["emptyDir"].get("medium") != "Memory"
+            )
+            assert int(resources["limits"]["ephemeral-storage"].removesuffix("Gi")) > on_disk
             # requests below the limits would let a node promise the same memory twice
             assert resources["requests"] == resources["limits"]
             assert not container["securityContext"]["allowPrivilegeEscalation"]
