@@ -16,7 +16,7 @@ from posttrain.cluster.reading import Split
 from posttrain.cluster.searching import FINAL, ROUND, Report
 from posttrain.cluster.workers import Network, Workers, computing_threads
 from posttrain.config import RunFile
-from posttrain.errors import PosttrainError
+from posttrain.errors import RecipeError, SingularCurvatureError
 from posttrain.report.progress import StepLog
 from posttrain.schema import Round
 from posttrain.store.folder import RunFolder
@@ -105,14 +105,13 @@ def work(number: int, handed: Handed, report: Report) -> None:
         )
         try:
             state = begun(run) or run.begin(run.network(handed.weights))
-            outcome = rounds.clean(state, run.as_steps(), limits(trial.config))
-            state = run.last_boundary(outcome.state, outcome.reason)
-        except PosttrainError as error:
-            # a recipe with which it cannot be done is a result: others may do better
+            outcome = run.concluded(rounds.clean(state, run.as_steps(), limits(trial.config)))
+        except (RecipeError, SingularCurvatureError) as error:
+            # a recipe with which it cannot be done is a result: others may do better. A full disk is none
             trial.end("failed", str(error))
             return
     trial.end("finished", outcome.reason)
-    report({**reported(state.history[-1]), FINAL: True})
+    report({**reported(outcome.state.history[-1]), FINAL: True})
 
 
 def reported(done: Round) -> Mapping[str, Any]:

@@ -70,7 +70,7 @@ def _searched(
 
     workers, train_workers = crew(config, on_cluster=address is not None)
     cpus, gpus = config.ray.cpus_per_worker, workers.gpus_per_worker
-    searching.refuse_too_small(cpus, gpus, on_cluster=address is not None, say=progress.say)
+    searching.refuse_too_small(cpus, gpus, on_cluster=address is not None, say=progress.say, stack=stack)
     splits, fingerprint = read(config, inputs, progress)
     claim(ledger, config, fingerprint)
     # from here on there is no test set to look at

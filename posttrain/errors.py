@@ -53,5 +53,9 @@ class StepError(PosttrainError):
     """A step of a round failed after work had begun; starting the same command again goes on."""
 
 
+class RecipeError(StepError):
+    """With these settings the step cannot be done, however often it is tried."""
+
+
 class HeldError(PosttrainError):
     """Another job holds the lease; nothing was done."""

@@ -29,7 +29,7 @@ from torch.nn.functional import cross_entropy
 from posttrain.cluster.devices import BatchSize, computing_in, moved
 from posttrain.cluster.reading import Bucket, Progress, Split, explain
 from posttrain.cluster.workers import Network, load_network
-from posttrain.errors import ConfigError, StepError
+from posttrain.errors import ConfigError, RecipeError, StepError
 from posttrain.schema import IMAGE, LABEL, Excluded, ImageSpec, Precision, Relabelled, current_labels
 from posttrain.store.folder import RunFolder
 from posttrain.vision import models
@@ -241,7 +241,7 @@ def fit_network(
             torch.distributed.all_reduce(sums)
         loss_mean, accuracy = float(sums[0] / sums[2]), float(sums[1] / sums[2])
         if not math.isfinite(loss_mean):
-            raise StepError(
+            raise RecipeError(
                 f"training diverged in epoch {epoch + 1} (loss {loss_mean}); lower the learning rate "
                 f"({training.learning_rate:g}) of this section of the run file"
             )

@@ -13,7 +13,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,8 +102,13 @@ def _drawn(distribution: Distribution, generator: np.random.Generator) -> JsonVa
     return min(max(float(f"{domain.sample(random_state=generator):.4g}"), low), high)
 
 
-def refuse_too_small(cpus: float, gpus: float, *, on_cluster: bool, say: Callable[[str], None]) -> None:
-    """Raises ConfigError where no node has what one trial takes. A cluster is asked for such a node, and waited for."""
+def refuse_too_small(
+    cpus: float, gpus: float, *, on_cluster: bool, say: Callable[[str], None], stack: ExitStack
+) -> None:
+    """Raises ConfigError where no node has what one trial takes.
+
+    A cluster is asked for such a node, and waited for; `stack` takes the request back.
+    """
     wanted = f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
     deadline = time.monotonic() + (_GROWS_WITHIN_S if on_cluster else 0)
     while True:
@@ -121,6 +126,8 @@ def refuse_too_small(cpus: float, gpus: float, *, on_cluster: bool, say: Callabl
             from ray.autoscaler.sdk import request_resources
 
             request_resources(bundles=[{"CPU": cpus, **({"GPU": gpus} if gpus else {})}])
+            # else the cluster would keep that node for ever: what its trials want, they ask for themselves
+            stack.callback(request_resources, bundles=[])
         time.sleep(2)
 
 
@@ -147,6 +154,9 @@ def search(
     """
     scratch = folder.path("tune")
     _delete(folder, scratch)
+    if not numbers:
+        # all were at their end when the search was interrupted
+        return {}
     reported = {number: max(r[ROUND] for r in reports) for number, reports in known.items() if reports}
     trainable = tune.with_resources(
         tune.with_parameters(_trial, work=work, handed=handed, reported=reported), {"cpu": cpus, "gpu": gpus}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,8 +9,9 @@ import pytest
 from ray.tune.schedulers import TrialScheduler
 from scipy import stats
 
-from posttrain.cluster.searching import Halving, _Halving, draw
+from posttrain.cluster.searching import Halving, _Halving, draw, search
 from posttrain.config import Distribution, RunFile
+from posttrain.store.folder import RunFolder
 
 
 def drawn(distribution: Distribution, count: int = 2000) -> list[Any]:
@@ -97,6 +99,14 @@ def test_a_report_at_its_own_end_stops_no_trial():
     scheduler.on_trial_add(None, trial)
     told = {"round": 2, "final": True, "validation_accuracy": 0.1}
     assert scheduler.on_trial_result(None, trial, told) == TrialScheduler.CONTINUE
+
+
+def test_a_search_of_which_no_trial_is_left_ends_at_once(tmp_path: Path):
+    """It was killed between the end of its last trial and its summary."""
+    nothing: Any = None
+    halving = Halving("validation_accuracy", True, 1, 2, 10, frozenset())
+    settings = {"cpus": 1, "gpus": 0, "at_once": None, "on_report": nothing, "on_end": nothing, "verbose": False}
+    assert search(nothing, nothing, [], {}, halving, folder=RunFolder(str(tmp_path)), **settings) == {}
 
 
 def test_a_search_that_goes_on_decides_as_if_it_had_not_been_interrupted():
