@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +43,7 @@ def clean(config: RunFile, *, verbose: bool = False, quiet: bool = False) -> dic
             state = begun(run) or run.begin(first_model(run))
             outcome = rounds.clean(state, run.as_steps(), limits(config))
             progress.say(f"stopped: {outcome.reason}")
-            outcome = replace(outcome, state=run.last_boundary(outcome.state, outcome.reason))
+            outcome = run.concluded(outcome)
             summary = finish(run, outcome, began)
     if not quiet:
         print_summary(Console(), summary)

@@ -33,12 +33,14 @@ from posttrain.influence.committee import held_out_audit
 from posttrain.influence.probe import Standardizer
 from posttrain.influence.selection import Selection, select
 from posttrain.report.progress import StepLog
-from posttrain.rounds import Cut, State, Steps
+from posttrain.rounds import REFERENCE, Cut, Outcome, State, Steps
 from posttrain.schema import (
     BUCKET,
     LABEL,
+    NO_SUPPORT,
     ROW,
     SAMPLE_ID,
+    SUPPORT,
     Excluded,
     ModelSpec,
     Relabelled,
@@ -90,6 +92,16 @@ class Removal:
     figures: dict[str, bytes]
 
 
+@dataclass(frozen=True)
+class Before:
+    """What former runs of the same job knew: without it, what they left would look better than its labels are."""
+
+    support: pa.Table
+    """{bucket, row, self_confidence} of all that they removed or relabelled."""
+    held_out_rate: float
+    """Share of wrong labels in the same validation set; 0 where it is not known."""
+
+
 @dataclass
 class CleaningRun:
     """One run of `posttrain clean`, as its steps see it."""
@@ -115,6 +127,8 @@ class CleaningRun:
     """Images that were last said to be embedded at a time, for want of memory."""
     earlier: Live = field(default_factory=lambda: Live({}, {}))
     """What former runs of the same job removed and relabelled; see `take_over`."""
+    before: Before = field(default_factory=lambda: Before(NO_SUPPORT, 0.0))
+    """What they knew of that."""
     former: Sequence[RunFolder] | None = None
     """Runs whose features are taken up, the latest first. None: this run is not one of a job."""
     noise: dict[str, float] | None = None
@@ -189,13 +203,14 @@ class CleaningRun:
                 as_given = replace(as_given, excluded=excluded, key=f"{as_given.key} as given")
             of_live = self.workers.survey(as_given, verdict, temperature)
             support = sum(done.metrics.get("taken_support", 0.0) for done in state.history)
+            support += pc.sum(self.before.support[SUPPORT]).as_py() or 0.0
             audit = audits.audit(
                 of_held_out,
                 of_live,
                 temperature,
-                removed=policy.dealt_with(state.history),
+                removed=policy.dealt_with(state.history) + self.before.support.num_rows,
                 removed_support=support,
-                held_out_rate=state.history[-1].metrics.get("held_out_noise", 0.0),
+                held_out_rate=state.history[-1].metrics.get("held_out_noise", self.before.held_out_rate),
             )
         verdict = replace(verdict, audit=audit)
         path = self.folder.round(state.number + 1, "scores.parquet")
@@ -386,8 +401,33 @@ class CleaningRun:
         """The steps as `posttrain.rounds.clean` takes them."""
         return Steps(self.embed, self.fit, self.score, self.select, self.count, self.refine, self.evaluate, self.commit)
 
-    def last_boundary(self, state: State[Network], reason: str) -> State[Network]:
-        """After the last round: the boundary as the new head, where `policy` says so, as a round of its own."""
+    def concluded(self, outcome: Outcome[Network]) -> Outcome[Network]:
+        """After the last round, where `policy` says so: the boundary as the new head, or the model as it came.
+
+        Either is a round of its own.
+        """
+        state = self._last_boundary(outcome.state, outcome.reason)
+        first, last = state.history[0].metrics, state.history[-1].metrics
+        accuracies = first["validation_accuracy"], last["validation_accuracy"]
+        if not policy.first_is_taken_back(*accuracies, state.validation_samples):
+            return replace(outcome, state=state)
+        reason = (
+            f"{outcome.reason}; the model stays as it came: of the validation set it has "
+            f"{100 * accuracies[0]:.1f} % right, and what became of it {100 * accuracies[1]:.1f} %"
+        )
+        number = state.number + 1
+        self.progress.begin_round(number)
+        # measured in round 0, on the same samples
+        metrics = last | {name: first[name] for name in first if name.startswith(("validation_", "test_"))}
+        self._write_checkpoint(number, self.first)
+        done = Round(number, self._live(), 0, 0, 0, metrics, self.progress.seconds_of_round(), reason)
+        self.ledger.commit(done)
+        self.tell_round(done, {})
+        self.progress.say(f"the model as it came: {self._line(done)}")
+        return Outcome(replace(state, history=(*state.history, done), model=self.first), reason)
+
+    def _last_boundary(self, state: State[Network], reason: str) -> State[Network]:
+        """The boundary as the new head, where `policy` says so."""
         scope, last = self.config.refine.scope, state.history[-1]
         if last.ended or not policy.boundary_is_due(scope, state.number):
             return state
@@ -411,9 +451,9 @@ class CleaningRun:
 
     # -- as one of the runs of a job -------------------------------------------------------------------
 
-    def take_over(self, earlier: Live, former: Sequence[RunFolder]) -> None:
+    def take_over(self, earlier: Live, former: Sequence[RunFolder], before: Before) -> None:
         """Start where former runs left off: with what they took out and relabelled, and with their features."""
-        self.earlier, self.former, self.relabelled = earlier, former, earlier.relabelled
+        self.earlier, self.former, self.relabelled, self.before = earlier, former, earlier.relabelled, before
 
     def through_backbones(self) -> dict[str, dict[str, tuple[int, int]]]:
         """By split and backbone, the first one first: images that went through it, and those that were asked for."""
@@ -453,7 +493,7 @@ class CleaningRun:
 
     def base_of(self, state: State[Network]) -> Network:
         """The network whose features the model's head sees: a later run needs no others of the same images."""
-        if self.config.refine.scope == "head":
+        if self.config.refine.scope == "head" or state.model.key == self.first.key:
             return self.first
         last = state.history[-1]
         # a round that only put the boundary on
@@ -470,6 +510,8 @@ class CleaningRun:
         metrics = self.evaluate(State((), model, self._validation_samples), model)
         with self.progress.step("fit"):
             metrics |= self._without_removal(backbone)
+        if self.config.refine.scope == "head":
+            metrics[REFERENCE] = metrics["boundary_validation_accuracy"]
         done = Round(0, self._live(), 0, 0, 0, metrics, self.progress.seconds_of_round())
         self.ledger.commit(done)
         self.tell_round(done, {})
@@ -688,7 +730,12 @@ class CleaningRun:
             return self.splits["train"].rows
         # the validation labels stay as noisy as they are: a later, lower estimate is chance
         most = max([noise.most, *(done.metrics.get("noise_most", 0.0) for done in state.history)])
-        return policy.allowance(state.history, most if settings.share == "estimated" else settings.share)
+        share = most if settings.share == "estimated" else settings.share
+        removed_before = sum(len(rows) for rows in self.earlier.excluded.values())
+        relabelled_before = self.before.support.num_rows - removed_before
+        return policy.allowance(
+            state.history, share, removed_before=removed_before, relabelled_before=relabelled_before
+        )
 
     def _candidates(self, path: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """(ids, labels, score) with a score of -inf for what does not look wrong."""

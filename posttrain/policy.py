@@ -32,9 +32,13 @@ def dealt_with(history: Sequence[Round]) -> int:
     return sum(done.removed + done.relabelled for done in history)
 
 
-def allowance(history: Sequence[Round], share: float) -> int:
-    """Samples that may still be dealt with, in this and all later rounds: `share` is of those live in round 0."""
-    return max(0, int(share * history[0].live) - dealt_with(history))
+def allowance(history: Sequence[Round], share: float, *, removed_before: int = 0, relabelled_before: int = 0) -> int:
+    """Samples that may still be dealt with, in this and all later rounds: `share` is of those live in round 0.
+
+    What former runs of the same job dealt with counts along: relabelled samples are live, removed ones are not.
+    """
+    of = history[0].live + removed_before
+    return max(0, int(share * of) - dealt_with(history) - removed_before - relabelled_before)
 
 
 def in_one_round(live: int, budget: float) -> int:
@@ -67,4 +71,16 @@ def boundary_is_taken(scope: Scope, before: float, after: float, samples: int) -
     """
     if scope == "both":
         return after >= before
-    return after - before > 2 * math.sqrt(2) * standard_error(before, samples)
+    return _exceeds(after, before, samples)
+
+
+def first_is_taken_back(first: float, last: float, samples: int) -> bool:
+    """Whether the model as it came is handed back, by its validation accuracy and that of what became of it.
+
+    Only if it is higher by more than two standard errors of a difference: what was removed stays removed.
+    """
+    return _exceeds(first, last, samples)
+
+
+def _exceeds(accuracy: float, other: float, samples: int) -> bool:
+    return accuracy - other > 2 * math.sqrt(2) * standard_error(other, samples)

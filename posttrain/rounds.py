@@ -20,6 +20,11 @@ Removal = TypeVar("Removal")
 Model = TypeVar("Model")
 
 
+REFERENCE = "reference_accuracy"
+"""In the metrics of round 0: the validation accuracy that the rounds begin from, where that is not the model's own. Of
+rounds that put a new head on, it is that of this head with nothing removed."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """When a run ends."""
@@ -119,7 +124,10 @@ def limit_reached(state: State[Model], limits: Limits) -> str | None:
         return state.history[-1].ended
     if state.number >= limits.max_rounds:
         return f"removal.max_rounds = {limits.max_rounds} reached"
-    accuracies = [r.metrics["validation_accuracy"] for r in state.history]
+    first = state.history[0].metrics
+    # a network may be better than any new head on it: what the rounds then do is judged from that head on
+    accuracies = [first.get(REFERENCE, first["validation_accuracy"])]
+    accuracies += [done.metrics["validation_accuracy"] for done in state.history[1:]]
     best = max(accuracies)
     # one would be passed by chance every few rounds: the best of several is itself an extreme
     error = 2 * policy.standard_error(best, state.validation_samples)

@@ -26,6 +26,12 @@ def test_the_allowance_is_a_share_of_the_first_samples_less_what_was_dealt_with(
     assert policy.allowance(HISTORY, share) == left
 
 
+def test_what_former_runs_dealt_with_counts_along():
+    """By hand: 1000 live, 200 of which were relabelled, and 250 removed before; 75 dealt with now."""
+    assert policy.allowance(HISTORY, 0.5, removed_before=250, relabelled_before=200) == 625 - 75 - 450
+    assert policy.allowance(HISTORY, 0.4, removed_before=250, relabelled_before=200) == 0
+
+
 def test_a_round_takes_a_share_of_the_live_samples_but_always_one():
     assert policy.in_one_round(940, 0.05) == 47
     assert policy.in_one_round(3, 0.05) == 1
@@ -48,6 +54,12 @@ def test_when_a_boundary_may_become_the_head(scope: policy.Scope, rounds: int, d
 def test_with_both_the_boundary_is_taken_unless_the_accuracy_falls():
     assert policy.boundary_is_taken("both", 0.8, 0.8, 500)
     assert not policy.boundary_is_taken("both", 0.8, 0.798, 500)
+
+
+@pytest.mark.parametrize(("last", "taken_back"), [(0.85, False), (0.842, False), (0.83, True), (0.95, False)])
+def test_the_first_model_is_taken_back_only_if_it_is_clearly_better(last: float, taken_back: bool):
+    # two standard errors of a difference, around 0.84 of 500: 2 sqrt(2) sqrt(0.84 * 0.16 / 500) = 0.046
+    assert policy.first_is_taken_back(0.88, last, 500) == taken_back
 
 
 def test_with_head_chance_alone_hardly_ever_replaces_the_head():

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from posttrain.rounds import Cut, Limits, Outcome, State, Steps, clean, limit_reached
+from posttrain.rounds import REFERENCE, Cut, Limits, Outcome, State, Steps, clean, limit_reached
 from posttrain.schema import Round
 
 ESTIMATE = "of 50 samples, 5 have another label"
@@ -243,6 +243,21 @@ def test_a_run_ends_after_two_rounds_in_a_row_clearly_below_the_best(accuracies:
     assert (reason is not None) == ends
     if reason is not None:
         assert "0.0201" in reason and "0.9000" in reason and "2 rounds" in reason
+
+
+def test_rounds_that_put_a_new_head_on_are_judged_from_that_head_on():
+    """A network at 0.95 whose new head begins at 0.88: 0.87 is no harm of the removals, 0.8 is."""
+    limits = replace(NO_LIMIT, patience=2)
+
+    def ends(*accuracies: float, **of_first: float) -> bool:
+        state = start(*accuracies, samples=900)
+        first = state.history[0]
+        first = replace(first, metrics=first.metrics | of_first)
+        return limit_reached(replace(state, history=(first, *state.history[1:])), limits) is not None
+
+    assert ends(0.95, 0.87, 0.87)
+    assert not ends(0.95, 0.87, 0.87, **{REFERENCE: 0.88})
+    assert ends(0.95, 0.8, 0.8, **{REFERENCE: 0.88})
 
 
 def test_few_validation_samples_make_the_patience_rule_slower_to_judge():

@@ -62,8 +62,7 @@ def measured(
             minimum, patience = (config.removal.minimum, config.removal.patience) if quota is None else (0.0, most)
             limits = rounds.Limits(most, minimum, patience)
             outcome = rounds.clean(state, run.as_steps(), limits)
-            last = run.last_boundary(outcome.state, outcome.reason)
-            summary = finish(run, replace(outcome, state=last), began)
+            summary = finish(run, run.concluded(outcome), began)
             found = {key: summary[key] for key in summary if key not in ("files", "run")}
             found["history"] = [[r.live, r.removed, r.metrics] for r in outcome.state.history]
             found["average_precision"] = average_precisions(run.folder, run.splits["train"])
@@ -84,7 +83,7 @@ def without_removal(run: CleaningRun, state: rounds.State[Any], budget: Sequence
             model = run.redrawn(run.first, choice.members, run.live)
         done = Round(number, state.live, 0, 0, 0, run.evaluate(state, model))
         state = replace(state, history=(*state.history, done), model=model)
-    state = run.last_boundary(state, "as many rounds as with removals")
+    state = run.concluded(rounds.Outcome(state, "as many rounds as with removals")).state
     return {
         "test_accuracy_before": state.history[0].metrics["test_accuracy"],
         "test_accuracy_after": state.history[-1].metrics["test_accuracy"],

@@ -241,7 +241,10 @@ class CleaningInMemory:
 
     def clean(self) -> rounds.Outcome[Model]:
         """All rounds, from the network as it came."""
-        first = Round(0, len(self.data.train), 0, 0, 0, self.start.accuracies)
+        metrics = dict(self.start.accuracies)
+        if self.mode == "head":
+            metrics[rounds.REFERENCE] = self.start.boundary.accuracy
+        first = Round(0, len(self.data.train), 0, 0, 0, metrics)
         state = State((first,), Model(self.start.weights), len(self.data.validation))
         steps = Steps(
             self.embed, self.fit, self.score, self.select, self.count, self.refine, self.evaluate, self.commit
@@ -249,8 +252,16 @@ class CleaningInMemory:
         limits = rounds.Limits(self.removal.max_rounds, self.removal.minimum, self.removal.patience)
         return rounds.clean(state, steps, limits)
 
-    def last_boundary(self, state: State[Model], mode: Mode) -> State[Model]:
-        """After the last round: the boundary as the new head, where `policy` says so."""
+    def concluded(self, state: State[Model], mode: Mode) -> State[Model]:
+        """After the last round, where `policy` says so: the boundary as the new head, or the network as it came."""
+        state = self._last_boundary(state, mode)
+        first, last = (of.metrics["validation_accuracy"] for of in (state.history[0], state.history[-1]))
+        if not policy.first_is_taken_back(first, last, state.validation_samples):
+            return state
+        done = Round(state.number + 1, state.live, 0, 0, 0, state.history[0].metrics)
+        return replace(state, history=(*state.history, done), model=Model(self.start.weights))
+
+    def _last_boundary(self, state: State[Model], mode: Mode) -> State[Model]:
         if not policy.boundary_is_due(mode, state.number):
             return state
         boundary = self.fit(state, self.embed(state))

@@ -116,7 +116,7 @@ def _measured(case: Case, data: Data, weights: bytes, own_steps: int, *, scratch
     outcomes["both"] = outcomes["network"]
     for mode, outcome in outcomes.items():
         run = head if mode == "head" else network
-        state = run.last_boundary(outcome.state, mode)
+        state = run.concluded(outcome.state, mode)
         cleanings[mode] = _cleaning(run, outcome, state)
         metrics = {name: state.history[-1].metrics[name] for name in begin.accuracies}
         note(OURS[mode], metrics, run.kept, sum(run.steps))
@@ -155,7 +155,7 @@ def _controls(
     yield EMA, network_accuracies(case, data, average.finished(after)), everything, steps
     trained = tuple(Round(number, len(everything), 0, 0, 0, accuracies) for number in range(1 + len(plan.steps)))
     control = CleaningInMemory(case, data, "both", begin)
-    state = control.last_boundary(State(trained, Model(after), len(data.validation)), "both")
+    state = control.concluded(State(trained, Model(after), len(data.validation)), "both")
     yield THEN_BOUNDARY, state.history[-1].metrics, everything, steps
     for name, ranking in ((RANDOM, at_random(case, data)), (BY_LOSS, by_loss(case, data))):
         after, kept, steps = refined(case, data, begin.weights, plan, ranking=ranking)

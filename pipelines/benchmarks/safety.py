@@ -88,7 +88,7 @@ def measured(case: Case, folder: Path) -> Found:
     begin = start(case, data, cases.trained(case, data, folder).weights)
     run = CleaningInMemory(case, data, "head", begin, removal=Removal())
     outcome = run.clean()
-    state = run.last_boundary(outcome.state, "head")
+    state = run.concluded(outcome.state, "head")
     wrong = data.train.given != data.train.true
     before, after = (np.bincount(data.train.given[mask], minlength=data.classes) for mask in (wrong >= 0, run.kept))
     estimate = run.estimates[0]

@@ -104,7 +104,7 @@ def test_the_boundary_becomes_the_head_in_the_end_where_the_mode_asks_for_it(
         Round(number, len(data.train), 0, 0, 0, {"validation_accuracy": accuracy}) for number in range(rounds + 1)
     )
     state = State(history, in_memory.Model(start.weights), len(data.validation))
-    after = in_memory.CleaningInMemory(NOISY, data, mode, start).last_boundary(state, mode)
+    after = in_memory.CleaningInMemory(NOISY, data, mode, start).concluded(state, mode)
     assert (after.model.boundary is start.boundary) is becomes
     assert after.number == rounds + becomes
     if becomes:

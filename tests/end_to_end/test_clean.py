@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import subprocess
@@ -24,6 +25,7 @@ from small_data import (
     as_built,
     assert_same_result,
     interrupted_after,
+    memorise,
     png,
     removed_ids,
     rounds,
@@ -190,6 +192,38 @@ def test_a_run_interrupted_while_it_puts_the_last_boundary_on_ends_the_same(
     assert {key: value for key, value in again.items() if key not in varying} == {
         key: value for key, value in whole.items() if key not in varying
     }
+
+
+def test_a_model_that_is_clearly_better_than_its_new_head_stays_and_the_labels_are_cleaned_all_the_same(
+    run: Run, digits: Digits, tmp_path: Path
+) -> None:
+    """A network that learned right labels, and a boundary on the pixels alone."""
+    import torch
+
+    from posttrain.vision.models import mlp
+
+    right = copy.copy(digits)
+    right.given = digits.true
+    torch.manual_seed(0)
+    network = mlp(10)
+    memorise(right, network, tmp_path / "right.pt", epochs=60)
+    recipe: dict[str, Any] = {
+        "model": {"weights": str(tmp_path / "right.pt")},
+        "probe": {"layers": ["input"], "damping": [3.0]},
+        "removal": {"max_rounds": 2},
+    }
+    whole = run(tmp_path / "whole", **recipe)
+    assert whole["rounds"] == 3 and whole["removed"] > 50
+    assert "removal.max_rounds = 2 reached; the model stays as it came: of the validation set" in whole["ended"]
+    for split in ("validation", "test"):
+        assert whole[f"{split}_accuracy_after"] == whole[f"{split}_accuracy_before"]
+    state = as_built(tmp_path / "whole").state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
+    with interrupted_after("_write_checkpoint", call=4):
+        run(tmp_path / "run", **recipe)
+    again = run(tmp_path / "run", **recipe)
+    assert_same_result(tmp_path / "run", tmp_path / "whole")
+    assert again["ended"] == whole["ended"]
 
 
 def test_a_finished_run_says_so_and_does_nothing(
