@@ -119,8 +119,8 @@ def retrain(
     """Bring a registered model up to date with what is new in its data set; to be started by a scheduler.
 
     Cleans what is new, refines the champion, and promotes the result if it passes the gate. Exit codes: 0 promoted or
-    nothing new, 10 not promoted (gate), 11 alarm (the new samples look wrong and are held back), 2 the input has to
-    change, 1 failed, also where another start of the job is at work. The same command again goes on.
+    nothing new, 10 not promoted (gate), 11 alarm (new samples look wrong, and their files are held back), 2 the input
+    has to change, 1 failed, also where another start of the job is at work. The same command again goes on.
     """
 
     def work(config: JobFile) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from posttrain import gate, rounds
-from posttrain.config import Data, JobFile, RunFile
-from posttrain.errors import ConfigError, DataError, InputError, StepError
+from posttrain.config import Data, JobFile, RunFile, without_credentials
+from posttrain.errors import ConfigError, DataError, InputError, StepError, TrackingError
 from posttrain.report.progress import StepLog
 from posttrain.store import lease, listing
 from posttrain.store.folder import RunFolder, resolve
@@ -28,8 +29,9 @@ from posttrain.store.ledger import Ledger, settings
 from posttrain.store.listing import File
 
 if TYPE_CHECKING:
+    from pipelines.boundary import Live
     from pipelines.inputs import Inputs
-    from pipelines.steps import CleaningRun
+    from pipelines.steps import Before, CleaningRun
     from posttrain.cluster.workers import Network
     from posttrain.store.registry import Registry, Version
 
@@ -47,6 +49,20 @@ def retrain(config: JobFile, *, accept: bool = False, verbose: bool = False, qui
     `accept`: let the files in that are held back. Progress goes to standard error, the outcome to standard output
     unless `quiet`.
     """
+    with _outages_are_failures():
+        return _retrained(config, accept=accept, verbose=verbose, quiet=quiet)
+
+
+@contextmanager
+def _outages_are_failures() -> Iterator[None]:
+    """What is not the user's to mend fails as such (1): a scheduler tries that again, but no wrong input (2)."""
+    try:
+        yield
+    except TrackingError as error:
+        raise StepError(f"{error}; start the same command again") from error
+
+
+def _retrained(config: JobFile, *, accept: bool, verbose: bool, quiet: bool) -> dict[str, Any]:
     began = time.perf_counter()
     progress = StepLog(Console(stderr=True))
     job = _job(config)
@@ -221,6 +237,12 @@ def _attempt(config: JobFile, job: JobFolder, registry: Registry, stock: _Stock)
         # it was promoted by this very run, which was killed before it could say so
         parent = champion.tags.get(_PARENT)
         champion = registry.by_number(parent) if parent else None
+    elif champion is None and stock.state.champion is not None:
+        raise InputError(
+            f"the job's champion was version {stock.state.champion}, but {registry.name} in the registry at "
+            f"{without_credentials(registry.uri)} has no version with the alias {CHAMPION}: give one that alias, or "
+            "correct job.name or tracking.uri, or begin a job of its own in a new folder"
+        )
     name = f"{digest}-v{champion.number if champion else 0}"
     return _Attempt(name, job.run(name), champion)
 
@@ -246,6 +268,8 @@ def _made(
     verbose: bool,
 ) -> dict[str, Any]:
     """The run itself: the challenger, measured beside the champion, and what is decided; written nowhere yet."""
+    import pyarrow as pa
+
     from pipelines import clean
     from posttrain.cluster import matching
 
@@ -268,25 +292,35 @@ def _made(
             tracking = clean.open_tracking(run_config, inputs, attempt.folder, fingerprint, home=job.folder)
         stack.enter_context(tracking)
         run = CleaningRun(run_config, inputs, splits, attempt.folder, workers, train_workers, tracking, progress)
-        run.take_over(_earlier(job, attempt, run), [job.run(name) for name in reversed(stock.state.runs)])
+        earlier, before = _earlier(job, attempt, run, fingerprint)
+        run.take_over(earlier, [job.run(name) for name in reversed(stock.state.runs)], before)
         state = clean.begun(run) or run.begin(clean.first_model(run))
         champion = _champion_by_class(run, registry, attempt)
         limits = rounds.Limits(config.removal.max_rounds, config.removal.minimum, config.removal.patience)
         outcome = rounds.clean(state, run.as_steps(), limits)
         progress.say(f"stopped: {outcome.reason}")
-        outcome = replace(outcome, state=run.last_boundary(outcome.state, outcome.reason))
+        outcome = run.concluded(outcome)
         summary = clean.finish(run, outcome, began)
         with progress.step("compare"):
             challenger = gate.HeldOut(*run.by_class(outcome.state.model))
             arrivals = _arrivals(config, stock, run)
-        decision = gate.decide(champion, challenger, arrivals, classes=inputs.classes, **config.gate.model_dump())
+        judged = gate.together(arrivals.values())
+        taken_now = sum(done.removed + done.relabelled for done in outcome.state.history)
+        # without a champion nothing has been cleaned yet
+        older = gate.Arrivals(
+            outcome.state.history[0].live - judged.samples if champion else 0, 0, taken_now - judged.taken
+        )
+        decision = gate.decide(
+            champion, challenger, arrivals, older, classes=inputs.classes, **config.gate.model_dump()
+        )
         embedded = _embedded(run)
         for line in _embedded_in_words(embedded):
             progress.say(line)
         next_base = run.base_of(outcome.state)
         with progress.step("keep"):
             job.keep_base(Base(next_base.key, recipe_of(next_base.spec), inputs.classes, next_base.weights))
-            taken = matching.taken_out(run.splits["train"], _all_removed(run), run.relabelled)
+            support = pa.concat_tables([before.support, run.ledger.support(outcome.state.history)])
+            taken = matching.taken_out(run.splits["train"], _all_removed(run), run.relabelled, support)
             attempt.folder.write_table(attempt.folder.path("taken.parquet"), taken)
         model_uri = None
         if decision.verdict != "alarm":
@@ -303,9 +337,10 @@ def _made(
             "champion": asdict(champion) if champion else None,
             "challenger": asdict(challenger),
             "measured_on": "test" if "test" in splits else "validation",
-            "arrivals": asdict(gate.together(arrivals.values())),
+            "arrivals": asdict(judged),
             "alarming": decision.alarming,
             "embedded": embedded,
+            "held_out_noise": outcome.state.history[-1].metrics.get("held_out_noise", before.held_out_rate),
             "taken": taken.num_rows,
             "removed_earlier": sum(len(rows) for rows in run.earlier.excluded.values()),
             **{key: summary[key] for key in ("rounds", "live", "removed", "relabelled", "quarantined")},
@@ -351,6 +386,11 @@ def _inputs(config: RunFile, stock: _Stock, base: Base | None) -> Inputs:
     inputs = prepare(config, only={split: frozenset(paths) for split, paths in only.items()})
     if base is None:
         return inputs
+    if base.classes is None and "validation" not in inputs.sources:
+        raise DataError(
+            f"the champion ({base.key}) was not made by this job, and the data have no validation set that it has not "
+            "seen; set data.validation (sources parquet and folder)"
+        )
     if base.classes is not None and base.classes != inputs.classes:
         raise DataError(
             f"the champion tells {len(base.classes)} classes apart ({', '.join(base.classes[:5])}, ...), and the data "
@@ -365,20 +405,27 @@ def _inputs(config: RunFile, stock: _Stock, base: Base | None) -> Inputs:
     return replace(inputs, weights=models.to_bytes(model))
 
 
-def _earlier(job: JobFolder, attempt: _Attempt, run: CleaningRun) -> Any:
-    """What the champion's run, and those before it, took out, as far as it is still what it was."""
+def _earlier(job: JobFolder, attempt: _Attempt, run: CleaningRun, fingerprint: dict[str, str]) -> tuple[Live, Before]:
+    """What the champion's run, and those before it, took out, as far as it is still what it was; what they knew."""
     from pipelines.boundary import Live
+    from pipelines.steps import Before
     from posttrain.cluster import matching
+    from posttrain.schema import NO_SUPPORT
 
+    nothing = Live({}, {}), Before(NO_SUPPORT, 0.0)
     name = attempt.champion.tags.get("posttrain.run") if attempt.champion else None
     if name is None:
-        return Live({}, {})
+        return nothing
     folder = job.run(name)
     path = folder.path("taken.parquet")
     if not folder.exists(path):
         run.progress.say(f"  {path} is gone: what the champion's runs removed takes part again")
-        return Live({}, {})
-    return Live(*matching.found_again(run.splits["train"], folder.read_table(path)))
+        return nothing
+    known = matching.found_again(run.splits["train"], folder.read_table(path))
+    decided = folder.read_json(folder.path("decision.json"))
+    same_held_out = decided["data"].get("validation") == fingerprint["validation"]
+    rate = decided["held_out_noise"] if same_held_out else 0.0
+    return Live(known.removed, known.relabelled), Before(known.support, rate)
 
 
 def _champion_by_class(run: CleaningRun, registry: Registry, attempt: _Attempt) -> gate.HeldOut | None:
@@ -425,8 +472,9 @@ def _arrivals(config: JobFile, stock: _Stock, run: CleaningRun) -> dict[str, gat
     files = _as_read(config.data, stock.judged)
     shipments = _shipments(config.data, files)
     names = sorted(set(shipments))
+    place = {name: at for at, name in enumerate(names)}
     # the last entry: of rows from other files, which have the place -1
-    number = np.array([*(names.index(name) for name in shipments), len(names)])
+    number = np.array([*(place[name] for name in shipments), len(names)])
     of_rows = {
         bucket: number[at].astype(np.int32) for bucket, at in matching.files_of_rows(run.splits["train"], files).items()
     }
@@ -669,6 +717,11 @@ def _print(summary: dict[str, Any]) -> None:
 
 def rollback(config: JobFile, *, verbose: bool = False, quiet: bool = False) -> dict[str, Any]:
     """Make the previous version the champion again; which is champion now. Raises InputError where there is none."""
+    with _outages_are_failures():
+        return _rolled_back(config, quiet=quiet)
+
+
+def _rolled_back(config: JobFile, *, quiet: bool) -> dict[str, Any]:
     from posttrain.store.registry import CHAMPION, PREVIOUS
 
     job = _job(config)

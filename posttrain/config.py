@@ -628,9 +628,11 @@ class Gate(Section):
     class_samples: int = Field(default=20, ge=1)
     """Held-out samples from which on a class is looked at by itself."""
     alarm_share: float = Field(default=0.5, gt=0, le=1)
-    """Share of the new samples that looks wrong above which the new files are held back, and the run is an alarm."""
+    """Share of a file's new samples that looks wrong above which that file is held back, and the run is an alarm."""
     alarm_samples: int = Field(default=20, ge=1)
-    """New samples from which on there can be an alarm."""
+    """Samples from which on there can be an alarm."""
+    alarm_older_share: float = Field(default=0.2, gt=0, le=1)
+    """Share of the samples that former runs have let pass which this one takes out, above which it is an alarm."""
 
 
 class JobFile(RunFile):
@@ -638,6 +640,8 @@ class JobFile(RunFile):
 
     job: Job
     gate: Gate = Gate()
+    results: Results = Results(cleaned="manifest")
+    """Ids alone: else each run of the job would leave a copy of the data behind."""
 
     @model_validator(mode="before")
     @classmethod

@@ -61,18 +61,21 @@ def decide(
     champion: HeldOut | None,
     challenger: HeldOut,
     arrivals: Mapping[str, Arrivals],
+    older: Arrivals,
     *,
     margin: float,
     class_drop: float,
     class_samples: int,
     alarm_share: float,
     alarm_samples: int,
+    alarm_older_share: float,
     classes: Sequence[str],
 ) -> Decision:
     """First the alarm, then the gate; without a champion there is no gate.
 
     alarm: more than `alarm_share` of the new samples of a file looks wrong; `arrivals` has them by the file's name.
-    Files with fewer than `alarm_samples` are judged together, if they have as many together. not promoted: the
+    Files with fewer than `alarm_samples` are judged together, if they have as many together. Or more than
+    `alarm_older_share` of the samples that were there before was taken out. not promoted: the
     accuracy is less than the champion's plus `margin`, or that of a class with at least `class_samples` held-out
     samples is lower by more than `class_drop`. Raises ValueError where the two were not measured on the same samples.
     """
@@ -84,6 +87,13 @@ def decide(
             f"({found.candidates:,} in the first round, {found.taken:,} were taken out in the end), "
             f"and gate.alarm_share allows {100 * alarm_share:g} %",
             alarming,
+        )
+    if older.samples >= alarm_samples and older.taken > alarm_older_share * older.samples + _ROUNDING:
+        return Decision(
+            "alarm",
+            f"{older.taken:,} of the {older.samples:,} samples that former runs had let pass were taken out "
+            f"({100 * older.suspect:.1f} %), and gate.alarm_older_share allows {100 * alarm_older_share:g} %: has "
+            "data.validation changed, or the model?",
         )
     after = f"{100 * challenger.accuracy:.2f} % of {sum(challenger.samples):,} held-out samples right"
     if champion is None:

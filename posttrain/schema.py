@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas.util
+import pyarrow as pa
 
 SAMPLE_ID = "sample_id"
 IMAGE = "image"
@@ -24,6 +25,13 @@ ORDER = "order"
 BUCKET = "bucket"
 ROW = "row"
 DIGEST = "image_digest"
+SUPPORT = "self_confidence"
+"""Probability of the given label, leave-one-out and calibrated."""
+
+NO_SUPPORT = pa.table(
+    {BUCKET: pa.array([], pa.int32()), ROW: pa.array([], pa.int32()), SUPPORT: pa.array([], pa.float32())}
+)
+"""Of no samples."""
 
 SPLITS = ("train", "validation", "test")
 

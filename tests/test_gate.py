@@ -18,6 +18,7 @@ SETTINGS: dict[str, Any] = {
     "class_samples": 20,
     "alarm_share": 0.5,
     "alarm_samples": 20,
+    "alarm_older_share": 0.2,
     "classes": ("cat", "dog", "owl"),
 }
 
@@ -25,7 +26,8 @@ SETTINGS: dict[str, Any] = {
 def decision(
     champion: HeldOut | None, challenger: HeldOut, arrivals: Mapping[str, Arrivals] = QUIET, **settings: Any
 ) -> Decision:
-    return decide(champion, challenger, arrivals, **{**SETTINGS, **settings})
+    older = settings.pop("older", Arrivals(0, 0, 0))
+    return decide(champion, challenger, arrivals, older, **{**SETTINGS, **settings})
 
 
 @pytest.mark.parametrize(
@@ -100,6 +102,17 @@ def test_many_alarming_files_are_counted_and_three_are_named() -> None:
 def test_the_samples_of_several_files_together_are_their_sums() -> None:
     assert together([Arrivals(1, 2, 3), Arrivals(10, 20, 30)]) == Arrivals(11, 22, 33)
     assert together([]) == Arrivals(0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("older", "verdict"),
+    [(Arrivals(100, 0, 20), "promoted"), (Arrivals(100, 0, 21), "alarm"), (Arrivals(19, 0, 19), "promoted")],
+)
+def test_an_alarm_where_too_much_goes_of_what_former_runs_let_pass(older: Arrivals, verdict: str) -> None:
+    found = decision(CHAMPION, HeldOut(CHAMPION.samples, (100, 100, 10)), older=older)
+    assert (found.verdict, found.alarming) == (verdict, ())
+    if verdict == "alarm":
+        assert "21 of the 100 samples that former runs had let pass were taken out (21.0 %)" in found.reason
 
 
 def test_without_a_champion_any_model_is_promoted() -> None:

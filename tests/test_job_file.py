@@ -41,8 +41,11 @@ def job_complaint(path: Path, *overrides: str) -> str:
 def test_a_job_file_is_a_run_file_with_a_name_for_its_model(write: Write) -> None:
     job = load_job(write("job: {name: digits}\nremoval: {budget: 0.1}"))
     assert (job.job.name, job.job.wait_s, job.gate.margin, job.removal.budget) == ("digits", 0, 0.0, 0.1)
-    assert load(write("removal: {budget: 0.1}")) == job.run_file()
-    assert job.run_file(run=Run(path="elsewhere")) == load(None, ["run.path=elsewhere", "removal.budget=0.1"])
+    # ids alone: a copy of the data for every run of the job would fill its disk
+    assert load(write("removal: {budget: 0.1}\nresults: {cleaned: manifest}")) == job.run_file()
+    assert job.run_file(run=Run(path="elsewhere")) == load(
+        None, ["run.path=elsewhere", "removal.budget=0.1", "results.cleaned=manifest"]
+    )
 
 
 @pytest.mark.parametrize(

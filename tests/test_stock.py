@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from mlflow import MlflowClient
+from sklearn.datasets import load_digits
 
 from pipelines.retrain import (
     _Attempt,
@@ -24,7 +29,8 @@ from pipelines.retrain import (
     retrain,
     rollback,
 )
-from posttrain.config import JobFile
+from posttrain.config import JobFile, Tracking
+from posttrain.errors import DataError, InputError, RunFolderError, StepError
 from posttrain.store.folder import RunFolder
 from posttrain.store.job import JobFolder, State
 from posttrain.store.lease import Lease
@@ -255,8 +261,75 @@ def test_a_champion_that_somebody_saved_by_torch_is_what_the_run_starts_from(
     torch.save(model.state_dict(), tmp_path / "theirs" / "weights.pt")
     registered(job, tmp_path / "theirs")
     registry = _registry(job.config, job.folder)  # the first start leaves alone what is registered in its own database
-    config = JobFile.model_validate({"run": {"path": str(tmp_path / "job")}, "job": {"name": "m"}})
     champion = registry.version(CHAMPION)
     base = _base(job.folder, registry, champion)
-    run_config = _run_config(config, _Attempt("a", job.folder.run("a"), champion), base)
-    assert _inputs(run_config, _stock(config, job.folder), base).weights == models.to_bytes(model)
+
+    def taken_up(**data: Any) -> bytes | None:
+        config = JobFile.model_validate(
+            {
+                "run": {"path": str(tmp_path / "job")},
+                "job": {"name": "m"},
+                "model": {"factory": "posttrain.vision.models:mlp", "channels": 1, "image_size": 8},
+                "data": data,
+            }
+        )
+        run_config = _run_config(config, _Attempt("a", job.folder.run("a"), champion), base)
+        return _inputs(run_config, _stock(config, job.folder), base).weights
+
+    digits = inputs_of_digits(tmp_path)
+    assert taken_up(**digits) == models.to_bytes(model)
+    # a tenth of the training data would be what it was trained on
+    del digits["validation"]
+    with pytest.raises(DataError, match=r"version 2\) was not made by this job, and the data have no validation set"):
+        taken_up(**digits)
+
+
+def inputs_of_digits(folder: Path) -> dict[str, Any]:
+    """The section `data` of a run file on the first digits, in Parquet."""
+    digits = load_digits()
+    assert not isinstance(digits, tuple)
+    pixels = (digits.images[:200] * 15).astype(np.uint8).reshape(200, 64)
+    table = pa.table({"id": range(200), "image": [row.tobytes() for row in pixels], "label": digits.target[:200]})
+    table = table.replace_schema_metadata({"image_shape": "[8, 8]"})
+    for name, part in (("digits_train", table[:150]), ("digits_validation", table[150:])):
+        pq.write_table(part, folder / f"{name}.parquet")
+    return {
+        "source": "parquet",
+        "train": str(folder / "digits_train.parquet"),
+        "validation": str(folder / "digits_validation.parquet"),
+    }
+
+
+def test_a_champion_that_is_gone_is_said_and_no_reason_to_promote_without_a_gate(make: Callable[..., Job]) -> None:
+    job = make()
+    job.write("a.parquet", "a")
+    job.seen(champion="7")
+    registry = Registry.open(None, home=job.folder.folder.local, name="m")
+    MlflowClient(registry.uri, registry_uri=registry.uri).create_registered_model("m")
+    job.write("b.parquet", "b")
+    with pytest.raises(InputError, match=r"champion was version 7, but m in the registry at .* has no version with"):
+        retrain(job.config, quiet=True)
+
+
+@pytest.mark.parametrize("command", [retrain, rollback])
+def test_a_registry_that_does_not_answer_is_a_failure_that_a_scheduler_tries_again(
+    make: Callable[..., Job], command: Callable[..., Any]
+) -> None:
+    job = make()
+    job.write("a.parquet", "a")
+    job.seen()
+    job.write("b.parquet", "b")
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))  # bound, and nobody listens
+        uri = f"http://127.0.0.1:{held.getsockname()[1]}"
+        config = job.config.model_copy(update={"tracking": Tracking(uri=uri)})
+        with pytest.raises(StepError, match="start the same command again") as found:
+            command(config, quiet=True)
+    assert found.value.exit_code == 1
+
+
+def test_the_folder_of_a_search_is_no_jobs_folder(make: Callable[..., Job]) -> None:
+    job = make()
+    job.folder.folder.write_bytes(job.folder.folder.path("search.yaml"), b"")
+    with pytest.raises(RunFolderError, match="holds a run of another command"):
+        retrain(job.config, quiet=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -12,12 +13,15 @@ import ray
 from posttrain.cluster.reading import Split
 from posttrain.cluster.tasks import results
 from posttrain.schema import (
+    BUCKET,
     DIGEST,
     FILE,
     IMAGE,
     LABEL,
+    NO_SUPPORT,
     ROW,
     SAMPLE_ID,
+    SUPPORT,
     Excluded,
     Relabelled,
     excluded_rows,
@@ -50,23 +54,43 @@ def describe(block: pa.Table, rows: np.ndarray) -> pa.Table:
     )
 
 
-def taken_out(split: Split, removed: Excluded, relabelled: Relabelled) -> pa.Table:
-    """{sample_id, image_digest, label, new_label} of the removed and the relabelled samples, as `found_again` takes it.
+@dataclass(frozen=True)
+class Known:
+    """Samples that a former run removed or relabelled and that are still what they were."""
 
-    `label` is the given one, `new_label` empty for the removed.
+    removed: Excluded
+    relabelled: Relabelled
+    support: pa.Table
+    """{bucket, row, self_confidence}: what their labels had for them when they were taken."""
+
+
+def taken_out(split: Split, removed: Excluded, relabelled: Relabelled, support: pa.Table) -> pa.Table:
+    """{sample_id, image_digest, label, new_label, self_confidence} of the removed and relabelled samples.
+
+    `label` is the given one, `new_label` empty for the removed. `support`: {bucket, row, self_confidence} of all of
+    them. `found_again` takes the table.
     """
     nothing = np.empty(0, np.int32)
-    calls, labels = [], []
+    calls: list[tuple[Any, np.ndarray]] = []
+    labels: list[dict[str, pa.Array]] = []
     for bucket in split.buckets:
         gone = removed.get(bucket.index, nothing)
         changed, new = relabelled.get(bucket.index, (nothing, nothing))
         if len(gone) + len(changed):
             calls.append((bucket.block, np.concatenate([gone, changed])))
-            labels.append(pa.array([None] * len(gone) + new.tolist(), pa.int32()))
-    tables = [
-        table.drop_columns([ROW]).append_column(NEW_LABEL, new)
-        for table, new in zip(results(_described, calls), labels, strict=True)
-    ]
+            of_bucket = support.filter(pc.equal(support[BUCKET], bucket.index))
+            at = pc.index_in(pa.array(calls[-1][1], pa.int32()), value_set=of_bucket[ROW].combine_chunks())
+            columns = {
+                NEW_LABEL: pa.array([None] * len(gone) + new.tolist(), pa.int32()),
+                SUPPORT: of_bucket[SUPPORT].combine_chunks().take(at),
+            }
+            labels.append(columns)
+    tables = []
+    for table, columns in zip(results(_described, calls), labels, strict=True):
+        table = table.drop_columns([ROW])
+        for name, column in columns.items():
+            table = table.append_column(name, column)
+        tables.append(table)
     if not tables:
         return pa.table(
             {
@@ -74,6 +98,7 @@ def taken_out(split: Split, removed: Excluded, relabelled: Relabelled) -> pa.Tab
                 DIGEST: pa.array([], pa.uint64()),
                 LABEL: pa.array([], pa.int32()),
                 NEW_LABEL: pa.array([], pa.int32()),
+                SUPPORT: pa.array([], pa.float32()),
             }
         )
     return pa.concat_tables(tables)
@@ -85,8 +110,11 @@ def _matched(block: pa.Table, known: pa.Table) -> pa.Table:
 
 
 def match(block: pa.Table, known: pa.Table) -> pa.Table:
-    """{row, new_label} of the rows of a bucket that a table of `taken_out` has with the same image and given label."""
-    empty = pa.table({ROW: pa.array([], pa.int32()), NEW_LABEL: pa.array([], pa.int32())})
+    """{row, new_label, self_confidence} of the rows of a bucket that a table of `taken_out` has, too.
+
+    With the same image and given label, that is.
+    """
+    empty = pa.table({ROW: pa.array([], pa.int32()), **{name: known[name][:0] for name in (NEW_LABEL, SUPPORT)}})
     ids = known[SAMPLE_ID].combine_chunks()
     if not known.num_rows or block[SAMPLE_ID].type != ids.type:
         return empty
@@ -99,19 +127,22 @@ def match(block: pa.Table, known: pa.Table) -> pa.Table:
     same = np.ones(len(rows), bool)
     for column in (DIGEST, LABEL):
         same &= now[column].to_numpy() == before[column].to_numpy()
-    found = pa.table({ROW: now[ROW], NEW_LABEL: before[NEW_LABEL]})
+    found = pa.table({ROW: now[ROW], NEW_LABEL: before[NEW_LABEL], SUPPORT: before[SUPPORT]})
     return found.filter(pa.array(same))
 
 
-def found_again(split: Split, known: pa.Table) -> tuple[Excluded, Relabelled]:
-    """The rows of samples that a former run removed or relabelled and that are still what they were."""
+def found_again(split: Split, known: pa.Table) -> Known:
+    """The rows of the samples in a table of `taken_out` that are still what they were."""
     if not known.num_rows:
-        return {}, {}
+        return Known({}, {}, NO_SUPPORT)
     reference = ray.put(known)
+    support = [NO_SUPPORT]
     removed: Excluded = {}
     relabelled: Relabelled = {}
     tables = results(_matched, [(bucket.block, reference) for bucket in split.buckets])
     for bucket, table in zip(split.buckets, tables, strict=True):
+        buckets = pa.array(np.full(table.num_rows, bucket.index), pa.int32())
+        support.append(pa.table({BUCKET: buckets, ROW: table[ROW], SUPPORT: table[SUPPORT]}))
         changed = table[NEW_LABEL].is_valid()
         gone, new = table.filter(pc.invert(changed)), table.filter(changed)
         if gone.num_rows:
@@ -121,7 +152,7 @@ def found_again(split: Split, known: pa.Table) -> tuple[Excluded, Relabelled]:
             rows = new[ROW].to_numpy()
             labels = new[NEW_LABEL].to_numpy()
             relabelled = relabelled_rows(np.full(len(rows), bucket.index), rows, labels, relabelled)
-    return removed, relabelled
+    return Known(removed, relabelled, pa.concat_tables(support))
 
 
 @ray.remote

@@ -23,7 +23,7 @@ import ray
 import ray.data
 
 from posttrain import errors
-from posttrain.errors import DataError, DuplicateIdError, LabelRangeError, PosttrainError
+from posttrain.errors import DataError, DuplicateIdError, LabelRangeError, PosttrainError, StepError
 from posttrain.schema import (
     FILE,
     IMAGE,
@@ -211,7 +211,10 @@ def _list_folder(source: FolderSource) -> Listing:
 
 def _refuse_vanished(location: str, wanted: frozenset[str] | None, found: Sequence[str]) -> None:
     if wanted is not None and (missing := wanted.difference(found)):
-        raise DataError(f"{min(missing)} has vanished from {location} since its files were listed; start again")
+        # a later start lists what is there then
+        raise StepError(
+            f"{min(missing)} has vanished from {location} since its files were listed; start the same command again"
+        )
 
 
 def string_labels(source: ParquetSource) -> tuple[str, ...] | None:

@@ -74,8 +74,8 @@ class JobFolder:
     folder: RunFolder
 
     def refuse_a_run(self) -> None:
-        """Raises RunFolderError where `posttrain clean` has its run here."""
-        if self.folder.exists(self.folder.path("run.yaml")):
+        """Raises RunFolderError where `posttrain clean` has its run here, or `posttrain tune` its search."""
+        if any(self.folder.exists(self.folder.path(name)) for name in ("run.yaml", "search.yaml")):
             raise RunFolderError(
                 f"run.path = {self.folder.location} holds a run of another command; name a new folder for the job"
             )

@@ -17,7 +17,17 @@ from pydantic import ValidationError
 
 from posttrain.config import RunFile, differences, dump, without_credentials
 from posttrain.errors import RunFolderError
-from posttrain.schema import BUCKET, ROW, Excluded, Relabelled, Round, excluded_rows, relabelled_rows
+from posttrain.schema import (
+    BUCKET,
+    NO_SUPPORT,
+    ROW,
+    SUPPORT,
+    Excluded,
+    Relabelled,
+    Round,
+    excluded_rows,
+    relabelled_rows,
+)
 from posttrain.store.folder import RunFolder
 
 _PACKAGES = (
@@ -170,6 +180,16 @@ class Ledger:
                     table[BUCKET].to_numpy(), table[ROW].to_numpy(), table["suggested_label"].to_numpy(), relabelled
                 )
         return relabelled
+
+    def support(self, rounds: tuple[Round, ...]) -> pa.Table:
+        """{bucket, row, self_confidence} of all that the committed rounds removed or relabelled."""
+        names = [BUCKET, ROW, SUPPORT]
+        tables = [NO_SUPPORT]
+        for done in rounds:
+            for kind, count in (("removed", done.removed), ("relabelled", done.relabelled)):
+                if count:
+                    tables.append(self.folder.read_table(self.folder.round(done.number, f"{kind}.parquet"), names))
+        return pa.concat_tables(tables)
 
     def removed(self, number: int, columns: list[str] | None = None) -> pa.Table:
         return self.folder.read_table(self.folder.round(number, "removed.parquet"), columns)

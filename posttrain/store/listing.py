@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -103,6 +104,10 @@ def _digest(file: File) -> File:
     try:
         with open(file.path, "rb") as stream:
             found = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16))
+            now = os.fstat(stream.fileno())
+        if (now.st_size, now.st_mtime_ns) != (file.size, file.mtime_ns):
+            # written to since it was listed: these are not the bytes that the run has read
+            return file
         return replace(file, content=found.hexdigest())
     except OSError:
         # vanished since, or none of the file system's: its size and time have to do

@@ -134,6 +134,11 @@ def command(jobfile: Path, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "pipelines.cli", *arguments, str(jobfile)]
 
 
+def memorisation(run: str) -> float:
+    """The offset b of the run's first round."""
+    return json.loads(Path(run, "rounds", "0001", "round.json").read_text())["metrics"]["memorisation"]
+
+
 def test_a_week_in_the_life(
     mlflow_server: str,
     shards: Shards,
@@ -162,6 +167,7 @@ def test_a_week_in_the_life(
     assert day["embedded"]["train"] == {"new": 500, "of": 500, "for_new_weights": 0}
     gone = set(removed_ids(day["run"]))
     assert len(gone & shards.wrong(first)) >= 0.8 * len(gone) > 0
+    memory = memorisation(day["run"])
 
     # day 1: nothing new, and nothing heavy is imported to find that out
     code = "import sys; from pipelines.cli import app; app(['retrain', sys.argv[1]], standalone_mode=False); "
@@ -185,6 +191,9 @@ def test_a_week_in_the_life(
     found = of_today & set(second)
     assert len(found & shards.wrong(second)) >= 0.8 * len(found)
     assert len(found & shards.wrong(second)) >= 0.6 * len(shards.wrong(second))
+    # that the older labels are nearly all right by now is not taken for memory, for which right ones would go
+    assert memorisation(day["run"]) <= memory + 0.2
+    assert len(of_today & set(first) - shards.wrong(first)) <= 0.02 * len(first)
     version = client.get_model_version_by_alias("job", "champion")
     assert version.tags["posttrain.parent"] == "1" and version.tags["posttrain.run"] == Path(day["run"]).name
     rows = list(digits.splits["test"])

@@ -80,6 +80,14 @@ def test_a_file_that_was_only_copied_anew_is_no_news_but_the_same_number_of_othe
     assert names(changed(listed(shards), before, local=True)) == ["train:a.parquet"]
 
 
+def test_a_file_that_is_rewritten_while_a_run_is_at_work_is_news_at_the_next_start(shards: Path) -> None:
+    seen = listed(shards)
+    path = shards / "train" / "a.parquet"
+    path.write_bytes(path.read_bytes()[::-1])  # as long as before
+    before = {(file.split, file.path): file for file in with_content(seen, local=True)}
+    assert names(changed(listed(shards), before, local=True)) == ["train:a.parquet"]
+
+
 def test_a_file_whose_content_was_never_read_counts_by_its_time(shards: Path) -> None:
     before = {key: replace(file, content="") for key, file in known(listed(shards)).items()}
     os.utime(shards / "test.parquet", ns=(1, 1))
