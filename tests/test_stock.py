@@ -257,6 +257,6 @@ def test_a_champion_that_somebody_saved_by_torch_is_what_the_run_starts_from(
     registry = _registry(job.config, job.folder)  # the first start leaves alone what is registered in its own database
     config = JobFile.model_validate({"run": {"path": str(tmp_path / "job")}, "job": {"name": "m"}})
     champion = registry.version(CHAMPION)
-    base = _base(job.folder, registry, champion)
+    base = _base(config, job.folder, registry, champion)
     run_config = _run_config(config, _Attempt("a", job.folder.run("a"), champion), base)
     assert _inputs(run_config, _stock(config, job.folder), base).weights == models.to_bytes(model)
