@@ -52,6 +52,9 @@ pc = cast(Any, pyarrow.compute)
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
 
+# what Arrow raises of files that are cut short, damaged, or not made by it
+_NOT_READABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
+
 # seeds of the draws that decide per sample id; any three different numbers
 _HELD_OUT_DRAW = 1
 _NOISE_DRAW = 2
@@ -196,7 +199,7 @@ def _footers(dataset: pads.FileSystemDataset) -> Iterator[tuple[str, pa.Schema, 
     def look(fragment: Any) -> tuple[str, pa.Schema, int]:
         try:
             return fragment.path, fragment.physical_schema, fragment.metadata.num_rows
-        except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
+        except _NOT_READABLE as error:
             raise _no_parquet(fragment.path, error) from None
 
     # an object store answers one question in 50 ms, and many of them in the same time
@@ -309,11 +312,11 @@ def _dataset(source: ParquetSource) -> pads.FileSystemDataset:
     try:
         # the first file's schema by itself: Arrow would complain of a double column without naming the file
         schema = pq.read_schema(parts[0], filesystem=files)
-    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
+    except _NOT_READABLE as error:
         raise _no_parquet(parts[0], error) from None
     try:
         return pads.dataset(parts, format="parquet", filesystem=files)
-    except pa.ArrowInvalid as error:
+    except pa.ArrowException as error:
         double = next((name for name in schema.names if schema.names.count(name) > 1), None)
         if double is None:
             raise _no_parquet(parts[0], error) from None
@@ -370,7 +373,7 @@ def _each_label(dataset: pads.FileSystemDataset, source: ParquetSource) -> Itera
     for fragment in cast(Any, dataset.get_fragments()):
         try:
             yield from (batch.column(0) for batch in fragment.to_batches(columns=[source.label]))
-        except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
+        except _NOT_READABLE as error:
             raise _no_parquet(fragment.path, error) from None
 
 
@@ -474,7 +477,7 @@ def _refuse_unreadable(source: Source) -> None:
         try:
             for _ in fragment.to_batches(schema=dataset.schema, columns=columns):
                 pass
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        except _NOT_READABLE as error:
             raise _no_parquet(fragment.path, error) from None
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,23 @@ def test_a_damaged_file_is_read_or_refused_by_its_name(tmp_path_factory: pytest.
         highest_label(source)
     except DataError as error:
         assert str(file) in str(error) and "\n" not in str(error)
+
+
+# what atheris found: a file that declares integers of 4 bits, which Arrow has not implemented (zlib, base85)
+FOUND = (
+    b"c-oayJ5D1(5Up;Sky$w~h;H>r6HEXj5MLuqurfi7!GK@|SVES`#%5$&{ES)F$%cD?4fX(gfIR?*AcTy7qtKrj?8PRaWL34QUe$Y5@*H6$&l&gm"
+    b"%z+9p1&}Keutt-}flqO<sOmZHaL1FGv?4PpR>0hd?Bt|!6TU7mLdK{XG0kPl^kqilBJJw$IW}O9)Fp{VO!!Z0LImVPt>jG=3}_wB4l}t21(42d"
+    b"qZMC9+yTyJsif^Q;92z;Z(l~u*e1s>qI!G*g1Mes48T*Z1#oh%Msq5dcp&1D1iL}zbGLK#9>A&IDyKqm-f;t9s;Eh_35iu=cz%jsB=}8(XEJ!e"
+    b"p)pG6;Gk5kU1LD--?89@e(r=HOBR2aU_nOwW8iu+i<Qb@^{YLuyr(PL7Es$UTH8nLVc5hnViQYElM6${Z~9R}+%t)OL|Y2i_3Q9$ROwugHjtJ{"
+    b"*7|s3W$o%a<@RZ{r}4D}k9eZp)=AnQ+NQ>+{-~O7ovxXNZOt1dpt8|d!?0&{Z}<00^}L@~vhx&B?Yw3B8#dXeOKfu!q~D3UH+S*(rADW-6m`4T"
+    b"J^x4Cy=`A#`D=yc)#bcf^Z@J+p49*BNPY6Jht-#C"
+)
+
+
+def test_what_arrow_has_not_implemented_is_refused_by_the_files_name(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(zlib.decompress(base64.b85decode(FOUND)))
+    with pytest.raises(DataError, match=r"a\.parquet: not readable as Parquet \(Integers with less than 8 bits"):
+        list_source(ParquetSource((str(tmp_path / "a.parquet"),), "id", "image", "label"))
 
 
 def test_the_file_is_read_before_it_is_damaged(tmp_path: Path) -> None:
