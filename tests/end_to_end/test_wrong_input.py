@@ -89,7 +89,8 @@ def test_the_table_has_the_kinds_that_it_promises() -> None:
     kinds = {entry.kind for entry in (*bad_input.ROWS, *bad_input.FILES, *bad_input.REFUSALS)}
     assert len(kinds) >= 60
     written = (Path(bad_input.__file__).parent / "results" / "bad_input.md").read_text(encoding="utf-8")
-    assert not {kind for kind in kinds if f"| {kind} |" not in written}
+    # those that only Ray's reading finds may stand below the table
+    assert not {kind for kind in kinds if f"| {kind} |" not in written and f"{kind} (" not in written}
 
 
 def test_a_missing_file(runfile: Make, tmp_path: Path) -> None:
