@@ -207,7 +207,7 @@ def open_tracking(
         run_name=config.run.path.rstrip("/").rsplit("/", 1)[-1],
         run_id=known.get("run_id"),
         params=settings(config),
-        tags={"posttrain.run": config.run.path},
+        tags={"posttrain.run": without_credentials(config.run.path)},
     )
     if not tracking.resumed:
         folder.write_json(path, {"uri": without_credentials(tracking.uri), "run_id": tracking.run_id})
@@ -215,7 +215,7 @@ def open_tracking(
             tracking.log_dataset(
                 f"{config.data.source}/{name}",
                 fingerprint[name],
-                str(getattr(config.data, name) or name),
+                without_credentials(str(getattr(config.data, name) or name)),
                 {"classes": len(inputs.classes), "digest": fingerprint[name]},
             )
     return tracking
@@ -307,7 +307,7 @@ def finish(run: CleaningRun, outcome: rounds.Outcome[Network], began: float) -> 
         with run.progress.step("log the model"):
             files["MLflow"] = log_results(run, outcome)
     summary = {
-        "run": run.config.run.path,
+        "run": without_credentials(run.config.run.path),
         "rounds": state.number,
         "ended": outcome.reason,
         "live": kept,
@@ -378,7 +378,7 @@ def log_results(run: CleaningRun, outcome: rounds.Outcome[Network]) -> str:
     tracking.log_metrics({"rounds": outcome.state.number}, step=outcome.state.number)
     return (
         f"mlflow ui --backend-store-uri {tracking.uri}"
-        if "sqlite" in tracking.uri
+        if tracking.uri.startswith("sqlite:")
         else without_credentials(tracking.uri)
     )
 

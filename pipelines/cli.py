@@ -194,9 +194,12 @@ def _carry_out(
         with _nothing_on_stdout() if as_json else contextlib.nullcontext():
             summary = work(load(runfile, overrides))
     except PosttrainError as error:
+        from posttrain.report.visible import visible
+
         if verbose:
-            traceback.print_exc()
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            for line in traceback.format_exc().splitlines():
+                typer.echo(visible(line), err=True)
+        typer.echo(visible(f"error: {' '.join(str(error).split())}"), err=True)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         if verbose:

@@ -44,13 +44,20 @@ def prepare(config: RunFile, *, only: Mapping[str, frozenset[str]] | None = None
     """
 
     from posttrain.cluster import reading
-    from posttrain.vision import models
+    from posttrain.vision import images, models
 
     sources = _sources(config.data, config.run.seed)
     for name, source in sources.items():
         if only is not None and name in only and not isinstance(source, reading.TableSource):
             sources[name] = replace(source, only=only[name])
     listings = {name: reading.list_source(source) for name, source in sources.items()}
+    for name, listing in listings.items():
+        if listing.images is not None and not images.holds_images(listing.images):
+            raise DataError(
+                f"data.{name} = {getattr(config.data, name)}: column {config.data.image!r} is {listing.images} where "
+                "encoded images (binary), raw pixels or tensors are needed; set data.image to the column that holds "
+                "the images"
+            )
     classes = _classes(config.data, sources["train"], listings["train"])
     if len(classes) < 2:
         raise LabelRangeError(
@@ -95,7 +102,9 @@ def prepare(config: RunFile, *, only: Mapping[str, frozenset[str]] | None = None
         config.data.image_shape or listings["train"].image_shape,
     )
     # refuses images that the network cannot take, layers and a head that do not fit, before any work
-    tried = _layers(config.probe.layers, model, head, _example(image))
+    example = _example(image)
+    tried = _layers(config.probe.layers, model, head, example)
+    models.refuse_unsteady(model, head, example)
     return Inputs(
         sources,
         classes,

@@ -8,9 +8,10 @@ from typing import Any
 from rich.console import Console
 
 from pipelines.clean import finished_already, first_model, opened
-from posttrain.config import RunFile
+from posttrain.config import RunFile, without_credentials
 from posttrain.errors import ConfigError
 from posttrain.report.progress import StepLog
+from posttrain.report.visible import visible
 from posttrain.store.folder import RunFolder
 from posttrain.store.ledger import Ledger
 
@@ -30,10 +31,14 @@ def pretrain(config: RunFile, *, verbose: bool = False, quiet: bool = False) -> 
     if finished_already(Ledger(RunFolder(config.run.path)), config, progress) is None:
         with opened(config, progress, verbose=verbose) as run:
             first_model(run)
-    summary = {"run": config.run.path, "weights": path, "seconds": round(time.perf_counter() - began, 1)}
+    summary = {
+        "run": without_credentials(config.run.path),
+        "weights": path,
+        "seconds": round(time.perf_counter() - began, 1),
+    }
     if not quiet:
         Console().print(
-            f"pre-trained weights: {path}\nnext: posttrain clean with the same run file",
+            f"pre-trained weights: {visible(path)}\nnext: posttrain clean with the same run file",
             markup=False,
             highlight=False,
             soft_wrap=True,

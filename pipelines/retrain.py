@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from posttrain import gate, rounds
-from posttrain.config import Data, JobFile, RunFile, without_credentials
-from posttrain.errors import ConfigError, DataError, InputError, StepError, TrackingError
+from posttrain.config import Data, JobFile, Model, RunFile, without_credentials
+from posttrain.errors import ConfigError, DataError, InputError, ModelError, StepError, TrackingError
 from posttrain.report.progress import StepLog
+from posttrain.report.visible import visible
 from posttrain.store import lease, listing
 from posttrain.store.folder import RunFolder, resolve
 from posttrain.store.job import Base, JobFolder, State, listing_digest
@@ -275,7 +276,7 @@ def _made(
 
     began = time.perf_counter()
     with progress.step("check the inputs"):
-        base = _base(job, registry, attempt.champion)
+        base = _base(config, job, registry, attempt.champion)
         run_config = _run_config(config, attempt, base)
         inputs = _inputs(run_config, stock, base)
     with ExitStack() as stack:
@@ -349,7 +350,7 @@ def _made(
     return record
 
 
-def _base(job: JobFolder, registry: Registry, champion: Version | None) -> Base | None:
+def _base(config: JobFile, job: JobFolder, registry: Registry, champion: Version | None) -> Base | None:
     """The network that the champion's features come from; the champion itself where that is not known."""
     if champion is None:
         return None
@@ -357,7 +358,31 @@ def _base(job: JobFolder, registry: Registry, champion: Version | None) -> Base 
         return known
     with tempfile.TemporaryDirectory() as folder:
         weights, recipe = registry.fetch(champion, Path(folder))
+        recipe = known_recipe(recipe, config.model, f"version {champion.number} of {config.job.name}")
         return Base(f"version {champion.number}", recipe or {}, None, weights.read_bytes(), weights.suffix)
+
+
+def known_recipe(recipe: dict[str, Any] | None, model: Model, where: str) -> dict[str, Any] | None:
+    """The recipe of a registered model, if it builds what the job file names, or a network of torchvision.
+
+    Whoever may write to the registry could name any function there, and it would be called. Raises ModelError.
+    """
+    if recipe is None:
+        return None
+    named, known = _network(recipe["factory"], recipe["arguments"]), _network(model.factory, model.arguments)
+    if named != known and (not isinstance(named, str) or ":" in named):
+        raise ModelError(
+            f"{where} is to be built by {named!r}, and model.factory is {known!r}: set model.factory to it if you "
+            "trust it, or begin a job of its own in a new folder"
+        )
+    return recipe
+
+
+def _network(factory: object, arguments: object) -> object:
+    """The factory of the network itself, also where a probe was put on it."""
+    from posttrain.vision.layers import FACTORY
+
+    return arguments.get("network") if factory == FACTORY and isinstance(arguments, dict) else factory
 
 
 def _run_config(config: JobFile, attempt: _Attempt, base: Base | None) -> RunFile:
@@ -448,6 +473,7 @@ def _champion(run: CleaningRun, registry: Registry, version: Version) -> Network
     spec = run.inputs.spec
     with tempfile.TemporaryDirectory() as folder:
         weights, recipe = registry.fetch(version, Path(folder))
+        recipe = known_recipe(recipe, run.config.model, f"version {version.number} of {registry.name}")
         own = {key: recipe[key] for key in ("factory", "arguments", "head")} if recipe else recipe_of(spec)
         if own != recipe_of(spec):
             spec = replace(spec, **own, layers=(own["head"],))
@@ -624,7 +650,7 @@ def _concluded(
 def _tags(attempt: _Attempt, record: dict[str, Any]) -> dict[str, str]:
     """What a version tells of where it comes from."""
     tags = {
-        _FOLDER: str(attempt.folder.local) if attempt.folder.is_local else attempt.folder.location,
+        _FOLDER: without_credentials(str(attempt.folder.local) if attempt.folder.is_local else attempt.folder.location),
         _BASE: record["base"],
         "posttrain.data": ", ".join(f"{name} {digest}" for name, digest in record["data"].items()),
         "posttrain.removed": f"{record['taken']} samples taken out so far, in {attempt.folder.path('taken.parquet')}",
@@ -677,7 +703,7 @@ def _summary(
         "reason": reason,
         "champion": state.champion,
         "version": version.number if version else None,
-        "run": attempt.folder.location if attempt else None,
+        "run": without_credentials(attempt.folder.location) if attempt else None,
         "held_back": list(state.held_back),
         **of_run,
     }
@@ -687,7 +713,7 @@ def _print(summary: dict[str, Any]) -> None:
     console = Console()
 
     def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print(visible(text), markup=False, highlight=False, soft_wrap=True)
 
     say(f"{summary['job']}: {summary['outcome']}: {summary['reason']}")
     if summary["run"] is None:

@@ -6,7 +6,6 @@ Read from top to bottom: draw the recipes, read the data, embed them once for al
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -18,7 +17,7 @@ from pydantic import JsonValue
 from rich.console import Console
 
 from pipelines.clean import claim, crew, finished_already, first_model, join_ray, open_tracking, read
-from posttrain.config import RunFile, Search, Tracking, dump, without_credentials
+from posttrain.config import RunFile, Search, Tracking, dump, without_credentials, without_secrets
 from posttrain.errors import StepError
 from posttrain.report.progress import StepLog
 from posttrain.report.search import print_search
@@ -267,7 +266,7 @@ def _finish(
     if ledger.folder.is_local:
         told.search.log_artifact(ledger.folder.local / "best.yaml")
     summary = {
-        "search": config.run.path,
+        "search": without_credentials(config.run.path),
         "metric": metric,
         "best": best,
         "trials": [
@@ -325,14 +324,14 @@ def _write_best(
     recipe = recipe.model_copy(
         update={"run": config.run.model_copy(update={"path": run_path}), "search": Search(), "ray": rays}
     )
-    said = f"# Written by posttrain tune: the best recipe of {config.run.path}, trial {trial.number}.\n"
+    search = without_credentials(config.run.path)
+    said = f"# Written by posttrain tune: the best recipe of {search}, trial {trial.number}.\n"
     record = yaml.safe_load(dump(recipe))
     del record["search"]
-    uri = recipe.tracking.uri
-    if uri is not None and without_credentials(uri) != uri:
-        record["tracking"]["uri"] = re.sub(r"//[^/@\s]*@", "//", uri)
-        said += "# The user and password of tracking.uri are left out: add them, or set MLFLOW_TRACKING_USERNAME and\n"
-        said += "# MLFLOW_TRACKING_PASSWORD.\n"
+    if without_secrets(record) != record:
+        record = yaml.safe_load(yaml.safe_dump(without_secrets(record)).replace("//***@", "//"))
+        said += "# Users, passwords and keys of its URIs are left out: add them, or leave them to the environment\n"
+        said += "# (MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, AWS_ACCESS_KEY_ID and the like).\n"
     if config.model.weights is None:
         # trained once for all trials: the run goes on from there
         best = Ledger(RunFolder(run_path))

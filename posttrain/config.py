@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -30,7 +31,14 @@ from pydantic import (
 
 from posttrain.errors import ConfigError
 
-Text = Annotated[str, Field(min_length=1)]
+
+def _without_controls(text: str) -> str:
+    if found := re.search(r"[\x00-\x1f\x7f]", text):
+        raise ValueError(f"should hold no control character such as {ascii(found[0])[1:-1]}")
+    return text
+
+
+Text = Annotated[str, Field(min_length=1), AfterValidator(_without_controls)]
 Paths = Text | Annotated[tuple[Text, ...], Field(min_length=1)]
 
 
@@ -697,9 +705,25 @@ def differences(a: RunFile, b: RunFile) -> list[str]:
 # Reading and writing YAML -----------------------------------------------------------------------------------
 
 
+_SECRET = re.compile(
+    r"((?:password|passwd|pwd|secret|token|signature|sig|credential|access_?key)[^=&#\s]*=)[^&#\s]+", re.I
+)
+
+
 def without_credentials(text: str) -> str:
-    """The text with user and password taken out of the URIs in it."""
-    return re.sub(r"//[^/@\s]*@", "//***@", text)
+    """The text with user and password, and keys in queries, taken out of the URIs in it."""
+    # up to the last @ before the path: a password may hold one
+    text = re.sub(r"//[^/?#\s]*@", "//***@", text)
+    return re.sub(r"(?<=[?&;])[^\s'\"]+", lambda query: _SECRET.sub(r"\1***", query[0]), text)
+
+
+def without_secrets(record: Any) -> Any:
+    """Nested mappings and lists, as a run file is written down, with `without_credentials` of all their texts."""
+    if isinstance(record, Mapping):
+        return {key: without_secrets(value) for key, value in record.items()}
+    if isinstance(record, list | tuple):
+        return [without_secrets(value) for value in record]
+    return without_credentials(record) if isinstance(record, str) else record
 
 
 class _Loader(yaml.SafeLoader):
@@ -707,11 +731,13 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for position, key in enumerate(keys):
-            if any(key.value == earlier.value for earlier in keys[:position]):
+        seen: set[str] = set()
+        for key in keys:
+            if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key.value} is there twice", key.start_mark
                 )
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -736,32 +762,68 @@ for _yaml in (_Loader, _Dumper):
     _yaml.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
 
 
+MOST_BYTES = 2**20
+"""Largest run file that is read."""
+
+MOST_VALUES = 100_000
+"""Most values of a run file, those behind an alias counted each time that it stands there."""
+
+
+def _extent(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node stands for; a few aliases of aliases can stand for billions."""
+    if id(node) not in known:
+        known[id(node)] = 0  # of a node that contains itself YAML complains later
+        inside: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            inside = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            inside = node.value
+        known[id(node)] = 1 + sum(_extent(part, known) for part in inside)
+    return known[id(node)]
+
+
 def _parse(text: str, where: str) -> object:
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
+        if node is not None and (extent := _extent(node, {})) > MOST_VALUES:
+            shown = f"{extent:,}" if extent < 10**9 else "billions of"
+            raise ConfigError(
+                f"{where}: its aliases and lists stand for {shown} values, and a run file holds at most "
+                f"{MOST_VALUES:,}; write it without them"
+            )
         # deep: a node that contains itself is then an error of YAML's and no endless structure
         return None if node is None else loader.construct_object(node, deep=True)
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
-        raise ConfigError(f"{where}{line}: {error.problem or error.context}") from None
+        fault = error.problem or error.context or ""
+        for sign, remedy in (("recursive", "; write out what the anchor stands for"), ("tag", "; leave the tag out")):
+            if sign in fault:
+                fault += remedy
+                break
+        raise ConfigError(f"{where}{line}: {fault}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise ConfigError(f"{where}: nested too deeply to be a run file") from None
-    except ValueError as error:
-        raise ConfigError(f"{where}: a value cannot be read: {error}") from None
+    # with a tag such as !!timestamp, PyYAML's constructors stumble over any value that is none
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        raise ConfigError(f"{where}: a value cannot be read: {' '.join(str(error).split())}") from None
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as stream:
+            content = stream.read(MOST_BYTES + 1)
+        text = content.decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such run file; without one, the embedded digits run is taken") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: a run file is YAML in UTF-8, and this is not UTF-8 text") from None
     except OSError as error:
         raise ConfigError(f"{path}: the run file cannot be read: {error.strerror}") from None
+    if len(content) > MOST_BYTES:
+        raise ConfigError(f"{path}: is larger than {MOST_BYTES:,} bytes; a run file is a page of YAML, name that one")
     raw = _parse(text, str(path))
     if not isinstance(raw, dict):
         raise ConfigError(
@@ -797,9 +859,15 @@ def _complaints(error: ValidationError, raw: dict[str, Any], kind: type[RunFile]
         key = ".".join(parts)
         of_space = parts[:2] == ["search", "space"] and len(parts) > 2
         message = entry["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        if entry["type"] in ("int_parsing", "float_parsing"):
+            message += _unit(entry["input"])
         if entry["type"] == "extra_forbidden":
             beside = [f"{'.'.join(parts[:-1])}.{how}" for how in Distribution.model_fields] if of_space else []
             found[_unknown(key, beside or list(_known(kind)))] = []
+        elif entry["type"] == "invalid_key" or entry["loc"][-1:] == ("[key]",):
+            *under, bad = [part for part in entry["loc"] if part != "[key]"]
+            where = ".".join(_located(tuple(under), kind)) if under else "the run file"
+            found[f"{where} has the key {bad}, which is no text (put quotes around it)"] = []
         elif entry["type"] == "missing":
             found[f"{key} has to be set"] = []
         elif entry["type"] in ("model_type", "dict_type"):
@@ -877,6 +945,17 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -
             yield f"{prefix}{key}: {before} -> {after}"
 
 
+def _unit(value: object) -> str:
+    """What to write in the place of a number with a unit."""
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(%|[a-zA-Z]{1,3})\s*", value) if isinstance(value, str) else None
+    if found is None:
+        return ""
+    return f" (write {float(found[1]) / 100:g})" if found[2] == "%" else f" (write {found[1]}, without a unit)"
+
+
 def _shown(value: object) -> str:
-    text = json.dumps(value, default=str, ensure_ascii=False)
+    try:
+        text = json.dumps(value, default=str, ensure_ascii=False)
+    except (ValueError, TypeError, RecursionError):  # a number of thousands of digits, a key that is no text
+        return "(too long to show)"
     return text if len(text) <= 60 else text[:57] + "..."

@@ -132,6 +132,14 @@ def test_an_error_is_one_line_and_an_exit_code(pipeline, error, code):
     assert result.stderr == f"error: {' '.join(str(error).split())}\n"
 
 
+@pytest.mark.parametrize("option", [(), ("-v",)], ids=["quiet", "verbose"])
+def test_an_error_neither_steers_the_terminal_nor_shows_a_password(pipeline, option):
+    error = DataError("s3://key:hunter2@bucket/\x1b[2J.parquet?secret_key=hunter3 is not readable")
+    result = pipeline("clean", raising(error), *option)
+    assert "\x1b" not in result.stderr and "hunter" not in result.stderr
+    assert result.stderr.endswith("error: s3://***@bucket/\\x1b[2J.parquet?secret_key=*** is not readable\n")
+
+
 def test_verbose_shows_where_an_error_came_from(pipeline):
     result = pipeline("clean", raising(StepError("embedding failed")), "-v")
     assert "Traceback" in result.stderr and result.stderr.endswith("\nerror: embedding failed\n")

@@ -262,7 +262,7 @@ def test_a_champion_that_somebody_saved_by_torch_is_what_the_run_starts_from(
     registered(job, tmp_path / "theirs")
     registry = _registry(job.config, job.folder)  # the first start leaves alone what is registered in its own database
     champion = registry.version(CHAMPION)
-    base = _base(job.folder, registry, champion)
+    base = _base(job.config, job.folder, registry, champion)
 
     def taken_up(**data: Any) -> bytes | None:
         config = JobFile.model_validate(

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any, Literal, NoReturn, cast
@@ -19,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.dataset as pads
+import pyarrow.parquet as pq
 import ray
 import ray.data
 
@@ -48,6 +51,9 @@ pc = cast(Any, pyarrow.compute)
 
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
+
+# what Arrow raises of files that are cut short, damaged, or not made by it
+_NOT_READABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
 
 # seeds of the draws that decide per sample id; any three different numbers
 _HELD_OUT_DRAW = 1
@@ -96,6 +102,8 @@ class Listing:
     image_shape: tuple[int, ...] | None
     files: tuple[tuple[str, int], ...]
     """(path, size in bytes) of every file."""
+    images: pa.DataType | None = None
+    """Type of the image column; None: no column, or one that posttrain made."""
 
 
 @dataclass(frozen=True)
@@ -129,53 +137,169 @@ def list_source(source: Source) -> Listing:
     """What a source holds, from names and footers alone. Raises DataError where it cannot be read."""
     if isinstance(source, TableSource):
         metadata = source.table.schema.metadata or {}
-        shape = metadata.get(b"image_shape")
         return Listing(
             source.table.num_rows,
-            _class_names(metadata),
-            tuple(json.loads(shape)) if shape else None,
+            _class_names(metadata, source.name),
+            _declared_shape(metadata, source.name),
             ((source.name, source.table.nbytes),),
         )
     if isinstance(source, FolderSource):
         return _list_folder(source)
     dataset = _dataset(source)
-    missing = {source.id, source.image, source.label, source.true_label} - {None, *dataset.schema.names}
-    if missing:
-        raise DataError(
-            f"{source.locations[0]}: no column {', '.join(sorted(map(repr, filter(None, missing))))}; the file "
-            f"has {', '.join(dataset.schema.names)}; set data.id, data.image and data.label"
-        )
-    for name in filter(None, (source.label, source.true_label)):
-        kind = dataset.schema.field(name).type
-        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or _is_text(kind)):
-            raise DataError(
-                f"{source.locations[0]}: column {name!r} is {kind}; labels have to be integers or class names "
-                "(data.label, data.true_label)"
-            )
-    kind = dataset.schema.field(source.id).type
-    if not (pa.types.is_integer(kind) or _is_text(kind)):
-        raise DataError(
-            f"{source.locations[0]}: column {source.id!r} is {kind}; ids have to be integers or strings (data.id)"
-        )
-    rows = dataset.count_rows()
+    rows = _refuse_unfit(dataset, source)
     if rows == 0:
         raise DataError(f"{source.locations[0]}: holds no samples; name a location with at least one row")
     metadata = dataset.schema.metadata or {}
-    shape = metadata.get(b"image_shape")
-    return Listing(rows, _class_names(metadata), tuple(json.loads(shape)) if shape else None, _sizes(dataset))
+    return Listing(
+        rows,
+        _class_names(metadata, source.locations[0]),
+        _declared_shape(metadata, source.locations[0]),
+        _sizes(dataset),
+        dataset.schema.field(source.image).type,
+    )
+
+
+def _refuse_unfit(dataset: pads.FileSystemDataset, source: ParquetSource) -> int:
+    """The number of rows. Raises DataError for the first file that is cut short or has not the columns that it needs.
+
+    Looks into every footer: Arrow itself would fill a column that a file lacks with nulls.
+    """
+    first: dict[str, tuple[str, pa.DataType]] = {}
+    rows = 0
+    for path, schema, of_file in _footers(dataset):
+        for key, name in _columns(source):
+            times = schema.names.count(name)
+            if times != 1:
+                what = f"no column {name!r}" if not times else f"{times} columns {name!r}"
+                raise DataError(
+                    f"{path}: {what}; the file has {_briefly(schema.names)}; set {key}, or keep files of another kind "
+                    f"out of {_briefly(source.locations)}"
+                )
+            field = schema.field(name)
+            if "arrow_pickled_object" in _kinds_within(field):
+                raise DataError(
+                    f"{path}: column {name!r} holds pickled Python objects, which could run code and are refused; "
+                    f"write it as plain values ({key})"
+                )
+            kind = _plain_kind(field.type)
+            _refuse_kind(key, kind, path, name)
+            before = first.setdefault(name, (path, kind))
+            if _family(before[1]) != _family(kind):
+                raise DataError(
+                    f"{path}: column {name!r} is {kind}, and in {before[0]} it is {before[1]}; write it with one type "
+                    f"in all files ({key})"
+                )
+        rows += of_file
+    return rows
+
+
+def _footers(dataset: pads.FileSystemDataset) -> Iterator[tuple[str, pa.Schema, int]]:
+    """(path, schema, number of rows) of every file. Raises DataError for the first that is no whole Parquet file."""
+
+    def look(fragment: Any) -> tuple[str, pa.Schema, int]:
+        try:
+            return fragment.path, fragment.physical_schema, fragment.metadata.num_rows
+        except _NOT_READABLE as error:
+            raise _no_parquet(fragment.path, error) from None
+
+    # an object store answers one question in 50 ms, and many of them in the same time
+    with ThreadPoolExecutor(16) as pool:
+        yield from pool.map(look, dataset.get_fragments())
+
+
+def _no_parquet(path: str, error: BaseException) -> DataError:
+    return DataError(
+        f"{path}: not readable as Parquet ({_first_line(error)}); write the file again, or take it out of the folder"
+    )
+
+
+def _columns(source: ParquetSource) -> Iterator[tuple[str, str]]:
+    """(key of the run file, name) of each column that is read."""
+    yield from (("data.id", source.id), ("data.image", source.image), ("data.label", source.label))
+    if source.true_label is not None:
+        yield "data.true_label", source.true_label
+
+
+def _kinds_within(field: pa.Field) -> str:
+    """The names of the extension types of a column, and of what is nested in it."""
+    names = [str((field.metadata or {}).get(b"ARROW:extension:name", b"")), getattr(field.type, "extension_name", "")]
+    storage = getattr(field.type, "storage_type", field.type)
+    nested = [storage.field(i) for i in range(storage.num_fields)]
+    if pa.types.is_dictionary(storage):
+        nested.append(pa.field("", storage.value_type))
+    return " ".join([*names, *map(_kinds_within, nested)])
+
+
+def _plain_kind(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _family(kind: pa.DataType) -> str:
+    """What two files have to agree in: numbers of any width, text and bytes with any offsets."""
+    for name, belongs in {
+        "integer": pa.types.is_integer(kind),
+        "number": pa.types.is_floating(kind),
+        "text": _is_text(kind),
+        "bytes": pa.types.is_large_binary(kind) or _is_binary(kind),
+    }.items():
+        if belongs:
+            return name
+    return str(kind)
+
+
+def _refuse_kind(key: str, kind: pa.DataType, path: str, name: str) -> None:
+    if key in ("data.label", "data.true_label"):
+        if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or _is_text(kind)):
+            raise DataError(
+                f"{path}: column {name!r} is {kind}; labels have to be integers or class names (data.label, "
+                "data.true_label)"
+            )
+    elif key == "data.id" and not (pa.types.is_integer(kind) or _is_text(kind)):
+        raise DataError(f"{path}: column {name!r} is {kind}; ids have to be integers or strings (data.id)")
+
+
+def _briefly(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:8])
+    return f"{shown} and {len(names) - 8} more" if len(names) > 8 else shown
 
 
 def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
-def _class_names(metadata: Mapping[bytes, bytes]) -> tuple[str, ...] | None:
+def _class_names(metadata: Mapping[bytes, bytes], where: str) -> tuple[str, ...] | None:
     """From the schema's metadata: `class_names` as JSON or comma-separated."""
-    if raw := metadata.get(b"class_names"):
+    raw = metadata.get(b"class_names")
+    if not raw:
+        return None
+    try:
         text = raw.decode()
-        return tuple(json.loads(text)) if text.lstrip().startswith("[") else tuple(text.split(","))
-    return None
+        names = json.loads(text) if text.lstrip().startswith("[") else text.split(",")
+        if not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
+            raise ValueError("a name is empty, there twice, or no text")
+    except ValueError as error:
+        raise DataError(
+            f"{where}: class_names in the schema's metadata are no list of names ({_first_line(error)}); mend them, "
+            "or leave them out and set data.classes"
+        ) from None
+    return tuple(names)
+
+
+def _declared_shape(metadata: Mapping[bytes, bytes], where: str) -> tuple[int, ...] | None:
+    """From the schema's metadata: `image_shape` as JSON."""
+    raw = metadata.get(b"image_shape")
+    if not raw:
+        return None
+    try:
+        shape = json.loads(raw)
+        if not isinstance(shape, list) or len(shape) not in (2, 3) or not all(type(n) is int and n > 0 for n in shape):
+            raise ValueError("two or three whole numbers above 0 are needed")
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{where}: image_shape in the schema's metadata is no [height, width, channels] ({_first_line(error)}); "
+            "mend it, or leave it out and set data.image_shape"
+        ) from None
+    return tuple(shape)
 
 
 def _dataset(source: ParquetSource) -> pads.FileSystemDataset:
@@ -186,9 +310,19 @@ def _dataset(source: ParquetSource) -> pads.FileSystemDataset:
         parts.extend(info.path for info in found if source.only is None or info.path in source.only)
     _refuse_vanished(source.locations[0], source.only, parts)
     try:
+        # the first file's schema by itself: Arrow would complain of a double column without naming the file
+        schema = pq.read_schema(parts[0], filesystem=files)
+    except _NOT_READABLE as error:
+        raise _no_parquet(parts[0], error) from None
+    try:
         return pads.dataset(parts, format="parquet", filesystem=files)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{source.locations[0]}: not readable as Parquet ({_first_line(error)})") from None
+    except pa.ArrowException as error:
+        double = next((name for name in schema.names if schema.names.count(name) > 1), None)
+        if double is None:
+            raise _no_parquet(parts[0], error) from None
+        raise DataError(
+            f"{parts[0]}: {schema.names.count(double)} columns {double!r}; give each column a name of its own"
+        ) from None
 
 
 def _sizes(dataset: pads.FileSystemDataset) -> tuple[tuple[str, int], ...]:
@@ -220,24 +354,30 @@ def _refuse_vanished(location: str, wanted: frozenset[str] | None, found: Sequen
 def string_labels(source: ParquetSource) -> tuple[str, ...] | None:
     """The distinct names where the label column holds text, sorted; None where it holds numbers."""
     dataset = _dataset(source)
-    kind = dataset.schema.field(source.label).type
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    if not _is_text(kind):
+    if not _is_text(_plain_kind(dataset.schema.field(source.label).type)):
         return None
     names: set[str] = set()
-    for batch in dataset.to_batches(columns=[source.label]):
-        names.update(name for name in pc.unique(batch.column(0)).to_pylist() if name is not None)
+    for column in _each_label(dataset, source):
+        names.update(name for name in pc.unique(column).to_pylist() if name is not None)
     return tuple(sorted(names))
 
 
 def highest_label(source: ParquetSource) -> int:
-    """The largest label of a numeric label column."""
+    """The largest label of a numeric label column; infinite ones are for `read` to refuse."""
     highest = -1
-    for batch in _dataset(source).to_batches(columns=[source.label]):
-        value = pc.max(batch.column(0)).as_py()
-        highest = max(highest, -1 if value is None else int(value))
+    for column in _each_label(_dataset(source), source):
+        value = pc.max(column).as_py()
+        highest = max(highest, -1 if value is None or not math.isfinite(value) else int(value))
     return highest
+
+
+def _each_label(dataset: pads.FileSystemDataset, source: ParquetSource) -> Iterator[pa.Array]:
+    """The label column in parts. Raises DataError naming the file where a page of it cannot be read."""
+    for fragment in cast(Any, dataset.get_fragments()):
+        try:
+            yield from (batch.column(0) for batch in fragment.to_batches(columns=[source.label]))
+        except _NOT_READABLE as error:
+            raise _no_parquet(fragment.path, error) from None
 
 
 # -- reading ---------------------------------------------------------------------------------------------
@@ -311,7 +451,11 @@ def read(
             inspections.append(ray.get(reference))
             progress(sum(i.rows for i in inspections), total_rows)
     except Exception as error:
-        explain(error)
+        if not isinstance(told := _told(error), PosttrainError):
+            # Ray does not say which file it was
+            for source in sources.values():
+                _refuse_unreadable(source)
+        raise told from None
     if len(blocks) != len(owners):
         raise PosttrainError(f"Ray Data sorted into {len(blocks)} blocks where {len(owners)} were asked for")
     splits = {}
@@ -324,6 +468,20 @@ def read(
     if total != total_rows:
         raise PosttrainError(f"{total_rows} samples were listed but {total} were read; did the files change meanwhile?")
     return splits
+
+
+def _refuse_unreadable(source: Source) -> None:
+    """Raises DataError for the first Parquet file of which a page cannot be read."""
+    if not isinstance(source, ParquetSource):
+        return
+    dataset = _dataset(source)
+    columns = list(dict.fromkeys(name for _, name in _columns(source)))
+    for fragment in cast(Any, dataset.get_fragments()):
+        try:
+            for _ in fragment.to_batches(schema=dataset.schema, columns=columns):
+                pass
+        except _NOT_READABLE as error:
+            raise _no_parquet(fragment.path, error) from None
 
 
 def true_labels_are_known(sources: Mapping[str, Source], noise: Noise | None) -> bool:
@@ -454,7 +612,12 @@ def _ids(column: pa.ChunkedArray, where: str, name: str) -> pa.Array:
         target = pa.string()
     else:
         raise DataError(f"{where}: column {name!r} is {kind}; ids have to be integers or strings (data.id)")
-    cast = pc.cast(column, target)
+    try:
+        cast = pc.cast(column, target)
+    except pa.ArrowInvalid:
+        raise DataError(
+            f"{where}: column {name!r} holds an id above 2^63 - 1; write it as a string (data.id)"
+        ) from None
     return cast.combine_chunks() if isinstance(cast, pa.ChunkedArray) else cast
 
 
@@ -471,7 +634,7 @@ def _labels(column: pa.ChunkedArray, classes: tuple[str, ...], where: str, name:
         if pc.any(unknown).as_py():
             at = pc.index(unknown, True).as_py()
             raise LabelRangeError(
-                f"{where}: label {column[at].as_py()!r} at sample_id {ids[at].as_py()} is not among the "
+                f"{where}: label {column[at].as_py()!r} at sample_id {ids[at].as_py()!r} is not among the "
                 f"{len(classes)} classes; set data.classes or correct the label"
             )
         return pc.fill_null(index, -1).to_numpy().astype(np.int32)
@@ -482,12 +645,15 @@ def _labels(column: pa.ChunkedArray, classes: tuple[str, ...], where: str, name:
     broken = ~absent & (values != np.floor(values))
     if broken.any():
         at = int(np.argmax(broken))
-        raise DataError(f"{where}: label {values[at]} at sample_id {ids[at].as_py()} is not a whole number")
+        raise DataError(
+            f"{where}: label {values[at]} at sample_id {ids[at].as_py()!r} is not a whole number; is data.label = "
+            f"{name!r} the right column?"
+        )
     outside = ~absent & ((values < 0) | (values >= len(classes)))
     if outside.any():
         at = int(np.argmax(outside))
         raise LabelRangeError(
-            f"{where}: label {int(values[at])} at sample_id {ids[at].as_py()}, but there are {len(classes)} classes "
+            f"{where}: label {values[at]:.0f} at sample_id {ids[at].as_py()!r}, but there are {len(classes)} classes "
             f"(0..{len(classes) - 1}); is data.label = {name!r} the right column, or data.classes too small?"
         )
     return np.where(absent, -1, values).astype(np.int32)
@@ -610,14 +776,21 @@ def _refuse_shared_ids(splits: Mapping[str, Split], sources: Mapping[str, Source
 
 def explain(error: BaseException) -> NoReturn:
     """Raise posttrain's own error out of the wrappings that Ray puts around it; else `error` as it is."""
+    told = _told(error)
+    if told is error:
+        raise error
+    raise told from None
+
+
+def _told(error: BaseException) -> BaseException:
     for inner in _causes(error):
         if isinstance(inner, PosttrainError):
-            raise inner from None
+            return inner
     # Ray Data keeps of the exception that a function of its own raised only the text
     told = re.search(r"^posttrain\.errors\.(\w+): (.+)$", str(error), re.MULTILINE)
     if told is not None and issubclass(kind := getattr(errors, told[1], Exception), PosttrainError):
-        raise kind(told[2]) from None
-    raise error
+        return kind(told[2])
+    return error
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

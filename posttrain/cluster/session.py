@@ -71,6 +71,24 @@ def _silent_stderr() -> Iterator[None]:
 
 
 @contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A Ray that starts in here is reachable from this machine alone; by itself it listens on all addresses.
+
+    Ray has no option for it: it turns `_node_ip_address="127.0.0.1"` into the machine's own address. What it does on
+    macOS and Windows it does here, too, unless the user has set its variable.
+    """
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    if ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR not in os.environ:
+        ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
 def session(
     *,
     address: str | None = None,
@@ -103,7 +121,11 @@ def session(
         if address:
             refuse_unreachable(address)
         try:
-            with contextlib.nullcontext() if verbose else _silent_stderr():
+            with contextlib.ExitStack() as stack:
+                if not verbose:
+                    stack.enter_context(_silent_stderr())
+                if not address:
+                    stack.enter_context(_on_loopback())
                 ray.init(**options)
         except (ConnectionError, RuntimeError) as error:
             if not address:

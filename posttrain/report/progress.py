@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from posttrain.report.visible import visible
+
 _LOG_EVERY_S = 30.0
 
 _WORTH_A_LINE_S = 0.1
@@ -51,8 +53,8 @@ class StepLog:
         return {name: round(value, 3) for name, value in self._of_round.items()}
 
     def say(self, text: str) -> None:
-        """A line that stays; brackets in it are text."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        """A line that stays; brackets in it are text, and so is what would steer a terminal."""
+        self.console.print(visible(text), markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def step(self, name: str) -> Iterator[Callable[[int, int], None]]:

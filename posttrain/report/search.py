@@ -8,11 +8,14 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from posttrain.report.visible import visible
 
 
 def print_search(console: Console, summary: Mapping[str, Any]) -> None:
     """Every trial with its values, and what it came to; the best one is marked."""
-    table = Table(title=f"posttrain tune  {summary['search']}", title_justify="left", box=None)
+    table = Table(title=Text(visible(f"posttrain tune  {summary['search']}")), title_justify="left", box=None)
     trials = summary["trials"]
     keys = list(trials[0]["values"])
     names = [key.rpartition(".")[2] for key in keys]
@@ -27,11 +30,11 @@ def print_search(console: Console, summary: Mapping[str, Any]) -> None:
         metric = trial[summary["metric"]]
         table.add_row(
             str(trial["number"]),
-            *(_value(trial["values"][key]) for key in keys),
+            *(Text(visible(_value(trial["values"][key]))) for key in keys),
             str(trial["rounds"]),
             f"{trial['removed']:,}",
             "" if metric is None else _metric(summary["metric"], metric),
-            ("best; " if best else "") + _briefly(trial),
+            Text(visible(("best; " if best else "") + _briefly(trial))),
             style="bold" if best else None,
         )
     if not console.is_terminal:
@@ -47,7 +50,7 @@ def print_search(console: Console, summary: Mapping[str, Any]) -> None:
         f"its run file         {summary['files']['best run file']}",
         f"next                 posttrain clean {summary['files']['best run file']}",
     ):
-        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+        console.print(visible(f"  {line}"), markup=False, highlight=False, soft_wrap=True)
 
 
 def _briefly(trial: Mapping[str, Any]) -> str:

@@ -7,11 +7,16 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from posttrain.report.visible import visible
 
 
 def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
     """What the run came to; figures that are not known are left out."""
-    table = Table(title=f"posttrain  {summary['run']}", title_justify="left", show_header=False, box=None)
+    table = Table(
+        title=Text(visible(f"posttrain  {summary['run']}")), title_justify="left", show_header=False, box=None
+    )
     table.add_column(style="bold")
     table.add_column(justify="right")
     table.add_column(style="dim")
@@ -37,14 +42,14 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
     ]
     for name, value, remark in rows:
         if value is not None:
-            table.add_row(name, value, remark)
+            table.add_row(name, value, Text(visible(remark)))
     if not console.is_terminal:
         # a pipe or a log file has no width of its own; the 80 columns that rich takes would break the remarks
         console.width = max(console.width, 120)
     console.print(table)
-    console.print(f"  ended because {summary['ended']}", markup=False, highlight=False, soft_wrap=True)
+    console.print(visible(f"  ended because {summary['ended']}"), markup=False, highlight=False, soft_wrap=True)
     for name, what in summary["files"].items():
-        console.print(f"  {name:<20} {what}", markup=False, highlight=False, soft_wrap=True)
+        console.print(visible(f"  {name:<20} {what}"), markup=False, highlight=False, soft_wrap=True)
 
 
 def _refit(summary: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -81,8 +82,17 @@ class JobFolder:
             )
 
     def run(self, name: str) -> RunFolder:
-        """The folder of a run."""
-        return RunFolder(f"{self.folder.location.rstrip('/')}/runs/{name}")
+        """The folder of a run. Raises RunFolderError for a name that leads out of the job's folder."""
+        return RunFolder(f"{self.folder.location.rstrip('/')}/runs/{self._inside(name)}")
+
+    def _inside(self, name: str) -> str:
+        # names come back from tags in MLflow, where others may write, too
+        if not re.fullmatch(r"[\w-][\w .-]*", name):
+            raise RunFolderError(
+                f"{name!r} is no name of a run or network in {self.folder.location}: mend the tags of the registered "
+                "model, or name a new folder for the job"
+            )
+        return name
 
     # -- state -----------------------------------------------------------------------------------------
 
@@ -116,7 +126,7 @@ class JobFolder:
         """The files that the finished runs have seen, by split and path; those held back are among them."""
         if state.files is None:
             return {}
-        rows = self.folder.read_table(self.folder.path("files", state.files)).to_pylist()
+        rows = self.folder.read_table(self.folder.path("files", self._inside(state.files))).to_pylist()
         return {(row["split"], row["path"]): File(**row) for row in rows}
 
     # -- base networks ---------------------------------------------------------------------------------
@@ -138,7 +148,8 @@ class JobFolder:
             self.folder.write_json(described, {"recipe": dict(base.recipe), "classes": base.classes})
 
     def _base(self, key: str) -> tuple[str, str]:
-        return self.folder.path("base", f"{key}.json"), self.folder.path("base", f"{key}.safetensors")
+        name = self._inside(key)
+        return self.folder.path("base", f"{name}.json"), self.folder.path("base", f"{name}.safetensors")
 
     def drop_features(self, runs: Sequence[str]) -> None:
         """Delete the feature stores of these runs."""

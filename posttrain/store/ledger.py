@@ -15,7 +15,7 @@ import pyarrow as pa
 import yaml
 from pydantic import ValidationError
 
-from posttrain.config import RunFile, differences, dump, without_credentials
+from posttrain.config import RunFile, differences, dump, without_secrets
 from posttrain.errors import RunFolderError
 from posttrain.schema import (
     BUCKET,
@@ -51,11 +51,8 @@ _MAY_NOT_DIFFER = ("ray.precision",)
 
 
 def settings(config: RunFile) -> dict[str, Any]:
-    """The run file as it may be written down: without the user and password of a tracking URI."""
-    record = yaml.safe_load(dump(config))
-    if uri := record["tracking"]["uri"]:
-        record["tracking"]["uri"] = without_credentials(uri)
-    return record
+    """The run file as it may be written down: without the users, passwords and keys in its URIs."""
+    return without_secrets(yaml.safe_load(dump(config)))
 
 
 @dataclass(frozen=True)
@@ -121,7 +118,7 @@ class Ledger:
             ) from None
         changed = [
             line
-            for line in differences(before, config)
+            for line in differences(before, RunFile.model_validate(settings(config)))
             if line.startswith(_MAY_NOT_DIFFER) or not line.startswith(_MAY_DIFFER[self.kind])
         ]
         if changed:

@@ -52,14 +52,43 @@ def image_files(location: str) -> tuple[fs.FileSystem, list[fs.FileInfo]]:
     files, root = resolve(location)
     if files.get_file_info(root).type != fs.FileType.Directory:
         raise DataError(f"{location}: no such folder; check data.train, data.validation, data.test")
+    if isinstance(files, fs.LocalFileSystem):
+        _refuse_bad_links(root)
     found = files.get_file_info(fs.FileSelector(root, recursive=True))
     images = sorted(
-        (f for f in found if f.type == fs.FileType.File and f.path.lower().endswith(IMAGE_SUFFIXES)),
+        (f for f in found if f.type != fs.FileType.Directory and f.path.lower().endswith(IMAGE_SUFFIXES)),
         key=lambda f: f.path,
     )
+    for image in images:
+        if image.type != fs.FileType.File:
+            raise DataError(f"{image.path}: is named as an image and is no file; take it out")
     if not images:
         raise DataError(f"{location}: holds no image; expected <class>/<image> with one of {', '.join(IMAGE_SUFFIXES)}")
     return files, images
+
+
+def _refuse_bad_links(folder: str) -> None:
+    """Raises DataError for a link that leads back, whose images would be endless, or nowhere, which Arrow leaves out.
+
+    All other links are followed, to files and to folders.
+    """
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_symlink():
+                _refuse_bad_link(entry)
+            if entry.is_dir():
+                _refuse_bad_links(entry.path)
+
+
+def _refuse_bad_link(link: os.DirEntry[str]) -> None:
+    target = os.path.realpath(link.path)
+    if (os.path.realpath(os.path.dirname(link.path)) + "/").startswith(target + "/"):
+        raise DataError(
+            f"{link.path}: is a link that leads back to {target}, so that its images would come again and again; "
+            "take it out"
+        )
+    if not os.path.exists(target):
+        raise DataError(f"{link.path}: is a link to {target}, which is not there; mend it, or take it out")
 
 
 def list_files(source: str, locations: Mapping[str, tuple[str, ...]]) -> list[File]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -80,6 +81,7 @@ def write_issues(
 
     `label_quality` (cleanlab's `find_label_issues`) and `label_score` (its Datalab) are the same number here: the
     leave-one-out probability of the given label. The removed and relabelled come first, in the order of their rounds.
+    Text that a spreadsheet would take for a formula has an apostrophe before it.
     """
     count = 0
     with folder.writing(folder.path("issues.csv")) as stream:
@@ -115,14 +117,25 @@ def _issues(table: pa.Table, is_issue: bool, classes: Sequence[str]) -> pa.Table
     predicted = table["suggested_label"] if is_issue else table["predicted_label"]
     return pa.table(
         {
-            SAMPLE_ID: table[SAMPLE_ID],
+            SAMPLE_ID: _for_spreadsheets(table[SAMPLE_ID]),
             "is_label_issue": pa.array(np.full(table.num_rows, is_issue)),
             "label_quality": quality,
             "label_score": quality,
-            "given_label": names.take(table[LABEL]),
-            "predicted_label": names.take(predicted),
+            "given_label": _for_spreadsheets(names.take(table[LABEL])),
+            "predicted_label": _for_spreadsheets(names.take(predicted)),
         }
     )
+
+
+def _for_spreadsheets(column: Any) -> Any:
+    """Text as no spreadsheet takes it for a formula and no terminal for a command; numbers as they are."""
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        return column
+    column = pc.replace_substring_regex(column, pattern=r"^([=+\-@\t\r])", replacement=r"'\1")
+    if not pc.any(pc.match_substring_regex(column, pattern=r"[\x00-\x1f\x7f]")).as_py():
+        return column
+    written = [re.sub(r"[\x00-\x1f\x7f]", lambda found: ascii(found[0])[1:-1], text) for text in column.to_pylist()]
+    return pa.array(written, pa.string())
 
 
 def write_manifest(folder: RunFolder, last_scores: str | None, excluded: Excluded, relabelled: Relabelled) -> int:

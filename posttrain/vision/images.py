@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import struct
@@ -31,6 +32,15 @@ PIXEL_LIMIT = 178_956_970
 
 # An allow-list: Pillow opens some of its other formats by starting a program (EPS: Ghostscript).
 _PILLOW_FORMATS = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000", "TGA")
+
+
+# An allow-list, too: Ray has an extension type whose cells are pickles, and unpickles them when they are looked at.
+_TENSORS = (
+    "arrow.fixed_shape_tensor",
+    "ray.data.arrow_tensor",
+    "ray.data.arrow_tensor_v2",
+    "ray.data.arrow_variable_shaped_tensor",
+)
 
 
 class UnreadableImage(ValueError):  # noqa: N818  a finding about a cell, no failure of the program
@@ -181,12 +191,24 @@ def _plain(column: pa.Array) -> pa.Array:
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         # flatten, not field: a row that is null has null bytes
         return _plain(column.flatten()[kind.get_field_index("bytes")])
-    if isinstance(kind, pa.BaseExtensionType) or _is_binary(kind) or _is_list(kind) or pa.types.is_null(kind):
+    if holds_images(kind):
         return column
     raise DataError(
         f"the image column holds {kind} where encoded images (binary), raw pixels or tensors are needed; "
         "set data.image to the column that holds the images"
     )
+
+
+def holds_images(kind: pa.DataType) -> bool:
+    """Whether a column of this type can hold images at all (see `decode_column`)."""
+    if pa.types.is_dictionary(kind):
+        return holds_images(kind.value_type)
+    if pa.types.is_struct(kind):
+        at = kind.get_field_index("bytes")
+        return at >= 0 and holds_images(kind.field(at).type)
+    if isinstance(kind, pa.BaseExtensionType):
+        return kind.extension_name in _TENSORS
+    return _is_binary(kind) or pa.types.is_binary_view(kind) or _is_list(kind) or pa.types.is_null(kind)
 
 
 def _is_binary(kind: pa.DataType) -> bool:
@@ -292,17 +314,15 @@ def _fitted(images: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
 def _decoded(data: bytes, channels: int) -> Tensor:
     """Encoded bytes as uint8 [c, h, w]; c is `channels` wherever the decoder can do that itself."""
     declared = _declared_size(data)
-    if declared is not None and decode_image is not None and ImageReadMode is not None:
+    if declared is not None:
         _refuse_bomb(*declared)
+    # JPEG alone: where libpng reports an error, torchvision (0.30 and before) crashes the process
+    if data[:2] == b"\xff\xd8" and decode_image is not None and ImageReadMode is not None:
         mode = ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY
         try:
-            image = decode_image(torch.frombuffer(data, dtype=torch.uint8), mode, apply_exif_orientation=True)
+            return decode_image(torch.frombuffer(data, dtype=torch.uint8), mode, apply_exif_orientation=True)
         except RuntimeError:
             pass  # Pillow reads some of these after all, and says of the others what is wrong with them
-        else:
-            if image.dtype == torch.uint16:
-                image = image.to(torch.int32).add_(128).floor_divide_(257).to(torch.uint8)
-            return image
     return _decoded_by_pillow(data, channels)
 
 
@@ -330,11 +350,16 @@ def _refuse_bomb(width: int, height: int) -> None:
         raise UnreadableImage(f"{width}x{height} pixels, more than the limit of {PIXEL_LIMIT:,}")
 
 
-def _decoded_by_pillow(data: bytes, channels: int) -> Tensor:
+@functools.cache
+def _pillow_formats() -> list[str]:
     Image.init()
+    return [name for name in _PILLOW_FORMATS if name in Image.OPEN]
+
+
+def _decoded_by_pillow(data: bytes, channels: int) -> Tensor:
     kind = "image"
     try:
-        with Image.open(io.BytesIO(data), formats=[f for f in _PILLOW_FORMATS if f in Image.OPEN]) as image:
+        with Image.open(io.BytesIO(data), formats=_pillow_formats()) as image:
             kind = image.format or kind
             _refuse_bomb(*image.size)
             upright = ImageOps.exif_transpose(image)
@@ -342,8 +367,10 @@ def _decoded_by_pillow(data: bytes, channels: int) -> Tensor:
                 return torch.from_numpy(((np.array(upright, np.uint32) + 128) // 257).astype(np.uint8))[None]
             if upright.mode in ("I", "F"):
                 raise UnreadableImage(f"{kind} with 32-bit pixels, whose range is not known")
-            colour = upright.convert("RGB")
-            pixels = np.array(colour if channels == 3 else colour.convert("L"))
+            # by way of RGB: of other modes, such as CMYK, grey would be another
+            grey = channels == 1 and upright.mode != "L"
+            colour = upright.convert("RGB") if grey or channels == 3 else upright
+            pixels = np.array(colour.convert("L") if grey else colour)
     except (UnreadableImage, MemoryError):
         raise
     except Image.DecompressionBombError as error:  # Pillow's own limit: ours, if nobody changed it

@@ -164,6 +164,42 @@ def embed(model: nn.Module, head: str, batch: Tensor) -> tuple[Tensor, Tensor]:
     return features.float(), logits.float()
 
 
+def refuse_unsteady(model: nn.Module, head: str, batch: Tensor) -> None:
+    """Raises ModelError where a sample's features are not finite, or depend on more than the sample.
+
+    Runs the model on the batch of two or more twice, and on its first half with other samples beside it. Rounding
+    differs with the size of a batch, by less than a ten-thousandth of the largest feature.
+    """
+
+    def differing(found: tuple[Tensor, Tensor], again: tuple[Tensor, Tensor]) -> bool:
+        return any(
+            float((one - other).abs().max()) > 1e-4 * max(float(one.abs().max()), 1e-3)
+            for one, other in zip(found, again, strict=True)
+        )
+
+    half = len(batch) // 2
+    found = embed(model, head, batch)
+    if not all(bool(tensor.isfinite().all()) for tensor in found):
+        raise ModelError(
+            f"what the model computes at model.head {head!r} is not finite for an image of random pixels; use other "
+            "weights, or check model.mean and model.std"
+        )
+    if differing(found, embed(model, head, batch)):
+        raise ModelError(
+            f"the model gives other values at model.head {head!r} for the same images when it is run again, in "
+            "evaluation mode; take the randomness out of its forward pass (dropout: training=self.training)"
+        )
+    beside = torch.cat([batch[:half], 3 * batch[half:].flip(-1) + 1, -batch])
+    first = (found[0][:half], found[1][:half])
+    of_first = embed(model, head, beside)
+    if differing(first, (of_first[0][:half], of_first[1][:half])):
+        raise ModelError(
+            f"what the model computes at model.head {head!r} for an image depends on the other images of its batch, in "
+            "evaluation mode; use the running statistics of its batch norms (track_running_stats=True, "
+            "training=self.training)"
+        )
+
+
 def load_weights(model: nn.Module, path: Path) -> None:
     """Puts the weights of a .safetensors file, or of a file by torch.save, into the model without unpickling.
 

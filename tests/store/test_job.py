@@ -73,3 +73,11 @@ def test_the_digest_depends_on_every_file_and_not_on_their_order() -> None:
     others = [listing_digest(FILES[:1], "x"), listing_digest(FILES), listing_digest(FILES, "y")]
     others += [listing_digest([FILES[0], File("test", "a/b.parquet", 20, 7)], "x")]
     assert len({digest, *others}) == 5
+
+
+@pytest.mark.parametrize("name", ["../../elsewhere", "/etc", "a/b", "..", ".", "", "a\0b", "a\nb"])
+def test_a_name_from_the_registry_cannot_lead_out_of_the_jobs_folder(tmp_path: Path, name: str) -> None:
+    job = JobFolder(RunFolder(str(tmp_path / "job")))
+    for use in (job.run, job.base, lambda name: job.drop_features([name])):
+        with pytest.raises(RunFolderError, match="is no name of a run or network in"):
+            use(name)

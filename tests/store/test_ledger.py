@@ -221,3 +221,28 @@ def test_a_run_goes_on_whatever_is_searched_and_a_search_only_with_the_same_spac
         else:
             with pytest.raises(RunFolderError, match=r"holds a search with other settings \(search\."):
                 search.refuse_other_settings(record, changed)
+
+
+def test_no_credential_of_any_uri_is_written_down_and_none_is_a_difference(tmp_path: Path) -> None:
+    config = RunFile.model_validate(
+        {
+            "run": {"path": str(tmp_path / "run")},
+            "data": {
+                "source": "parquet",
+                "train": ["s3://key:hunter1@bucket/a", "s3://bucket/b?secret_key=hunter2"],
+                "root": "https://u:hunter3@host/x",
+            },
+            "model": {"factory": "f:g", "channels": 1, "image_size": 8, "arguments": {"from": ["ftp://u:hunter4@h/"]}},
+            "tracking": {"uri": "postgresql://u:hunter5@h/db"},
+        }
+    )
+    ledger = Ledger(RunFolder(str(tmp_path / "run")))
+    ledger.start(config, {"train": "0"})
+    assert "hunter" not in (tmp_path / "run" / "run.yaml").read_text()
+    started = ledger.started()
+    assert started is not None and started["config"]["data"]["train"][0] == "s3://***@bucket/a"
+    ledger.refuse_other_settings(started, config)
+    other = config.data.model_copy(update={"train": ("s3://key:hunter1@bucket/c",)})
+    with pytest.raises(RunFolderError) as caught:
+        ledger.refuse_other_settings(started, config.model_copy(update={"data": other}))
+    assert "bucket/c" in str(caught.value) and "hunter" not in str(caught.value)

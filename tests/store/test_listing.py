@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from posttrain.errors import DataError
-from posttrain.store.listing import File, changed, list_files, with_content
+from posttrain.store.listing import File, changed, image_files, list_files, with_content
 
 
 @pytest.fixture
@@ -98,3 +98,32 @@ def test_the_same_file_in_another_set_is_news(shards: Path) -> None:
     before = known(list_files("parquet", {"train": (str(shards / "train"),)}))
     now = list_files("parquet", {"train": (str(shards / "train"),), "validation": (str(shards / "train"),)})
     assert names(changed(now, before, local=True)) == ["validation:a.parquet", "validation:b.pq"]
+
+
+def test_links_to_images_and_folders_are_followed_unless_they_lead_back(tmp_path: Path) -> None:
+    (tmp_path / "store" / "more").mkdir(parents=True)
+    for name in ("a.png", "more/b.png"):
+        (tmp_path / "store" / name).write_bytes(b"x")
+    cat = tmp_path / "classes" / "cat"
+    cat.mkdir(parents=True)
+    (cat / "linked.png").symlink_to(tmp_path / "store" / "a.png")
+    (cat / "folder").symlink_to(tmp_path / "store" / "more")
+    _, found = image_files(str(tmp_path / "classes"))
+    assert [Path(info.path).relative_to(cat).as_posix() for info in found] == ["folder/b.png", "linked.png"]
+    # behind a link, too
+    (tmp_path / "store" / "more" / "again").symlink_to(tmp_path / "store")
+    (tmp_path / "store" / "up").symlink_to(tmp_path / "store" / "more")
+    with pytest.raises(DataError, match=r"is a link that leads back to .*; take it out"):
+        image_files(str(tmp_path / "classes"))
+
+
+def test_what_is_named_as_an_image_and_is_none_is_not_left_out_in_silence(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "a.png").write_bytes(b"x")
+    (tmp_path / "cat" / "b.png").symlink_to("nowhere.png")
+    with pytest.raises(DataError, match=r"cat/b\.png: is a link to .*nowhere\.png, which is not there"):
+        image_files(str(tmp_path))
+    (tmp_path / "cat" / "b.png").unlink()
+    os.mkfifo(tmp_path / "cat" / "c.png")
+    with pytest.raises(DataError, match=r"cat/c\.png: is named as an image and is no file"):
+        image_files(str(tmp_path))

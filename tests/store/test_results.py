@@ -281,3 +281,20 @@ def test_every_removal_has_a_reason_in_words(run: Finished):
 def test_a_removal_of_the_control_says_that_it_was_drawn(run: Finished):
     table = run.folder.read_table(run.folder.round(2, "removed.parquet"))
     assert set(results.reason(table, "random", 2, CLASSES).to_pylist()) == {"drawn at random in round 2 (control)"}
+
+
+def test_neither_a_spreadsheet_nor_a_terminal_takes_a_cell_of_issues_csv_for_a_command(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path))
+    names = ["=cmd|' /C calc'!A0", "+1", "-1", "@SUM(A1)", "\t=1", "cat/\x1b[2J.png", "a=b-c", "plain"]
+    samples = scored_samples(1, text=True).iloc[: len(names)].assign(sample_id=names)
+    path = folder.round(1, "scores.parquet")
+    folder.write_table(path, pa.Table.from_pandas(samples, preserve_index=False))
+    results.write_issues(folder, [], path, {}, {}, ("=1+1", "dog", "\x1bhen"))
+    found = pd.read_csv(tmp_path / "issues.csv")
+    safe = ["'=cmd|' /C calc'!A0", "'+1", "'-1", "'@SUM(A1)", "'\\t=1", "cat/\\x1b[2J.png", "a=b-c", "plain"]
+    assert list(found["sample_id"]) == safe
+    assert set(found["given_label"]) == {"'=1+1", "dog", "\\x1bhen"}
+    numbers = scored_samples(1, text=False)
+    folder.write_table(path, pa.Table.from_pandas(numbers, preserve_index=False))
+    results.write_issues(folder, [], path, {}, {}, CLASSES)
+    assert list(pd.read_csv(tmp_path / "issues.csv")["sample_id"]) == list(numbers["sample_id"])  # -5 is a number

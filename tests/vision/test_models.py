@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipelines.benchmarks import bad_models
 from posttrain.errors import ModelError
+from posttrain.vision import models
 from posttrain.vision.models import (
     backbone_fingerprint,
     build,
@@ -392,3 +395,29 @@ def test_a_buffer_outside_the_state_dict_counts_for_the_fingerprint():
     before = backbone_fingerprint(model, "head")
     model.register_buffer("mean", torch.ones(1), persistent=False)
     assert backbone_fingerprint(model, "head") != before
+
+
+@pytest.mark.parametrize(
+    ("factory", "said"),
+    [
+        ("forgetful", "gives other values at model.head 'head' for the same images when it is run again"),
+        ("noisy", "gives other values at model.head 'head' for the same images when it is run again"),
+        ("in_train_mode", "depends on the other images of its batch, in evaluation mode"),
+        ("not_finite", "is not finite for an image of random pixels"),
+    ],
+)
+def test_a_model_whose_features_depend_on_more_than_the_image_is_refused(factory: str, said: str) -> None:
+    torch.manual_seed(0)
+    model = getattr(bad_models, factory)(10)
+    with pytest.raises(ModelError, match=re.escape(said)):
+        models.refuse_unsteady(model, "head", torch.randn(2, 1, 8, 8))
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "mobilenet_v3_small", "efficientnet_b0", "vit_b_32", "swin_t", "googlenet"]
+)
+def test_the_networks_of_torchvision_are_steady(name: str) -> None:
+    torch.manual_seed(0)
+    model = models.build(name, classes=10, arguments={})
+    head = models.find_head(model, classes=10)
+    models.refuse_unsteady(model, head, torch.randn(2, 3, 224, 224))
