@@ -6,6 +6,7 @@ Read from top to bottom: open the run, read the data into buckets, get the model
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -16,9 +17,10 @@ from rich.console import Console
 
 from posttrain import rounds
 from posttrain.config import Data, RunFile, without_credentials
-from posttrain.errors import ConfigError, StepError
+from posttrain.errors import ConfigError, StepError, TrackingError
 from posttrain.report.progress import StepLog
 from posttrain.report.summary import print_summary
+from posttrain.store import lease
 from posttrain.store.folder import RunFolder
 from posttrain.store.ledger import Ledger, settings
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from pipelines.steps import CleaningRun
     from posttrain.cluster.reading import Split
     from posttrain.cluster.workers import Network, Workers
+    from posttrain.store.outbox import Outbox
     from posttrain.store.tracking import Tracking
 
 
@@ -46,6 +49,7 @@ def clean(config: RunFile, *, verbose: bool = False, quiet: bool = False) -> dic
             progress.say(f"stopped: {outcome.reason}")
             outcome = replace(outcome, state=run.last_boundary(outcome.state, outcome.reason))
             summary = finish(run, outcome, began)
+        summary["undelivered"] = undelivered(run.tracking)
     if not quiet:
         print_summary(Console(), summary)
     return summary
@@ -78,19 +82,23 @@ def finished_already(ledger: Ledger, config: RunFile, progress: StepLog) -> dict
             f"{config.run.path}: this {ledger.kind} is finished; nothing to do. For another, set run.path to a new "
             "folder."
         )
+        summary["undelivered"] = deliver_rest(config, ledger.folder, progress)
     return summary
 
 
 @contextmanager
 def opened(config: RunFile, progress: StepLog, *, verbose: bool) -> Iterator[CleaningRun]:
-    """The run with its data read and its tracking open; closes what it opened."""
-    with progress.step("check the inputs"):
-        from pipelines.inputs import prepare
-
-        inputs = prepare(config)
+    """The run with its data read and its tracking open, alone in its folder; closes what it opened."""
     folder = RunFolder(config.run.path)
     with ExitStack() as stack:
-        yield _opened(config, inputs, folder, progress, stack, verbose=verbose)
+        held = stack.enter_context(lease.alone(folder))
+        with progress.step("check the inputs"):
+            from pipelines.inputs import prepare
+
+            inputs = prepare(config)
+        run = _opened(config, inputs, folder, progress, stack, verbose=verbose)
+        run.assert_held = held.assert_held
+        yield run
 
 
 def join_ray(config: RunFile, progress: StepLog, stack: ExitStack, *, verbose: bool) -> str | None:
@@ -176,19 +184,11 @@ def _opened(
     if not train_workers:
         workers.start()  # they import torch while MLflow makes its tables
     with progress.step("open MLflow"):
-        tracking = open_tracking(config, inputs, folder, fingerprint)
-    stack.enter_context(tracking)
+        tracking = stack.enter_context(open_outbox(config, inputs, folder, fingerprint, progress))
     return CleaningRun(config, inputs, splits, folder, workers, train_workers, tracking, progress)
 
 
-def open_tracking(
-    config: RunFile,
-    inputs: Inputs,
-    folder: RunFolder,
-    fingerprint: dict[str, str],
-    *,
-    home: RunFolder | None = None,
-) -> Tracking:
+def open_tracking(config: RunFile, folder: RunFolder, *, home: RunFolder | None = None) -> Tracking:
     """The run's parent in MLflow; the one that it has already where it goes on.
 
     `home`: the folder of the job whose database the run shares, where tracking.uri is null.
@@ -197,29 +197,74 @@ def open_tracking(
 
     path = folder.path("tracking.json")
     known = folder.read_json(path) if folder.exists(path) else {}
-    if not known and config.tracking.uri is None and home is None:
+    if "run_id" not in known and config.tracking.uri is None and home is None:
         # a run that was killed while MLflow made its tables: half of them cannot be gone on with
         for left in folder.local.glob("mlflow.db*"):
             left.unlink()
+    if "key" not in known:
+        # before MLflow has the run: it is found again by this, should we be killed before we have its id
+        known["key"] = uuid.uuid4().hex
+        folder.write_json(path, known)
     tracking = Tracking.open(
         config.tracking.uri,
         run_folder=(home or folder).local if folder.is_local else Path("."),
         experiment=config.tracking.experiment,
         run_name=config.run.path.rstrip("/").rsplit("/", 1)[-1],
         run_id=known.get("run_id"),
+        key=known["key"],
         params=settings(config),
         tags={"posttrain.run": config.run.path},
     )
     if not tracking.resumed:
-        folder.write_json(path, {"uri": without_credentials(tracking.uri), "run_id": tracking.run_id})
-        for name in inputs.sources:
-            tracking.log_dataset(
-                f"{config.data.source}/{name}",
-                fingerprint[name],
-                str(getattr(config.data, name) or name),
-                {"classes": len(inputs.classes), "digest": fingerprint[name]},
-            )
+        known |= {"uri": without_credentials(tracking.uri), "run_id": tracking.run_id}
+        folder.write_json(path, known)
     return tracking
+
+
+def open_outbox(
+    config: RunFile, inputs: Inputs, folder: RunFolder, fingerprint: dict[str, str], progress: StepLog
+) -> Outbox:
+    """What the run tells MLflow through: from here on it goes on also where MLflow does not answer."""
+    from posttrain.store.outbox import Outbox
+
+    outbox = Outbox.of(open_tracking(config, folder), folder, progress.say)
+    log_data(outbox, config, inputs, fingerprint)
+    return outbox
+
+
+def log_data(tracking: Tracking | Outbox, config: RunFile, inputs: Inputs, fingerprint: dict[str, str]) -> None:
+    """Every named set as an input of the MLflow run."""
+    for name in inputs.sources:
+        tracking.log_dataset(
+            f"{config.data.source}/{name}",
+            fingerprint[name],
+            str(getattr(config.data, name) or name),
+            {"classes": len(inputs.classes), "digest": fingerprint[name]},
+        )
+
+
+def deliver_rest(config: RunFile, folder: RunFolder, progress: StepLog) -> dict[str, Any] | None:
+    """Tell MLflow what it did not take of a finished run; what is left of it after that, as `Outbox.undelivered`."""
+    from posttrain.store.outbox import Outbox, waiting
+
+    left = waiting(folder)
+    if not left:
+        return None
+    with lease.alone(folder), progress.step("open MLflow"):
+        try:
+            outbox = Outbox.of(open_tracking(config, folder), folder, progress.say)
+        except TrackingError as error:
+            uri = without_credentials(config.tracking.uri or "the run folder's database")
+            return {"messages": len(left), "server": uri, "why": str(error)}
+        outbox.deliver()
+    return outbox.undelivered()
+
+
+def undelivered(tracking: Tracking | Outbox | None) -> dict[str, Any] | None:
+    """{messages, server, why} of what MLflow did not take and the run folder keeps; None where there is nothing."""
+    from posttrain.store.outbox import Outbox
+
+    return tracking.undelivered() if isinstance(tracking, Outbox) else None
 
 
 def begun(run: CleaningRun) -> Any:
@@ -384,8 +429,8 @@ def log_results(run: CleaningRun, outcome: rounds.Outcome[Network]) -> str:
     )
 
 
-def log_model(tracking: Tracking, model: Network, weights: Path) -> str:
-    """The URI of the model as it is logged in MLflow; `weights` is its safetensors file."""
+def log_model(tracking: Tracking | Outbox, model: Network, weights: Path) -> str | None:
+    """The URI of the model as it is logged in MLflow, where that is known; `weights` is its safetensors file."""
     spec = model.spec
     return tracking.log_model(
         weights,

@@ -265,8 +265,8 @@ def _made(
         if not train_workers:
             workers.start()
         with progress.step("open MLflow"):
-            tracking = clean.open_tracking(run_config, inputs, attempt.folder, fingerprint, home=job.folder)
-        stack.enter_context(tracking)
+            tracking = stack.enter_context(clean.open_tracking(run_config, attempt.folder, home=job.folder))
+            clean.log_data(tracking, run_config, inputs, fingerprint)
         run = CleaningRun(run_config, inputs, splits, attempt.folder, workers, train_workers, tracking, progress)
         run.take_over(_earlier(job, attempt, run), [job.run(name) for name in reversed(stock.state.runs)])
         state = clean.begun(run) or run.begin(clean.first_model(run))
@@ -487,7 +487,7 @@ def _embedded_in_words(embedded: dict[str, dict[str, int]]) -> list[str]:
     return lines
 
 
-def _logged(run: CleaningRun, model: Network) -> str:
+def _logged(run: CleaningRun, model: Network) -> str | None:
     from pipelines.clean import log_model
 
     assert run.tracking is not None

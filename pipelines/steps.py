@@ -7,7 +7,7 @@ the tracking. Each method is one step.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -55,6 +55,7 @@ from posttrain.store.results import reason
 from posttrain.vision import layers, models
 
 if TYPE_CHECKING:
+    from posttrain.store.outbox import Outbox
     from posttrain.store.tracking import Tracking
 
 # pyarrow makes these functions when it is imported: a type checker sees none of them
@@ -100,7 +101,7 @@ class CleaningRun:
     folder: RunFolder
     workers: Workers
     train_workers: int
-    tracking: Tracking | None
+    tracking: Tracking | Outbox | None
     progress: StepLog
     removed: Excluded = field(default_factory=dict)
     relabelled: Relabelled = field(default_factory=dict)
@@ -117,6 +118,8 @@ class CleaningRun:
     """What former runs of the same job removed and relabelled; see `take_over`."""
     former: Sequence[RunFolder] | None = None
     """Runs whose features are taken up, the latest first. None: this run is not one of a job."""
+    assert_held: Callable[[], None] = lambda: None
+    """Raises where another process has taken the run folder over; called before a round is made last."""
     noise: dict[str, float] | None = None
     """The first estimate of the share of wrong labels, thus of the data as they came: rate, low, high, whether it is
     more than a clean set shows."""
@@ -348,6 +351,7 @@ class CleaningRun:
                     relabel_accuracy=found.relabel_accuracy,
                 )
         done = replace(done, metrics=metrics, seconds=self.progress.seconds_of_round())
+        self.assert_held()
         self.ledger.commit(done)
         # the next round's features are those of the new backbone: the old ones are not asked for again
         self.folder.keep_only_features(self._backbone(model).backbone)
@@ -402,6 +406,7 @@ class CleaningRun:
         metrics = {**last.metrics, **self._found, **self.evaluate(state, model)}
         self._write_checkpoint(number, model)
         done = Round(number, self._live(), 0, 0, 0, metrics, self.progress.seconds_of_round(), reason)
+        self.assert_held()
         self.ledger.commit(done)
         self.tell_round(done, {})
         self.progress.say(f"the boundary as the new head, nothing removed: {self._line(done)}")
@@ -469,6 +474,7 @@ class CleaningRun:
         with self.progress.step("fit"):
             metrics |= self._without_removal(backbone)
         done = Round(0, self._live(), 0, 0, 0, metrics, self.progress.seconds_of_round())
+        self.assert_held()
         self.ledger.commit(done)
         self.tell_round(done, {})
         self.progress.say(self._line(done))

@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from posttrain.report.summary import print_undelivered
+
 
 def print_search(console: Console, summary: Mapping[str, Any]) -> None:
     """Every trial with its values, and what it came to; the best one is marked."""
@@ -48,6 +50,7 @@ def print_search(console: Console, summary: Mapping[str, Any]) -> None:
         f"next                 posttrain clean {summary['files']['best run file']}",
     ):
         console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+    print_undelivered(console, summary)
 
 
 def _briefly(trial: Mapping[str, Any]) -> str:

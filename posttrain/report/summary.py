@@ -43,8 +43,21 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
         console.width = max(console.width, 120)
     console.print(table)
     console.print(f"  ended because {summary['ended']}", markup=False, highlight=False, soft_wrap=True)
+    print_undelivered(console, summary)
     for name, what in summary["files"].items():
         console.print(f"  {name:<20} {what}", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_undelivered(console: Console, summary: Mapping[str, Any]) -> None:
+    """A line on what MLflow was not told, where there is such."""
+    if left := summary["undelivered"]:
+        console.print(
+            f"  MLflow at {left['server']} has not taken {left['messages']} messages ({left['why']}); they are kept in "
+            "the run folder's outbox/: start the same command again to deliver them",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _refit(summary: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from posttrain.errors import RunFolderError, StepError
+
+_TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.tmp$")
 
 
 def resolve(location: str) -> tuple[fs.FileSystem, str]:
@@ -73,6 +76,15 @@ class RunFolder:
         for info in self.files.get_file_info(fs.FileSelector(self.path("features"), allow_not_found=True)):
             if info.base_name != backbone:
                 self.files.delete_dir(info.path)
+
+    def clear_half_written(self) -> None:
+        """Delete what writers of a killed process left behind; to be called where no other is at work here."""
+        if not self.is_local:
+            return  # there, what is half written is nowhere to be seen
+        for path in self.local.rglob("*.tmp"):
+            # but not beneath a lease: those who ask for it write there at any time
+            if _TEMPORARY.search(path.name) and not path.parent.name.endswith("lease"):
+                path.unlink(missing_ok=True)
 
     # -- reading and writing ---------------------------------------------------------------------------
 
