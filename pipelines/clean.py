@@ -17,7 +17,7 @@ from rich.console import Console
 
 from posttrain import rounds
 from posttrain.config import Data, RunFile, without_credentials
-from posttrain.errors import ConfigError, StepError, TrackingError
+from posttrain.errors import ConfigError, DataError, StepError, TrackingError
 from posttrain.report.progress import StepLog
 from posttrain.report.summary import print_summary
 from posttrain.store import lease
@@ -139,7 +139,21 @@ def read(config: RunFile, inputs: Inputs, progress: StepLog) -> tuple[dict[str, 
             ids_span_sets=config.data.id_scope == "all",
             progress=tell,
         )
+    refuse_changed(config, inputs, splits)
     return splits, {"files": inputs.listing, **{name: split.digest for name, split in splits.items()}}
+
+
+def refuse_changed(config: RunFile, inputs: Inputs, splits: dict[str, Split]) -> None:
+    """Raises DataError where other samples were read than the files held when they were listed."""
+    found = {name: split.rows for name, split in splits.items()}
+    if inputs.held_out_share is not None:
+        found["train"] += found.pop("validation")
+    for name, rows in inputs.rows.items():
+        if found[name] != rows:
+            raise DataError(
+                f"data.{name} = {getattr(config.data, name)}: held {rows:,} samples when its files were listed, and "
+                f"{found[name]:,} when they were read; leave them as they are, and start again"
+            )
 
 
 def claim(ledger: Ledger, config: RunFile, fingerprint: dict[str, str]) -> None:

@@ -21,9 +21,10 @@ import pyarrow.compute
 import pyarrow.dataset as pads
 import ray
 import ray.data
+import ray.exceptions
 
 from posttrain import errors
-from posttrain.errors import DataError, DuplicateIdError, LabelRangeError, PosttrainError
+from posttrain.errors import DataError, DuplicateIdError, LabelRangeError, PosttrainError, StepError
 from posttrain.schema import (
     FILE,
     IMAGE,
@@ -158,7 +159,10 @@ def list_source(source: Source) -> Listing:
         raise DataError(
             f"{source.locations[0]}: column {source.id!r} is {kind}; ids have to be integers or strings (data.id)"
         )
-    rows = dataset.count_rows()
+    try:
+        rows = dataset.count_rows()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{source.locations[0]}: not readable as Parquet ({_first_line(error)})") from None
     if rows == 0:
         raise DataError(f"{source.locations[0]}: holds no samples; name a location with at least one row")
     metadata = dataset.schema.metadata or {}
@@ -606,14 +610,23 @@ def _refuse_shared_ids(splits: Mapping[str, Split], sources: Mapping[str, Source
 
 
 def explain(error: BaseException) -> NoReturn:
-    """Raise posttrain's own error out of the wrappings that Ray puts around it; else `error` as it is."""
-    for inner in _causes(error):
+    """Raise posttrain's own error out of the wrappings that Ray puts around it; else `error` as it is.
+
+    What a disk or an object store refuses becomes a StepError.
+    """
+    causes = list(_causes(error))
+    for inner in causes:
         if isinstance(inner, PosttrainError):
             raise inner from None
     # Ray Data keeps of the exception that a function of its own raised only the text
     told = re.search(r"^posttrain\.errors\.(\w+): (.+)$", str(error), re.MULTILINE)
     if told is not None and issubclass(kind := getattr(errors, told[1], Exception), PosttrainError):
         raise kind(told[2]) from None
+    for inner in causes:
+        # Ray's own error is one of this kind as well, with the whole trace as its text
+        if isinstance(inner, OSError) and not isinstance(inner, ray.exceptions.RayError | ConnectionError):
+            why = " ".join(str(inner).split())
+            raise StepError(f"{why}; mend it and start the same command again to go on") from error
     raise error
 
 

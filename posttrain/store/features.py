@@ -85,7 +85,8 @@ def write_shard(
             _BUCKETS: str(buckets).encode(),
         }
     )
-    with folder.writing(path) as stream:
+    # not durable: what a power cut takes is embedded again
+    with folder.writing(path, durable=False) as stream:
         # float16 activations hardly compress: lz4 costs nothing and helps where many are zero
         pq.write_table(table, stream, compression="lz4", use_dictionary=False, write_statistics=False)
 

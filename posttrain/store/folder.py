@@ -22,6 +22,15 @@ from posttrain.errors import RunFolderError, StepError
 _TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.tmp$")
 
 
+def _make_last(path: str | Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def resolve(location: str) -> tuple[fs.FileSystem, str]:
     """(file system, path in it) of a local path or of any URI that pyarrow knows (s3://, gs://, file://)."""
     if "://" in location:
@@ -118,34 +127,56 @@ class RunFolder:
         return json.loads(self.read_bytes(path))
 
     @contextmanager
-    def writing(self, path: str) -> Iterator[pa.NativeFile]:
+    def writing(self, path: str, *, durable: bool = True) -> Iterator[pa.NativeFile]:
         """A stream whose content appears at `path` whole, or not at all.
 
         On a local disk by a rename. An object store shows what its stream has got when that is closed, and pyarrow
         closes it even after an error: there the content is staged in a local file, and sent when it is whole.
+
+        `durable`: it is on the disk when this ends, and so is its name, so that what is written later, and vouches for
+        it, never outlives it in a power cut. Raises StepError where it cannot be written.
         """
-        files = self.files
-        if not self.is_local:
-            files.create_dir(path.rsplit("/", 1)[0], recursive=True)
-            with tempfile.TemporaryDirectory() as folder:
-                staged = os.path.join(folder, "staged")
-                with fs.LocalFileSystem().open_output_stream(staged) as stream:
-                    yield stream
-                fs.copy_files(staged, path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=files)
-            return
-        temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
         try:
-            files.create_dir(path.rsplit("/", 1)[0], recursive=True)
+            if self.is_local:
+                with self._renamed(path, durable) as stream:
+                    yield stream
+            else:
+                with self._sent(path) as stream:
+                    yield stream
+        except OSError as error:
+            # pyarrow's own text names the temporary file
+            why = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
+            raise StepError(f"{path} cannot be written ({why}); mend it and start the same command again") from error
+
+    @contextmanager
+    def _renamed(self, path: str, durable: bool) -> Iterator[pa.NativeFile]:
+        files, folder = self.files, Path(path).parent
+        temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+        # a folder that is new is known to the one above it, which has to last as well
+        changed = {folder, *(above.parent for above in (folder, *folder.parents) if not above.exists())}
+        files.create_dir(str(folder), recursive=True)
+        try:
             with files.open_output_stream(temporary) as stream:
                 yield stream
+            if durable:
+                _make_last(temporary)
             os.replace(temporary, path)
-        except OSError as error:
-            raise StepError(
-                f"{path} cannot be written ({error.strerror or error}); mend it and start the same command again"
-            ) from error
+            if durable:
+                for each in changed:
+                    _make_last(each)
         finally:
             if os.path.exists(temporary):
                 os.unlink(temporary)
+
+    @contextmanager
+    def _sent(self, path: str) -> Iterator[pa.NativeFile]:
+        files = self.files
+        files.create_dir(path.rsplit("/", 1)[0], recursive=True)
+        with tempfile.TemporaryDirectory() as folder:
+            staged = os.path.join(folder, "staged")
+            with fs.LocalFileSystem().open_output_stream(staged) as stream:
+                yield stream
+            fs.copy_files(staged, path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=files)
 
     def write_bytes(self, path: str, content: bytes) -> None:
         with self.writing(path) as stream:

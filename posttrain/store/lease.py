@@ -21,6 +21,7 @@ first and listing then. Clocks of different machines may differ by `_SKEW_S`. Wh
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import socket
@@ -43,6 +44,8 @@ _SKEW_S = 5.0
 _RENEWALS = 4
 """Renewals within the length of a lease."""
 _RUN_LEASE_S = 120.0
+_GIVEN_BACK: set[str] = set()
+"""Tokens of this process's claims that are over, also where their files could not be deleted."""
 PLACE = "lease"
 """Where the claims to a job's folder lie."""
 _OF_RUN = ".lease"
@@ -144,7 +147,10 @@ class Lease:
         """Give the lease back."""
         self._ended.set()
         self._thread.join()
-        self._claims.remove(self._claim)
+        _GIVEN_BACK.add(self._claim.token)
+        # where the storage has failed, the claim stays, and counts no longer
+        with contextlib.suppress(OSError, pa.ArrowException):
+            self._claims.remove(self._claim)
 
     def _taken_up_again(self) -> bool:
         """Whether a claim that ran out could be renewed, as it has had no successor."""
@@ -271,7 +277,9 @@ class _Claims:
     place: str = PLACE
 
     def write(self, claim: Claim) -> None:
-        self.folder.write_json(self._path(claim), asdict(claim))
+        # not durable: after a power cut nobody is at work
+        with self.folder.writing(self._path(claim), durable=False) as stream:
+            stream.write(json.dumps(asdict(claim)).encode())
 
     def remove(self, claim: Claim) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -304,7 +312,9 @@ class _Claims:
                 self.remove(claim)
 
     def _is_dead(self, claim: Claim) -> bool:
-        return time.time() > claim.expires + self.skew_s or claim.process.is_dead(this_process())
+        if claim.token in _GIVEN_BACK or time.time() > claim.expires + self.skew_s:
+            return True
+        return claim.process.is_dead(this_process())
 
     def _path(self, claim: Claim) -> str:
         return self.folder.path(self.place, f"{claim.token}.json")

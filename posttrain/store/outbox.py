@@ -161,7 +161,9 @@ class Queue:
             return  # a run that goes on tells of all its rounds
         self._number += 1
         message = _Message(self.folder.path("outbox", f"{self._number:08d}.json"), kept)
-        self.folder.write_json(message.path, kept)
+        # not durable: a run that goes on after a power cut tells of all its rounds
+        with self.folder.writing(message.path, durable=False) as stream:
+            stream.write(json.dumps(kept).encode())
         self._waiting.append(message)
         self.deliver_if_due()
 
