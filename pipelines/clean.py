@@ -20,6 +20,7 @@ from posttrain.config import Data, RunFile, without_credentials
 from posttrain.errors import ConfigError, DataError, StepError, TrackingError
 from posttrain.report.progress import StepLog
 from posttrain.report.summary import print_summary
+from posttrain.schema import merged
 from posttrain.store import lease
 from posttrain.store.folder import RunFolder
 from posttrain.store.ledger import Ledger, settings
@@ -162,8 +163,10 @@ def claim(ledger: Ledger, config: RunFile, fingerprint: dict[str, str]) -> None:
     if started is not None and ledger.is_begun():
         ledger.refuse_other_data(started, fingerprint)
     elif started is None or (started.get("config"), started.get("data")) != (settings(config), fingerprint):
-        # nothing but features can lie there yet, and those may be of other data
+        # nothing but features and what came of them can lie there yet, and those may be of other data
         ledger.folder.keep_only_features("")
+        for name in ("quarantine.parquet", "leakage.parquet"):
+            ledger.folder.delete(ledger.folder.path(name))
         ledger.start(config, fingerprint)
 
 
@@ -190,16 +193,20 @@ def _opened(
     config: RunFile, inputs: Inputs, folder: RunFolder, progress: StepLog, stack: ExitStack, *, verbose: bool
 ) -> CleaningRun:
     address = join_ray(config, progress, stack, verbose=verbose)
+    from pipelines import leakage
     from pipelines.steps import CleaningRun
 
     splits, fingerprint = read(config, inputs, progress)
+    leaks = leakage.find(config, splits, inputs.spec.image.shape, fingerprint, Ledger(folder), progress)
     claim(Ledger(folder), config, fingerprint)
     workers, train_workers = crew(config, on_cluster=address is not None)
     if not train_workers:
         workers.start()  # they import torch while MLflow makes its tables
     with progress.step("open MLflow"):
         tracking = stack.enter_context(open_outbox(config, inputs, folder, fingerprint, progress))
-    return CleaningRun(config, inputs, splits, folder, workers, train_workers, tracking, progress)
+    run = CleaningRun(config, inputs, splits, folder, workers, train_workers, tracking, progress)
+    run.leave_out(leaks)
+    return run
 
 
 def open_tracking(config: RunFile, folder: RunFolder, *, home: RunFolder | None = None) -> Tracking:
@@ -359,8 +366,10 @@ def finish(run: CleaningRun, outcome: rounds.Outcome[Network], began: float) -> 
         }
         if relabelled:
             files["what was relabelled"] = folder.path("relabelled.parquet")
-    quarantined = sum(len(rows) for rows in run.quarantined.values())
     earlier = sum(len(rows) for rows in run.earlier.excluded.values())
+    # what an earlier run removed, and is left out by now for another reason, counts once
+    either = merged(run.quarantined, run.earlier.excluded)
+    quarantined = sum(len(rows) for rows in either.values()) - earlier
     check_counts(run.splits["train"].rows, kept, removed, quarantined, earlier)
     first, last = state.history[0].metrics, state.history[-1].metrics
     if run.tracking is not None:
@@ -374,6 +383,7 @@ def finish(run: CleaningRun, outcome: rounds.Outcome[Network], began: float) -> 
         "removed": removed,
         "relabelled": relabelled,
         "quarantined": quarantined,
+        "leakage": run.leaks,
         "noise": run.noise,
         "boundary": run.boundaries.as_record(),
         **{
@@ -430,12 +440,20 @@ def log_results(run: CleaningRun, outcome: rounds.Outcome[Network]) -> str:
     tracking = run.tracking
     assert tracking is not None
     if run.folder.is_local:
-        for name in ("run.yaml", "model.yaml", "removed.parquet", "relabelled.parquet", "issues.csv"):
+        for name in (
+            "run.yaml",
+            "model.yaml",
+            "removed.parquet",
+            "relabelled.parquet",
+            "issues.csv",
+            "leakage.parquet",
+        ):
             if (run.folder.local / name).exists():
                 tracking.log_artifact(run.folder.local / name)
         if run.config.tracking.log_model:
             log_model(tracking, outcome.state.model, run.folder.local / "model.safetensors")
-    tracking.log_metrics({"rounds": outcome.state.number}, step=outcome.state.number)
+    leaks = {f"leaked_{name}": float(count["samples"]) for name, count in (run.leaks or {}).items()}
+    tracking.log_metrics({"rounds": outcome.state.number, **leaks}, step=outcome.state.number)
     return (
         f"mlflow ui --backend-store-uri {tracking.uri}"
         if "sqlite" in tracking.uri

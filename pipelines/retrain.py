@@ -256,11 +256,14 @@ def _made(
         inputs = _inputs(run_config, stock, base)
     with ExitStack() as stack:
         address = clean.join_ray(run_config, progress, stack, verbose=verbose)
+        from pipelines import leakage
         from pipelines.steps import CleaningRun
         from pipelines.steps import recipe as recipe_of
 
         splits, fingerprint = clean.read(run_config, inputs, progress)
-        clean.claim(Ledger(attempt.folder), run_config, fingerprint)
+        ledger = Ledger(attempt.folder)
+        leaks = leakage.find(run_config, splits, inputs.spec.image.shape, fingerprint, ledger, progress)
+        clean.claim(ledger, run_config, fingerprint)
         workers, train_workers = clean.crew(run_config, on_cluster=address is not None)
         if not train_workers:
             workers.start()
@@ -268,6 +271,7 @@ def _made(
             tracking = stack.enter_context(clean.open_tracking(run_config, attempt.folder, home=job.folder))
             clean.log_data(tracking, run_config, inputs, fingerprint)
         run = CleaningRun(run_config, inputs, splits, attempt.folder, workers, train_workers, tracking, progress)
+        run.leave_out(leaks)
         run.take_over(_earlier(job, attempt, run), [job.run(name) for name in reversed(stock.state.runs)])
         state = clean.begun(run) or run.begin(clean.first_model(run))
         champion = _champion_by_class(run, registry, attempt)

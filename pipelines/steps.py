@@ -55,6 +55,7 @@ from posttrain.store.results import reason
 from posttrain.vision import layers, models
 
 if TYPE_CHECKING:
+    from pipelines.leakage import Leaks
     from posttrain.store.outbox import Outbox
     from posttrain.store.tracking import Tracking
 
@@ -118,6 +119,10 @@ class CleaningRun:
     """What former runs of the same job removed and relabelled; see `take_over`."""
     former: Sequence[RunFolder] | None = None
     """Runs whose features are taken up, the latest first. None: this run is not one of a job."""
+    left_out: dict[str, Excluded] = field(default_factory=dict)
+    """By held-out set, the samples that take no part since they are training samples, too; see `leave_out`."""
+    leaks: dict[str, dict[str, int]] | None = None
+    """By held-out set, how many images are training images, too (`Leaks.counts`)."""
     assert_held: Callable[[], None] = lambda: None
     """Raises where another process has taken the run folder over; called before a round is made last."""
     noise: dict[str, float] | None = None
@@ -412,6 +417,21 @@ class CleaningRun:
         self.progress.say(f"the boundary as the new head, nothing removed: {self._line(done)}")
         return replace(state, history=(*state.history, done), model=model)
 
+    def leave_out(self, leaks: Leaks) -> None:
+        """Take out what the leakage guard excludes, and write down what it found; before the first step."""
+        path = self.folder.path("quarantine.parquet")
+        excluded = leaks.excluded()
+        self.leaks = leaks.counts()
+        self.quarantined = merged(self.quarantined, excluded.pop("train", {}))
+        self.left_out = excluded
+        if self.ledger.rounds():
+            return  # written already
+        if leaks.pairs is not None:
+            self.folder.write_table(self.folder.path("leakage.parquet"), leaks.pairs)
+        rows = leaks.quarantined()
+        if rows.num_rows:
+            self.folder.write_table(path, rows)
+
     # -- as one of the runs of a job -------------------------------------------------------------------
 
     def take_over(self, earlier: Live, former: Sequence[RunFolder]) -> None:
@@ -568,7 +588,7 @@ class CleaningRun:
         summaries: dict[str, list[ShardSummary]] = {}
         for name in splits:
             split = self.splits[name]
-            excluded = self.excluded if name == "train" else {}
+            excluded = self.excluded if name == "train" else self.left_out.get(name, {})
             with self.progress.step("embed" if name == "train" else f"embed {name}") as tell:
                 summaries[name] = self.workers.embed(
                     model,

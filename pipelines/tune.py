@@ -68,6 +68,7 @@ def _searched(
     address = join_ray(config, progress, stack, verbose=verbose)
     import torch
 
+    from pipelines import leakage
     from pipelines import trial as trials_of
     from pipelines.steps import CleaningRun
     from posttrain.cluster import searching
@@ -76,6 +77,7 @@ def _searched(
     cpus, gpus = config.ray.cpus_per_worker, workers.gpus_per_worker
     searching.refuse_too_small(cpus, gpus, on_cluster=address is not None, say=progress.say)
     splits, fingerprint = read(config, inputs, progress)
+    leaks = leakage.find(config, splits, inputs.spec.image.shape, fingerprint, ledger, progress)
     claim(ledger, config, fingerprint)
     # from here on there is no test set to look at
     splits.pop("test", None)
@@ -86,7 +88,9 @@ def _searched(
         told = _Telling(stack.enter_context(open_outbox(config, inputs, folder, fingerprint, progress)))
 
     def driver() -> CleaningRun:
-        return CleaningRun(config, inputs, splits, folder, workers, train_workers, None, progress)
+        run = CleaningRun(config, inputs, splits, folder, workers, train_workers, None, progress)
+        run.leave_out(leaks)
+        return run
 
     first = first_model(driver())
     trials = embedded_once(trials, first, driver)
@@ -116,7 +120,9 @@ def _searched(
     with progress.step("search"):
         failed = searching.search(
             trials_of.work,
-            trials_of.Handed(trials, splits, seen, first.weights, cpus, gpus, threads, 1 if train_workers else threads),
+            trials_of.Handed(
+                trials, splits, seen, leaks, first.weights, cpus, gpus, threads, 1 if train_workers else threads
+            ),
             [trial.number for trial in trials if trial not in ended],
             {trial.number: [trials_of.reported(done) for done in trial.ledger.rounds()] for trial in trials},
             searching.Halving(

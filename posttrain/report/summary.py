@@ -22,6 +22,7 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
         ("removed", f"{summary['removed']:,}", _share(summary)),
         ("relabelled", f"{summary['relabelled']:,}" if summary["relabelled"] else None, "kept, with another label"),
         ("quarantined", f"{summary['quarantined']:,}", "unreadable; see quarantine.parquet"),
+        ("leakage", *_leakage(summary)),
         (
             "validation accuracy",
             _change(summary["validation_accuracy_before"], summary["validation_accuracy_after"]),
@@ -58,6 +59,14 @@ def print_undelivered(console: Console, summary: Mapping[str, Any]) -> None:
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _leakage(summary: Mapping[str, Any]) -> tuple[str | None, str]:
+    found = summary["leakage"]
+    if not found:
+        return None, ""
+    each = ", ".join(f"{name} {of['samples']:,} ({of['identical']:,} the very same)" for name, of in found.items())
+    return f"{sum(of['samples'] for of in found.values()):,}", f"held-out images that are trained on: {each}"
 
 
 def _refit(summary: Mapping[str, Any]) -> str:

@@ -86,6 +86,11 @@ class RunFolder:
             if info.base_name != backbone:
                 self.files.delete_dir(info.path)
 
+    def delete(self, path: str) -> None:
+        """Delete a file, if it is there."""
+        if self.exists(path):
+            self.files.delete_file(path)
+
     def clear_half_written(self) -> None:
         """Delete what writers of a killed process left behind; to be called where no other is at work here."""
         if not self.is_local:

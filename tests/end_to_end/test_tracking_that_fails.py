@@ -23,7 +23,7 @@ from mlflow import MlflowClient
 from small_data import assert_same_result
 
 from pipelines.steps import CleaningRun
-from posttrain.errors import StepError, TrackingError
+from posttrain.errors import TrackingError
 from posttrain.store import outbox as outboxes
 from posttrain.store.folder import RunFolder
 from posttrain.store.outbox import Outbox, waiting
@@ -323,11 +323,3 @@ def test_a_run_whose_server_is_killed_goes_on_and_delivers_at_its_next_start(
     assert told.files(known[0]["run_id"]) == other.files(known[1]["run_id"])
     assert len(told.parent.outputs.model_outputs) == 1  # pyright: ignore[reportOptionalMemberAccess]
     assert len(told.client.search_runs([told.parent.info.experiment_id], "tags.`posttrain.run` != ''")) == 1
-
-
-def test_as_long_as_it_is_not_kept_a_message_that_fails_is_an_error(between: Between, tmp_path: Path) -> None:
-    folder = RunFolder(str(tmp_path / "run"))
-    tracking = opened(between.uri, folder, [])._queue.tracking
-    between.mood = lambda method, path: "503"
-    with pytest.raises(StepError, match="start the same command again"):
-        tracking.log_metrics({"live": 1.0})
