@@ -6,6 +6,7 @@ Read from top to bottom: open the run, read the data into buckets, get the model
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,9 +16,11 @@ from rich.console import Console
 
 from posttrain import rounds
 from posttrain.config import Data, RunFile, without_credentials
-from posttrain.errors import ConfigError, StepError
+from posttrain.errors import ConfigError, DataError, StepError, TrackingError
 from posttrain.report.progress import StepLog
 from posttrain.report.summary import print_summary
+from posttrain.schema import merged
+from posttrain.store import lease
 from posttrain.store.folder import RunFolder
 from posttrain.store.ledger import Ledger, settings
 
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from pipelines.steps import CleaningRun
     from posttrain.cluster.reading import Split
     from posttrain.cluster.workers import Network, Workers
+    from posttrain.store.outbox import Outbox
     from posttrain.store.tracking import Tracking
 
 
@@ -45,6 +49,7 @@ def clean(config: RunFile, *, verbose: bool = False, quiet: bool = False) -> dic
             progress.say(f"stopped: {outcome.reason}")
             outcome = run.concluded(outcome)
             summary = finish(run, outcome, began)
+        summary["undelivered"] = undelivered(run.tracking)
     if not quiet:
         print_summary(Console(), summary)
     return summary
@@ -77,19 +82,23 @@ def finished_already(ledger: Ledger, config: RunFile, progress: StepLog) -> dict
             f"{config.run.path}: this {ledger.kind} is finished; nothing to do. For another, set run.path to a new "
             "folder."
         )
+        summary["undelivered"] = deliver_rest(config, ledger.folder, progress)
     return summary
 
 
 @contextmanager
 def opened(config: RunFile, progress: StepLog, *, verbose: bool) -> Iterator[CleaningRun]:
-    """The run with its data read and its tracking open; closes what it opened."""
-    with progress.step("check the inputs"):
-        from pipelines.inputs import prepare
-
-        inputs = prepare(config)
+    """The run with its data read and its tracking open, alone in its folder; closes what it opened."""
     folder = RunFolder(config.run.path)
     with ExitStack() as stack:
-        yield _opened(config, inputs, folder, progress, stack, verbose=verbose)
+        held = stack.enter_context(lease.alone(folder))
+        with progress.step("check the inputs"):
+            from pipelines.inputs import prepare
+
+            inputs = prepare(config)
+        run = _opened(config, inputs, folder, progress, stack, verbose=verbose)
+        run.assert_held = held.assert_held
+        yield run
 
 
 def join_ray(config: RunFile, progress: StepLog, stack: ExitStack, *, verbose: bool) -> str | None:
@@ -130,7 +139,21 @@ def read(config: RunFile, inputs: Inputs, progress: StepLog) -> tuple[dict[str, 
             ids_span_sets=config.data.id_scope == "all",
             progress=tell,
         )
+    refuse_changed(config, inputs, splits)
     return splits, {"files": inputs.listing, **{name: split.digest for name, split in splits.items()}}
+
+
+def refuse_changed(config: RunFile, inputs: Inputs, splits: dict[str, Split]) -> None:
+    """Raises DataError where other samples were read than the files held when they were listed."""
+    found = {name: split.rows for name, split in splits.items()}
+    if inputs.held_out_share is not None:
+        found["train"] += found.pop("validation")
+    for name, rows in inputs.rows.items():
+        if found[name] != rows:
+            raise DataError(
+                f"data.{name} = {getattr(config.data, name)}: held {rows:,} samples when its files were listed, and "
+                f"{found[name]:,} when they were read; leave them as they are, and start again"
+            )
 
 
 def claim(ledger: Ledger, config: RunFile, fingerprint: dict[str, str]) -> None:
@@ -139,8 +162,10 @@ def claim(ledger: Ledger, config: RunFile, fingerprint: dict[str, str]) -> None:
     if started is not None and ledger.is_begun():
         ledger.refuse_other_data(started, fingerprint)
     elif started is None or (started.get("config"), started.get("data")) != (settings(config), fingerprint):
-        # nothing but features can lie there yet, and those may be of other data
+        # nothing but features and what came of them can lie there yet, and those may be of other data
         ledger.folder.keep_only_features("")
+        for name in ("quarantine.parquet", "leakage.parquet"):
+            ledger.folder.delete(ledger.folder.path(name))
         ledger.start(config, fingerprint)
 
 
@@ -167,27 +192,23 @@ def _opened(
     config: RunFile, inputs: Inputs, folder: RunFolder, progress: StepLog, stack: ExitStack, *, verbose: bool
 ) -> CleaningRun:
     address = join_ray(config, progress, stack, verbose=verbose)
+    from pipelines import leakage
     from pipelines.steps import CleaningRun
 
     splits, fingerprint = read(config, inputs, progress)
+    leaks = leakage.find(config, splits, inputs.spec.image.shape, fingerprint, Ledger(folder), progress)
     claim(Ledger(folder), config, fingerprint)
     workers, train_workers = crew(config, on_cluster=address is not None)
     if not train_workers:
         workers.start()  # they import torch while MLflow makes its tables
     with progress.step("open MLflow"):
-        tracking = open_tracking(config, inputs, folder, fingerprint)
-    stack.enter_context(tracking)
-    return CleaningRun(config, inputs, splits, folder, workers, train_workers, tracking, progress)
+        tracking = stack.enter_context(open_outbox(config, inputs, folder, fingerprint, progress))
+    run = CleaningRun(config, inputs, splits, folder, workers, train_workers, tracking, progress)
+    run.leave_out(leaks)
+    return run
 
 
-def open_tracking(
-    config: RunFile,
-    inputs: Inputs,
-    folder: RunFolder,
-    fingerprint: dict[str, str],
-    *,
-    home: RunFolder | None = None,
-) -> Tracking:
+def open_tracking(config: RunFile, folder: RunFolder, *, home: RunFolder | None = None) -> Tracking:
     """The run's parent in MLflow; the one that it has already where it goes on.
 
     `home`: the folder of the job whose database the run shares, where tracking.uri is null.
@@ -196,29 +217,74 @@ def open_tracking(
 
     path = folder.path("tracking.json")
     known = folder.read_json(path) if folder.exists(path) else {}
-    if not known and config.tracking.uri is None and home is None:
+    if "run_id" not in known and config.tracking.uri is None and home is None:
         # a run that was killed while MLflow made its tables: half of them cannot be gone on with
         for left in folder.local.glob("mlflow.db*"):
             left.unlink()
+    if "key" not in known:
+        # before MLflow has the run: it is found again by this, should we be killed before we have its id
+        known["key"] = uuid.uuid4().hex
+        folder.write_json(path, known)
     tracking = Tracking.open(
         config.tracking.uri,
         run_folder=(home or folder).local if folder.is_local else Path("."),
         experiment=config.tracking.experiment,
         run_name=config.run.path.rstrip("/").rsplit("/", 1)[-1],
         run_id=known.get("run_id"),
+        key=known["key"],
         params=settings(config),
         tags={"posttrain.run": without_credentials(config.run.path)},
     )
     if not tracking.resumed:
-        folder.write_json(path, {"uri": without_credentials(tracking.uri), "run_id": tracking.run_id})
-        for name in inputs.sources:
-            tracking.log_dataset(
-                f"{config.data.source}/{name}",
-                fingerprint[name],
-                without_credentials(str(getattr(config.data, name) or name)),
-                {"classes": len(inputs.classes), "digest": fingerprint[name]},
-            )
+        known |= {"uri": without_credentials(tracking.uri), "run_id": tracking.run_id}
+        folder.write_json(path, known)
     return tracking
+
+
+def open_outbox(
+    config: RunFile, inputs: Inputs, folder: RunFolder, fingerprint: dict[str, str], progress: StepLog
+) -> Outbox:
+    """What the run tells MLflow through: from here on it goes on also where MLflow does not answer."""
+    from posttrain.store.outbox import Outbox
+
+    outbox = Outbox.of(open_tracking(config, folder), folder, progress.say)
+    log_data(outbox, config, inputs, fingerprint)
+    return outbox
+
+
+def log_data(tracking: Tracking | Outbox, config: RunFile, inputs: Inputs, fingerprint: dict[str, str]) -> None:
+    """Every named set as an input of the MLflow run."""
+    for name in inputs.sources:
+        tracking.log_dataset(
+            f"{config.data.source}/{name}",
+            fingerprint[name],
+            without_credentials(str(getattr(config.data, name) or name)),
+            {"classes": len(inputs.classes), "digest": fingerprint[name]},
+        )
+
+
+def deliver_rest(config: RunFile, folder: RunFolder, progress: StepLog) -> dict[str, Any] | None:
+    """Tell MLflow what it did not take of a finished run; what is left of it after that, as `Outbox.undelivered`."""
+    from posttrain.store.outbox import Outbox, waiting
+
+    left = waiting(folder)
+    if not left:
+        return None
+    with lease.alone(folder), progress.step("open MLflow"):
+        try:
+            outbox = Outbox.of(open_tracking(config, folder), folder, progress.say)
+        except TrackingError as error:
+            uri = without_credentials(config.tracking.uri or "the run folder's database")
+            return {"messages": len(left), "server": uri, "why": str(error)}
+        outbox.deliver()
+    return outbox.undelivered()
+
+
+def undelivered(tracking: Tracking | Outbox | None) -> dict[str, Any] | None:
+    """{messages, server, why} of what MLflow did not take and the run folder keeps; None where there is nothing."""
+    from posttrain.store.outbox import Outbox
+
+    return tracking.undelivered() if isinstance(tracking, Outbox) else None
 
 
 def begun(run: CleaningRun) -> Any:
@@ -299,8 +365,10 @@ def finish(run: CleaningRun, outcome: rounds.Outcome[Network], began: float) -> 
         }
         if relabelled:
             files["what was relabelled"] = folder.path("relabelled.parquet")
-    quarantined = sum(len(rows) for rows in run.quarantined.values())
     earlier = sum(len(rows) for rows in run.earlier.excluded.values())
+    # what an earlier run removed, and is left out by now for another reason, counts once
+    either = merged(run.quarantined, run.earlier.excluded)
+    quarantined = sum(len(rows) for rows in either.values()) - earlier
     check_counts(run.splits["train"].rows, kept, removed, quarantined, earlier)
     first, last = state.history[0].metrics, state.history[-1].metrics
     if run.tracking is not None:
@@ -314,6 +382,7 @@ def finish(run: CleaningRun, outcome: rounds.Outcome[Network], began: float) -> 
         "removed": removed,
         "relabelled": relabelled,
         "quarantined": quarantined,
+        "leakage": run.leaks,
         "noise": run.noise,
         "boundary": run.boundaries.as_record(),
         **{
@@ -370,12 +439,20 @@ def log_results(run: CleaningRun, outcome: rounds.Outcome[Network]) -> str:
     tracking = run.tracking
     assert tracking is not None
     if run.folder.is_local:
-        for name in ("run.yaml", "model.yaml", "removed.parquet", "relabelled.parquet", "issues.csv"):
+        for name in (
+            "run.yaml",
+            "model.yaml",
+            "removed.parquet",
+            "relabelled.parquet",
+            "issues.csv",
+            "leakage.parquet",
+        ):
             if (run.folder.local / name).exists():
                 tracking.log_artifact(run.folder.local / name)
         if run.config.tracking.log_model:
             log_model(tracking, outcome.state.model, run.folder.local / "model.safetensors")
-    tracking.log_metrics({"rounds": outcome.state.number}, step=outcome.state.number)
+    leaks = {f"leaked_{name}": float(count["samples"]) for name, count in (run.leaks or {}).items()}
+    tracking.log_metrics({"rounds": outcome.state.number, **leaks}, step=outcome.state.number)
     return (
         f"mlflow ui --backend-store-uri {tracking.uri}"
         if tracking.uri.startswith("sqlite:")
@@ -383,8 +460,8 @@ def log_results(run: CleaningRun, outcome: rounds.Outcome[Network]) -> str:
     )
 
 
-def log_model(tracking: Tracking, model: Network, weights: Path) -> str:
-    """The URI of the model as it is logged in MLflow; `weights` is its safetensors file."""
+def log_model(tracking: Tracking | Outbox, model: Network, weights: Path) -> str | None:
+    """The URI of the model as it is logged in MLflow, where that is known; `weights` is its safetensors file."""
     spec = model.spec
     return tracking.log_model(
         weights,

@@ -201,6 +201,12 @@ def _carry_out(
                 typer.echo(visible(line), err=True)
         typer.echo(visible(f"error: {' '.join(str(error).split())}"), err=True)
         raise typer.Exit(error.exit_code) from None
+    except OSError as error:
+        # of a disk or an object store; the rest of posttrain names what it was doing there
+        if verbose:
+            traceback.print_exc()
+        typer.echo(f"error: {' '.join(str(error).split())}; mend it and start the same command again", err=True)
+        raise typer.Exit(1) from None
     except KeyboardInterrupt:
         if verbose:
             traceback.print_exc()

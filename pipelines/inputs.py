@@ -32,6 +32,8 @@ class Inputs:
     """Weights to start from; None where posttrain has to pre-train."""
     held_out_share: float | None
     noise: Noise | None
+    rows: Mapping[str, int]
+    """Samples that each source holds."""
     listing: str
     """SHA-256 over names and sizes of all files, 16 hexadecimal digits."""
 
@@ -121,6 +123,7 @@ def prepare(config: RunFile, *, only: Mapping[str, frozenset[str]] | None = None
         weights,
         None if "validation" in sources else config.data.validation_share,
         reading.Noise(noise.kind, noise.rate, noise.seed, noise.matrix, image) if noise else None,
+        {name: listing.rows for name, listing in listings.items()},
         _digest(listings),
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from pipelines.clean import finished_already, first_model, opened
+from pipelines.clean import finished_already, first_model, opened, undelivered
 from posttrain.config import RunFile, without_credentials
 from posttrain.errors import ConfigError
 from posttrain.report.progress import StepLog
@@ -28,13 +28,18 @@ def pretrain(config: RunFile, *, verbose: bool = False, quiet: bool = False) -> 
     began = time.perf_counter()
     progress = StepLog(Console(stderr=True))
     path = RunFolder(config.run.path).path("pretrained", "model.safetensors")
-    if finished_already(Ledger(RunFolder(config.run.path)), config, progress) is None:
+    finished = finished_already(Ledger(RunFolder(config.run.path)), config, progress)
+    if finished is None:
         with opened(config, progress, verbose=verbose) as run:
             first_model(run)
+        left = undelivered(run.tracking)
+    else:
+        left = finished["undelivered"]
     summary = {
         "run": without_credentials(config.run.path),
         "weights": path,
         "seconds": round(time.perf_counter() - began, 1),
+        "undelivered": left,
     }
     if not quiet:
         Console().print(

@@ -281,18 +281,22 @@ def _made(
         inputs = _inputs(run_config, stock, base)
     with ExitStack() as stack:
         address = clean.join_ray(run_config, progress, stack, verbose=verbose)
+        from pipelines import leakage
         from pipelines.steps import CleaningRun
         from pipelines.steps import recipe as recipe_of
 
         splits, fingerprint = clean.read(run_config, inputs, progress)
-        clean.claim(Ledger(attempt.folder), run_config, fingerprint)
+        ledger = Ledger(attempt.folder)
+        leaks = leakage.find(run_config, splits, inputs.spec.image.shape, fingerprint, ledger, progress)
+        clean.claim(ledger, run_config, fingerprint)
         workers, train_workers = clean.crew(run_config, on_cluster=address is not None)
         if not train_workers:
             workers.start()
         with progress.step("open MLflow"):
-            tracking = clean.open_tracking(run_config, inputs, attempt.folder, fingerprint, home=job.folder)
-        stack.enter_context(tracking)
+            tracking = stack.enter_context(clean.open_tracking(run_config, attempt.folder, home=job.folder))
+            clean.log_data(tracking, run_config, inputs, fingerprint)
         run = CleaningRun(run_config, inputs, splits, attempt.folder, workers, train_workers, tracking, progress)
+        run.leave_out(leaks)
         earlier, before = _earlier(job, attempt, run, fingerprint)
         run.take_over(earlier, [job.run(name) for name in reversed(stock.state.runs)], before)
         state = clean.begun(run) or run.begin(clean.first_model(run))
@@ -561,7 +565,7 @@ def _embedded_in_words(embedded: dict[str, dict[str, int]]) -> list[str]:
     return lines
 
 
-def _logged(run: CleaningRun, model: Network) -> str:
+def _logged(run: CleaningRun, model: Network) -> str | None:
     from pipelines.clean import log_model
 
     assert run.tracking is not None

@@ -7,7 +7,7 @@ the tracking. Each method is one step.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -57,6 +57,8 @@ from posttrain.store.results import reason
 from posttrain.vision import layers, models
 
 if TYPE_CHECKING:
+    from pipelines.leakage import Leaks
+    from posttrain.store.outbox import Outbox
     from posttrain.store.tracking import Tracking
 
 # pyarrow makes these functions when it is imported: a type checker sees none of them
@@ -112,7 +114,7 @@ class CleaningRun:
     folder: RunFolder
     workers: Workers
     train_workers: int
-    tracking: Tracking | None
+    tracking: Tracking | Outbox | None
     progress: StepLog
     removed: Excluded = field(default_factory=dict)
     relabelled: Relabelled = field(default_factory=dict)
@@ -131,6 +133,12 @@ class CleaningRun:
     """What they knew of that."""
     former: Sequence[RunFolder] | None = None
     """Runs whose features are taken up, the latest first. None: this run is not one of a job."""
+    left_out: dict[str, Excluded] = field(default_factory=dict)
+    """By held-out set, the samples that take no part since they are training samples, too; see `leave_out`."""
+    leaks: dict[str, dict[str, int]] | None = None
+    """By held-out set, how many images are training images, too (`Leaks.counts`)."""
+    assert_held: Callable[[], None] = lambda: None
+    """Raises where another process has taken the run folder over; called before a round is made last."""
     noise: dict[str, float] | None = None
     """The first estimate of the share of wrong labels, thus of the data as they came: rate, low, high, whether it is
     more than a clean set shows."""
@@ -365,6 +373,7 @@ class CleaningRun:
                     relabel_accuracy=found.relabel_accuracy,
                 )
         done = replace(done, metrics=metrics, seconds=self.progress.seconds_of_round())
+        self.assert_held()
         self.ledger.commit(done)
         # the next round's features are those of the new backbone: the old ones are not asked for again
         self.folder.keep_only_features(self._backbone(model).backbone)
@@ -444,10 +453,26 @@ class CleaningRun:
         metrics = {**last.metrics, **self._found, **self.evaluate(state, model)}
         self._write_checkpoint(number, model)
         done = Round(number, self._live(), 0, 0, 0, metrics, self.progress.seconds_of_round(), reason)
+        self.assert_held()
         self.ledger.commit(done)
         self.tell_round(done, {})
         self.progress.say(f"the boundary as the new head, nothing removed: {self._line(done)}")
         return replace(state, history=(*state.history, done), model=model)
+
+    def leave_out(self, leaks: Leaks) -> None:
+        """Take out what the leakage guard excludes, and write down what it found; before the first step."""
+        path = self.folder.path("quarantine.parquet")
+        excluded = leaks.excluded()
+        self.leaks = leaks.counts()
+        self.quarantined = merged(self.quarantined, excluded.pop("train", {}))
+        self.left_out = excluded
+        if self.ledger.rounds():
+            return  # written already
+        if leaks.pairs is not None:
+            self.folder.write_table(self.folder.path("leakage.parquet"), leaks.pairs)
+        rows = leaks.quarantined()
+        if rows.num_rows:
+            self.folder.write_table(path, rows)
 
     # -- as one of the runs of a job -------------------------------------------------------------------
 
@@ -513,6 +538,7 @@ class CleaningRun:
         if self.config.refine.scope == "head":
             metrics[REFERENCE] = metrics["boundary_validation_accuracy"]
         done = Round(0, self._live(), 0, 0, 0, metrics, self.progress.seconds_of_round())
+        self.assert_held()
         self.ledger.commit(done)
         self.tell_round(done, {})
         self.progress.say(self._line(done))
@@ -606,7 +632,7 @@ class CleaningRun:
         summaries: dict[str, list[ShardSummary]] = {}
         for name in splits:
             split = self.splits[name]
-            excluded = self.excluded if name == "train" else {}
+            excluded = self.excluded if name == "train" else self.left_out.get(name, {})
             with self.progress.step("embed" if name == "train" else f"embed {name}") as tell:
                 summaries[name] = self.workers.embed(
                     model,

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from pipelines.clean import begun, limits
 from pipelines.inputs import Inputs
+from pipelines.leakage import Leaks
 from pipelines.steps import CleaningRun, figures_of
 from posttrain import rounds
 from posttrain.cluster.reading import Split
@@ -61,6 +62,7 @@ class Handed:
     trials: Sequence[Trial]
     splits: dict[str, Split]
     fingerprint: dict[str, str]
+    leaks: Leaks
     weights: bytes = field(repr=False)
     """Of the network to clean with."""
     cpus: float
@@ -103,6 +105,7 @@ def work(number: int, handed: Handed, report: Report) -> None:
             report=lambda done: report(reported(done)),
             training_threads=handed.training_threads,
         )
+        run.leave_out(handed.leaks)
         try:
             state = begun(run) or run.begin(run.network(handed.weights))
             outcome = run.concluded(rounds.clean(state, run.as_steps(), limits(trial.config)))

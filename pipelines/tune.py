@@ -16,11 +16,12 @@ import yaml
 from pydantic import JsonValue
 from rich.console import Console
 
-from pipelines.clean import claim, crew, finished_already, first_model, join_ray, open_tracking, read
+from pipelines.clean import claim, crew, finished_already, first_model, join_ray, open_outbox, read
 from posttrain.config import RunFile, Search, Tracking, dump, without_credentials, without_secrets
 from posttrain.errors import StepError
 from posttrain.report.progress import StepLog
 from posttrain.report.search import print_search
+from posttrain.store import lease
 from posttrain.store.folder import RunFolder
 from posttrain.store.ledger import Ledger
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from pipelines.trial import Trial
     from posttrain.cluster.workers import Network
     from posttrain.schema import Round
-    from posttrain.store import tracking
+    from posttrain.store.outbox import Outbox
 
 
 def tune(config: RunFile, *, verbose: bool = False, quiet: bool = False) -> dict[str, Any]:
@@ -44,7 +45,8 @@ def tune(config: RunFile, *, verbose: bool = False, quiet: bool = False) -> dict
     summary = finished_already(ledger, config, progress)
     if summary is None:
         with ExitStack() as stack:
-            summary = _searched(config, ledger, progress, stack, began, verbose=verbose)
+            summary, outbox = _searched(config, ledger, progress, stack, began, verbose=verbose)
+        summary["undelivered"] = outbox.undelivered()
     if not quiet:
         print_search(Console(), summary)
     return summary
@@ -52,8 +54,10 @@ def tune(config: RunFile, *, verbose: bool = False, quiet: bool = False) -> dict
 
 def _searched(
     config: RunFile, ledger: Ledger, progress: StepLog, stack: ExitStack, began: float, *, verbose: bool
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], Outbox]:
+    """The summary, and what MLflow is told through."""
     folder, search = ledger.folder, config.search
+    held = stack.enter_context(lease.alone(folder))
     with progress.step("check the inputs"):
         from pipelines.inputs import prepare
 
@@ -63,6 +67,7 @@ def _searched(
     address = join_ray(config, progress, stack, verbose=verbose)
     import torch
 
+    from pipelines import leakage
     from pipelines import trial as trials_of
     from pipelines.steps import CleaningRun
     from posttrain.cluster import searching
@@ -71,6 +76,7 @@ def _searched(
     cpus, gpus = config.ray.cpus_per_worker, workers.gpus_per_worker
     searching.refuse_too_small(cpus, gpus, on_cluster=address is not None, say=progress.say, stack=stack)
     splits, fingerprint = read(config, inputs, progress)
+    leaks = leakage.find(config, splits, inputs.spec.image.shape, fingerprint, ledger, progress)
     claim(ledger, config, fingerprint)
     # from here on there is no test set to look at
     splits.pop("test", None)
@@ -78,10 +84,12 @@ def _searched(
     if not train_workers:
         workers.start()
     with progress.step("open MLflow"):
-        told = _Telling(stack.enter_context(open_tracking(config, inputs, folder, fingerprint)))
+        told = _Telling(stack.enter_context(open_outbox(config, inputs, folder, fingerprint, progress)))
 
     def driver() -> CleaningRun:
-        return CleaningRun(config, inputs, splits, folder, workers, train_workers, None, progress)
+        run = CleaningRun(config, inputs, splits, folder, workers, train_workers, None, progress)
+        run.leave_out(leaks)
+        return run
 
     first = first_model(driver())
     trials = embedded_once(trials, first, driver)
@@ -111,7 +119,9 @@ def _searched(
     with progress.step("search"):
         failed = searching.search(
             trials_of.work,
-            trials_of.Handed(trials, splits, seen, first.weights, cpus, gpus, threads, 1 if train_workers else threads),
+            trials_of.Handed(
+                trials, splits, seen, leaks, first.weights, cpus, gpus, threads, 1 if train_workers else threads
+            ),
             [trial.number for trial in trials if trial not in ended],
             {trial.number: [trials_of.reported(done) for done in trial.ledger.rounds()] for trial in trials},
             searching.Halving(
@@ -133,7 +143,8 @@ def _searched(
     if failed:
         number, error = next(iter(failed.items()))
         raise StepError(f"trial {number} failed ({error}); start the same command again to go on")
-    return _finish(config, ledger, trials, values, first, fingerprint, told, progress, began)
+    held.assert_held()
+    return _finish(config, ledger, trials, values, first, fingerprint, told, progress, began), told.search
 
 
 # -- the recipes ---------------------------------------------------------------------------------------
@@ -196,10 +207,11 @@ def embedded_once(trials: Sequence[Trial], first: Network, driver: Callable[[], 
 class _Telling:
     """MLflow's picture of the search: a run per trial beneath the search's own, the rounds beneath these."""
 
-    def __init__(self, search: tracking.Tracking) -> None:
+    def __init__(self, search: Outbox) -> None:
         self.search = search
-        self._trials: dict[int, tracking.Tracking] = {}
+        self._trials: dict[int, Outbox] = {}
         self._rounds: dict[int, int] = {}
+        self._ended: set[int] = set()
 
     def catch_up(self, trial: Trial) -> None:
         """Tell of all that the trial's folder holds and MLflow does not know yet."""
@@ -218,7 +230,8 @@ class _Telling:
         for done in history[self._rounds.get(number, 0) :]:
             told.log_round(done.number, params={}, metrics=figures_of(done), figures={}, artifacts=[])
         self._rounds[number] = len(history)
-        if end and told.is_running:
+        if end and number not in self._ended:
+            self._ended.add(number)
             told.log_tags({"posttrain.ended": f"{end['how']}: {end['why']}"})
             told.finish("FAILED" if end["how"] == "failed" else "FINISHED")
 

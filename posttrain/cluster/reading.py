@@ -24,6 +24,7 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import ray
 import ray.data
+import ray.exceptions
 
 from posttrain import errors
 from posttrain.errors import DataError, DuplicateIdError, LabelRangeError, PosttrainError, StepError
@@ -775,7 +776,10 @@ def _refuse_shared_ids(splits: Mapping[str, Split], sources: Mapping[str, Source
 
 
 def explain(error: BaseException) -> NoReturn:
-    """Raise posttrain's own error out of the wrappings that Ray puts around it; else `error` as it is."""
+    """Raise posttrain's own error out of the wrappings that Ray puts around it; else `error` as it is.
+
+    What a disk or an object store refuses becomes a StepError.
+    """
     told = _told(error)
     if told is error:
         raise error
@@ -783,13 +787,19 @@ def explain(error: BaseException) -> NoReturn:
 
 
 def _told(error: BaseException) -> BaseException:
-    for inner in _causes(error):
+    causes = list(_causes(error))
+    for inner in causes:
         if isinstance(inner, PosttrainError):
             return inner
     # Ray Data keeps of the exception that a function of its own raised only the text
     told = re.search(r"^posttrain\.errors\.(\w+): (.+)$", str(error), re.MULTILINE)
     if told is not None and issubclass(kind := getattr(errors, told[1], Exception), PosttrainError):
         return kind(told[2])
+    for inner in causes:
+        # Ray's own error is one of this kind as well, with the whole trace as its text
+        if isinstance(inner, OSError) and not isinstance(inner, ray.exceptions.RayError | ConnectionError):
+            why = " ".join(str(inner).split())
+            return StepError(f"{why}; mend it and start the same command again to go on")
     return error
 
 

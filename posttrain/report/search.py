@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from posttrain.report.summary import print_undelivered
 from posttrain.report.visible import visible
 
 
@@ -51,6 +52,7 @@ def print_search(console: Console, summary: Mapping[str, Any]) -> None:
         f"next                 posttrain clean {summary['files']['best run file']}",
     ):
         console.print(visible(f"  {line}"), markup=False, highlight=False, soft_wrap=True)
+    print_undelivered(console, summary)
 
 
 def _briefly(trial: Mapping[str, Any]) -> str:

@@ -27,6 +27,7 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
         ("removed", f"{summary['removed']:,}", _share(summary)),
         ("relabelled", f"{summary['relabelled']:,}" if summary["relabelled"] else None, "kept, with another label"),
         ("quarantined", f"{summary['quarantined']:,}", "unreadable; see quarantine.parquet"),
+        ("leakage", *_leakage(summary)),
         (
             "validation accuracy",
             _change(summary["validation_accuracy_before"], summary["validation_accuracy_after"]),
@@ -48,8 +49,29 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
         console.width = max(console.width, 120)
     console.print(table)
     console.print(visible(f"  ended because {summary['ended']}"), markup=False, highlight=False, soft_wrap=True)
+    print_undelivered(console, summary)
     for name, what in summary["files"].items():
         console.print(visible(f"  {name:<20} {what}"), markup=False, highlight=False, soft_wrap=True)
+
+
+def print_undelivered(console: Console, summary: Mapping[str, Any]) -> None:
+    """A line on what MLflow was not told, where there is such."""
+    if left := summary["undelivered"]:
+        console.print(
+            f"  MLflow at {left['server']} has not taken {left['messages']} messages ({left['why']}); they are kept in "
+            "the run folder's outbox/: start the same command again to deliver them",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _leakage(summary: Mapping[str, Any]) -> tuple[str | None, str]:
+    found = summary["leakage"]
+    if not found:
+        return None, ""
+    each = ", ".join(f"{name} {of['samples']:,} ({of['identical']:,} the very same)" for name, of in found.items())
+    return f"{sum(of['samples'] for of in found.values()):,}", f"held-out images that are trained on: {each}"
 
 
 def _refit(summary: Mapping[str, Any]) -> str:

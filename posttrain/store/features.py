@@ -85,7 +85,8 @@ def write_shard(
             _BUCKETS: str(buckets).encode(),
         }
     )
-    with folder.writing(path) as stream:
+    # not durable: what a power cut takes is embedded again
+    with folder.writing(path, durable=False) as stream:
         # float16 activations hardly compress: lz4 costs nothing and helps where many are zero
         pq.write_table(table, stream, compression="lz4", use_dictionary=False, write_statistics=False)
 
@@ -226,7 +227,16 @@ def former_features(folder: RunFolder, backbone: str, split: str) -> FormerFeatu
 
 def quarantine_table(summaries: list[ShardSummary]) -> pa.Table:
     """{bucket, row, sample_id, file, reason} of all that could not be embedded."""
-    rows = [{BUCKET: s.bucket, **row} for s in summaries for row in s.quarantined]
+    return _table_of([{BUCKET: s.bucket, **row} for s in summaries for row in s.quarantined])
+
+
+def quarantined_rows(rows: Sequence[tuple[str, int, dict[str, object]]]) -> pa.Table:
+    """The same, with the split behind, of (split, bucket, row with its reason)."""
+    table = _table_of([{BUCKET: bucket, **row} for _, bucket, row in rows])
+    return table.append_column("split", pa.array([split for split, _, _ in rows], pa.string()))
+
+
+def _table_of(rows: list[dict[str, object]]) -> pa.Table:
     is_text = any(isinstance(row[SAMPLE_ID], str) for row in rows)
     schema = pa.schema(
         [

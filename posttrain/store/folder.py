@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -17,6 +18,17 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from posttrain.errors import RunFolderError, StepError
+
+_TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.tmp$")
+
+
+def _make_last(path: str | Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def resolve(location: str) -> tuple[fs.FileSystem, str]:
@@ -74,6 +86,20 @@ class RunFolder:
             if info.base_name != backbone:
                 self.files.delete_dir(info.path)
 
+    def delete(self, path: str) -> None:
+        """Delete a file, if it is there."""
+        if self.exists(path):
+            self.files.delete_file(path)
+
+    def clear_half_written(self) -> None:
+        """Delete what writers of a killed process left behind; to be called where no other is at work here."""
+        if not self.is_local:
+            return  # there, what is half written is nowhere to be seen
+        for path in self.local.rglob("*.tmp"):
+            # but not beneath a lease: those who ask for it write there at any time
+            if _TEMPORARY.search(path.name) and not path.parent.name.endswith("lease"):
+                path.unlink(missing_ok=True)
+
     # -- reading and writing ---------------------------------------------------------------------------
 
     def exists(self, path: str) -> bool:
@@ -106,34 +132,56 @@ class RunFolder:
         return json.loads(self.read_bytes(path))
 
     @contextmanager
-    def writing(self, path: str) -> Iterator[pa.NativeFile]:
+    def writing(self, path: str, *, durable: bool = True) -> Iterator[pa.NativeFile]:
         """A stream whose content appears at `path` whole, or not at all.
 
         On a local disk by a rename. An object store shows what its stream has got when that is closed, and pyarrow
         closes it even after an error: there the content is staged in a local file, and sent when it is whole.
+
+        `durable`: it is on the disk when this ends, and so is its name, so that what is written later, and vouches for
+        it, never outlives it in a power cut. Raises StepError where it cannot be written.
         """
-        files = self.files
-        if not self.is_local:
-            files.create_dir(path.rsplit("/", 1)[0], recursive=True)
-            with tempfile.TemporaryDirectory() as folder:
-                staged = os.path.join(folder, "staged")
-                with fs.LocalFileSystem().open_output_stream(staged) as stream:
-                    yield stream
-                fs.copy_files(staged, path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=files)
-            return
-        temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
         try:
-            files.create_dir(path.rsplit("/", 1)[0], recursive=True)
+            if self.is_local:
+                with self._renamed(path, durable) as stream:
+                    yield stream
+            else:
+                with self._sent(path) as stream:
+                    yield stream
+        except OSError as error:
+            # pyarrow's own text names the temporary file
+            why = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
+            raise StepError(f"{path} cannot be written ({why}); mend it and start the same command again") from error
+
+    @contextmanager
+    def _renamed(self, path: str, durable: bool) -> Iterator[pa.NativeFile]:
+        files, folder = self.files, Path(path).parent
+        temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+        # a folder that is new is known to the one above it, which has to last as well
+        changed = {folder, *(above.parent for above in (folder, *folder.parents) if not above.exists())}
+        files.create_dir(str(folder), recursive=True)
+        try:
             with files.open_output_stream(temporary) as stream:
                 yield stream
+            if durable:
+                _make_last(temporary)
             os.replace(temporary, path)
-        except OSError as error:
-            raise StepError(
-                f"{path} cannot be written ({error.strerror or error}); mend it and start the same command again"
-            ) from error
+            if durable:
+                for each in changed:
+                    _make_last(each)
         finally:
             if os.path.exists(temporary):
                 os.unlink(temporary)
+
+    @contextmanager
+    def _sent(self, path: str) -> Iterator[pa.NativeFile]:
+        files = self.files
+        files.create_dir(path.rsplit("/", 1)[0], recursive=True)
+        with tempfile.TemporaryDirectory() as folder:
+            staged = os.path.join(folder, "staged")
+            with fs.LocalFileSystem().open_output_stream(staged) as stream:
+                yield stream
+            fs.copy_files(staged, path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=files)
 
     def write_bytes(self, path: str, content: bytes) -> None:
         with self.writing(path) as stream:

@@ -1,4 +1,4 @@
-"""A lock with a lease in a job's folder: one job at a time, on a local disk and in an object store alike.
+"""A lock with a lease in the folder of a job or run: one process at a time, on a disk and in an object store alike.
 
 An object store has no lock, and pyarrow no conditional write. What both have: a file that was written is seen by
 every listing that begins afterwards. So each job **writes a claim of its own first, and lists the claims then**; it
@@ -12,14 +12,16 @@ Of several that meet while none holds the lease, the one that came first stays a
 so that one of them gets it.
 
 A claim is renewed by a thread and runs out without it: a holder that died or hangs is succeeded. A holder that was
-only slow finds out before it makes anything last (`assert_held`): its claim ran out by its own clock, was cleared
-away, or has a successor. Clocks of different machines may differ by `_SKEW_S`. What remains is the moment between
+only slow finds out before it makes anything last (`assert_held`): its claim was cleared away, or has a successor.
+Where neither is so (the machine slept, and nobody else came), it takes its claim up again as it made it: by writing
+first and listing then. Clocks of different machines may differ by `_SKEW_S`. What remains is the moment between
 `assert_held` and the write that follows: no lease can close it without the help of what is written to.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import socket
@@ -35,12 +37,19 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import fs
 
-from posttrain.errors import HeldError, StepError
+from posttrain.errors import HeldError, PosttrainError, StepError
 from posttrain.store.folder import RunFolder
 
 _SKEW_S = 5.0
 _RENEWALS = 4
 """Renewals within the length of a lease."""
+_RUN_LEASE_S = 120.0
+_GIVEN_BACK: set[str] = set()
+"""Tokens of this process's claims that are over, also where their files could not be deleted."""
+PLACE = "lease"
+"""Where the claims to a job's folder lie."""
+_OF_RUN = ".lease"
+"""Where the claims to a run folder lie: hidden, since a folder that holds nothing else is empty."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +128,7 @@ class Lease:
         """Raises StepError where the lease is lost; to be called before each step that makes something last."""
         with self._lock:
             mine = self._claim
-            if not self._lost and time.time() >= mine.expires:
+            if not self._lost and time.time() >= mine.expires and not self._taken_up_again():
                 self._lost = f"it ran out after {self._lease_s:g} s without being renewed"
         if not self._lost:
             others = self._claims.living()
@@ -138,18 +147,37 @@ class Lease:
         """Give the lease back."""
         self._ended.set()
         self._thread.join()
-        self._claims.remove(self._claim)
+        _GIVEN_BACK.add(self._claim.token)
+        # where the storage has failed, the claim stays, and counts no longer
+        with contextlib.suppress(OSError, pa.ArrowException):
+            self._claims.remove(self._claim)
+
+    def _taken_up_again(self) -> bool:
+        """Whether a claim that ran out could be renewed, as it has had no successor."""
+        try:
+            # a successor clears it away before it holds the lease
+            if self._claim.token not in {claim.token for claim in self._claims.all()}:
+                return False
+            renewed = replace(self._claim, expires=time.time() + self._lease_s)
+            self._claims.write(renewed)
+            # the listing after the write: see the module's text
+            if any(claim.token != renewed.token for claim in self._claims.living()):
+                self._claims.remove(renewed)
+                return False
+        except (OSError, pa.ArrowException, PosttrainError):
+            return False
+        self._claim = renewed
+        return True
 
     def _renew(self) -> None:
         while not self._ended.wait(self._lease_s / _RENEWALS):
             with self._lock:
                 now = time.time()
-                # one that ran out may have a successor: it must not come back to life
-                if self._lost or now >= self._claim.expires:
+                if self._lost or (now >= self._claim.expires and not self._taken_up_again()):
                     return
                 renewed = replace(self._claim, expires=now + self._lease_s)
                 # it runs out where the storage stays away for too long
-                with contextlib.suppress(OSError, pa.ArrowException, StepError):
+                with contextlib.suppress(OSError, pa.ArrowException, PosttrainError):
                     self._claims.write(renewed)
                     self._claim = renewed
 
@@ -169,9 +197,36 @@ def held(folder: RunFolder, *, lease_s: float, wait_s: float, skew_s: float = _S
         lease.release()
 
 
-def acquire(folder: RunFolder, *, lease_s: float, wait_s: float, skew_s: float = _SKEW_S) -> Lease:
-    """As `held`, for a caller that gives it back by itself."""
-    claims = _Claims(folder, skew_s)
+@contextmanager
+def alone(folder: RunFolder) -> Iterator[Lease]:
+    """The lease on a run folder; raises HeldError at once where another process is at work there.
+
+    What a killed one left half-written is cleared away. A folder that nothing was written to is gone again afterwards.
+    """
+    made = [path for path in (folder.local, *folder.local.parents) if not path.exists()] if folder.is_local else []
+    way_out = "wait for it to end, or name another run.path"
+    lease = acquire(folder, lease_s=_RUN_LEASE_S, wait_s=0, place=_OF_RUN, way_out=way_out)
+    try:
+        folder.clear_half_written()
+        yield lease
+    finally:
+        lease.release()
+        for path in (folder.local / _OF_RUN, *made) if folder.is_local else ():
+            with contextlib.suppress(OSError):  # there is something in it
+                path.rmdir()
+
+
+def acquire(
+    folder: RunFolder,
+    *,
+    lease_s: float,
+    wait_s: float,
+    skew_s: float = _SKEW_S,
+    place: str = PLACE,
+    way_out: str = "wait for it to end, or set job.wait_s",
+) -> Lease:
+    """As `held`, for a caller that gives it back by itself; `place`: the folder of the claims."""
+    claims = _Claims(folder, skew_s, place)
     process, token, asked = this_process(), uuid.uuid4().hex, time.time()
     deadline = time.monotonic() + wait_s
     pause = 0.02
@@ -201,8 +256,8 @@ def acquire(folder: RunFolder, *, lease_s: float, wait_s: float, skew_s: float =
                 mine = None
                 if time.monotonic() >= deadline:
                     raise HeldError(
-                        f"{folder.location}: another job is at work there ({rival.in_words()}); wait for it to end, "
-                        "or set job.wait_s"
+                        f"{folder.location}: another {'job' if place == PLACE else 'run'} is at work there "
+                        f"({rival.in_words()}); {way_out}"
                     )
             pause = min(1.0, 1.5 * pause)
             time.sleep(pause * (0.5 + random.random()))
@@ -219,9 +274,12 @@ class _Claims:
 
     folder: RunFolder
     skew_s: float
+    place: str = PLACE
 
     def write(self, claim: Claim) -> None:
-        self.folder.write_json(self._path(claim), asdict(claim))
+        # not durable: after a power cut nobody is at work
+        with self.folder.writing(self._path(claim), durable=False) as stream:
+            stream.write(json.dumps(asdict(claim)).encode())
 
     def remove(self, claim: Claim) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -229,7 +287,7 @@ class _Claims:
 
     def all(self) -> list[Claim]:
         found: list[Claim] = []
-        selector = fs.FileSelector(self.folder.path("lease"), allow_not_found=True)
+        selector = fs.FileSelector(self.folder.path(self.place), allow_not_found=True)
         for info in self.folder.files.get_file_info(selector):
             if not info.path.endswith(".json"):
                 continue
@@ -254,7 +312,9 @@ class _Claims:
                 self.remove(claim)
 
     def _is_dead(self, claim: Claim) -> bool:
-        return time.time() > claim.expires + self.skew_s or claim.process.is_dead(this_process())
+        if claim.token in _GIVEN_BACK or time.time() > claim.expires + self.skew_s:
+            return True
+        return claim.process.is_dead(this_process())
 
     def _path(self, claim: Claim) -> str:
-        return self.folder.path("lease", f"{claim.token}.json")
+        return self.folder.path(self.place, f"{claim.token}.json")

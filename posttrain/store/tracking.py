@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
+_KEY = "posttrain.key"
 _ROUND = "posttrain.round"
 _PARENT = "mlflow.parentRunId"
 _SERVED_WITH = ("mlflow", "torch", "torchvision", "safetensors", "numpy", "pandas", "pyarrow", "pillow")
@@ -49,16 +50,19 @@ _PARAMS_PER_BATCH, _METRICS_PER_BATCH, _DIGEST_LENGTH = 100, 1000, 36
 class Tracking:
     """One run of posttrain in MLflow; leaving it as a context manager ends the run with the right status.
 
-    Once open, calls raise StepError where MLflow does not take what it is told: by then, work has been done.
+    Once open, calls raise StepError where MLflow does not take what it is told: by then, work has been done. Each may
+    be made again, also where MLflow did take it and only its answer was lost: nothing comes to be there twice.
     """
 
-    def __init__(self, client: MlflowClient, uri: str, experiment_id: str, run_id: str, *, resumed: bool) -> None:
+    def __init__(self, client: MlflowClient, uri: str, run: Any, *, resumed: bool) -> None:
         self._client = client
         self.uri = uri
-        self.experiment_id = experiment_id
-        self.run_id = run_id
+        self.experiment_id: str = run.info.experiment_id
+        self.run_id: str = run.info.run_id
         self.resumed = resumed
         """Whether this is the run that was asked for by its id."""
+        # MLflow keeps one value per name, step and time: with the same time, none is doubled
+        self._at_ms: int = run.info.start_time
         self._running = True
 
     @classmethod
@@ -70,15 +74,16 @@ class Tracking:
         experiment: str,
         run_name: str,
         run_id: str | None = None,
+        key: str | None = None,
         params: Mapping[str, object],
         tags: Mapping[str, str],
     ) -> Tracking:
         """The parent run, running: the one with `run_id` where MLflow still has it, otherwise a new one.
 
-        `uri` None: a database and artifacts in the run folder (`mlflow.db`, `mlartifacts/`). Nested params
-        become dotted names; params that the run already has stay. Raises TrackingError within about ten
-        seconds where the server cannot be reached, unless MLFLOW_HTTP_REQUEST_TIMEOUT or _MAX_RETRIES say
-        otherwise.
+        `key`: a name of the run that is its own, by which one is found again whose id never arrived. `uri` None: a
+        database and artifacts in the run folder (`mlflow.db`, `mlartifacts/`). Nested params become dotted names;
+        params that the run already has stay. Raises TrackingError within about ten seconds where the server cannot
+        be reached, unless MLFLOW_HTTP_REQUEST_TIMEOUT or _MAX_RETRIES say otherwise.
         """
         uri = uri or _local_uri(run_folder)
         artifacts = _beside(uri)
@@ -89,16 +94,18 @@ class Tracking:
 
                 client = MlflowClient(uri)
                 found = _active_run(client, run_id) if run_id else None
-                if found:
-                    experiment_id = found.info.experiment_id
-                else:
+                if found is None:
                     experiment_id = _experiment(client, experiment, artifacts)
-                    found = client.create_run(experiment_id, run_name=run_name)
+                    own = {_KEY: key} if key else {}
+                    found = (
+                        _only(client, client.search_runs([experiment_id], f"tags.`{_KEY}` = '{key}'")) if own else None
+                    )
+                    found = found or client.create_run(experiment_id, run_name=run_name, tags=own)
         except PosttrainError:
             raise
         except Exception as error:  # whatever the backend's driver raises
             raise _unusable(uri, error) from error
-        tracking = cls(client, uri, experiment_id, found.info.run_id, resumed=found.info.run_id == run_id)
+        tracking = cls(client, uri, found, resumed=found.info.run_id == run_id)
         try:
             with tracking._telling("the run's parameters"):
                 client.update_run(tracking.run_id, status="RUNNING")
@@ -128,16 +135,17 @@ class Tracking:
         """Ends the parent run."""
         self._running = False
         with self._telling("the end of the run"):
+            self._drop_doubles()
             self._client.set_terminated(self.run_id, status)
 
     def nested(self, name: str, *, params: Mapping[str, object], tags: Mapping[str, str]) -> Tracking:
         """A run of this name beneath this one, which rounds can be logged to: the one that is there, or a new one."""
         with self._telling(f"the run {name}"):
             beneath = f"tags.`{_PARENT}` = '{self.run_id}' and tags.`mlflow.runName` = '{name}'"
-            runs = self._client.search_runs([self.experiment_id], beneath, max_results=1)
+            known = _only(self._client, self._client.search_runs([self.experiment_id], beneath))
             parent = {_PARENT: self.run_id}
-            found = runs[0] if runs else self._client.create_run(self.experiment_id, run_name=name, tags=parent)
-            nested = Tracking(self._client, self.uri, self.experiment_id, found.info.run_id, resumed=bool(runs))
+            found = known or self._client.create_run(self.experiment_id, run_name=name, tags=parent)
+            nested = Tracking(self._client, self.uri, found, resumed=known is not None)
             nested._running = found.info.status != "FINISHED"
             nested._log(nested.run_id, params=params, known=found.data.params, tags=tags)
         return nested
@@ -189,9 +197,7 @@ class Tracking:
             nested = self._round_run(round)
             if nested.info.status == "FINISHED":
                 return
-            nested_id = nested.info.run_id
-            # MLflow keeps one value per name, step and time: with the same time, none is doubled
-            at = nested.info.start_time
+            nested_id, at = nested.info.run_id, nested.info.start_time
             self._log(nested_id, params=params, known=nested.data.params, metrics=metrics, step=round, at_ms=at)
             self._log_figures(nested_id, figures)
             for path in artifacts:
@@ -202,7 +208,7 @@ class Tracking:
     def log_metrics(self, metrics: Mapping[str, float | None], step: int = 0) -> None:
         """Metrics on the parent. None and numbers that are not finite are left out."""
         with self._telling("metrics"):
-            self._log(self.run_id, metrics=metrics, step=step)
+            self._log(self.run_id, metrics=metrics, step=step, at_ms=self._at_ms)
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         """A file, or a folder with all that is in it, into `folder` of the parent's artifacts."""
@@ -224,7 +230,7 @@ class Tracking:
 
         `weights`: a safetensors file. `image`: channels, size (height, width), mean, std, shape (of raw
         cells, or None). posttrain's code travels with the model; a factory of the user's own must be
-        importable where the model is loaded.
+        importable where the model is loaded. A model of this name that the run has already stays.
         """
         recipe = {
             "factory": factory,
@@ -238,6 +244,8 @@ class Tracking:
             from mlflow.entities import LoggedModelOutput
             from mlflow.models import Model
 
+            if (known := self._model_of_run(name)) is not None:
+                return f"models:/{known}"
             logged = self._client.create_logged_model(
                 self.experiment_id, name=name, source_run_id=self.run_id, model_type="classifier"
             )
@@ -271,11 +279,33 @@ class Tracking:
     def _round_run(self, round: int) -> Any:
         """The nested run of the round; made where there is none."""
         of_round = f"tags.`{_PARENT}` = '{self.run_id}' and tags.`{_ROUND}` = '{round}'"
-        runs = self._client.search_runs([self.experiment_id], of_round, max_results=1)
-        if runs:
-            return runs[0]
+        known = _only(self._client, self._client.search_runs([self.experiment_id], of_round))
+        if known is not None:
+            return known
         tags = {_PARENT: self.run_id, _ROUND: str(round)}
         return self._client.create_run(self.experiment_id, run_name=f"round {round:04d}", tags=tags)
+
+    def _drop_doubles(self) -> None:
+        """Delete what a request made that was given up, and arrived only after it had been made again."""
+        beneath = f"tags.`{_PARENT}` = '{self.run_id}'"
+        alike: dict[tuple[str | None, str | None], list[Any]] = {}
+        token = None
+        while True:
+            page = self._client.search_runs([self.experiment_id], beneath, page_token=token)
+            for run in page:
+                alike.setdefault((run.data.tags.get(_ROUND), run.info.run_name), []).append(run)
+            if not (token := page.token):
+                break
+        for runs in alike.values():
+            _only(self._client, runs)
+
+    def _model_of_run(self, name: str) -> str | None:
+        outputs = self._client.get_run(self.run_id).outputs
+        for output in outputs.model_outputs if outputs else ():
+            model = self._client.get_logged_model(output.model_id)
+            if model.name == name and model.status == "READY":
+                return model.model_id
+        return None
 
     def _log_figures(self, run_id: str, figures: Mapping[str, bytes]) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -590,10 +620,14 @@ def _first_contact(uri: str) -> Iterator[None]:
     ports = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
     if scheme in ports and parts.hostname:
         socket.create_connection((parts.hostname, parts.port or ports[scheme]), timeout=8).close()
-    brief = {
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "9",
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    }
+    with brief_requests(9):
+        yield
+
+
+@contextmanager
+def brief_requests(timeout_s: int) -> Iterator[None]:
+    """MLflow waits for an answer this long, and asks once; what the user has set in the environment stays."""
+    brief = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout_s), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     brief = {key: value for key, value in brief.items() if key not in os.environ}
     os.environ.update(brief)
     try:
@@ -601,6 +635,19 @@ def _first_contact(uri: str) -> Iterator[None]:
     finally:
         for key in brief:
             os.environ.pop(key, None)
+
+
+def _only(client: MlflowClient, runs: Sequence[Any]) -> Any | None:
+    """Of runs that mean the same thing the one that has been told most; the others are deleted. None where none is."""
+    if not runs:
+        return None
+    kept, *others = sorted(
+        runs,
+        key=lambda run: (run.info.status != "FINISHED", not run.data.metrics, run.info.start_time, run.info.run_id),
+    )
+    for other in others:
+        client.delete_run(other.info.run_id)
+    return kept
 
 
 def _active_run(client: MlflowClient, run_id: str) -> Any | None:

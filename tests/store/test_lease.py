@@ -17,7 +17,7 @@ import pytest
 from posttrain.errors import HeldError, StepError
 from posttrain.store import lease
 from posttrain.store.folder import RunFolder
-from posttrain.store.lease import Claim, acquire, held, this_process
+from posttrain.store.lease import Claim, acquire, alone, held, this_process
 
 
 @pytest.fixture
@@ -228,6 +228,53 @@ def test_a_holder_that_was_too_slow_finds_out_before_it_writes_and_does_not_come
         successor.assert_held()
 
 
+def test_a_machine_that_slept_longer_than_the_lease_lasts_goes_on_if_nobody_came_meanwhile(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease.Lease, "_renew", lambda self: None)
+    asleep = acquire(folder, lease_s=0.1, wait_s=0, skew_s=0)
+    time.sleep(0.2)
+    asleep.assert_held()
+    with pytest.raises(HeldError):
+        acquire(folder, lease_s=60, wait_s=0, skew_s=60)
+    time.sleep(0.2)
+    with held(folder, lease_s=60, wait_s=0, skew_s=0):
+        pass
+    # one came and went: what it left behind, the one that slept knows nothing of
+    with pytest.raises(StepError, match="ran out"):
+        asleep.assert_held()
+
+
+def test_a_run_folder_is_for_one_process_and_looks_as_before_once_it_is_left(folder: RunFolder) -> None:
+    nested = RunFolder(folder.path("deep", "run"))
+    with alone(nested) as mine:
+        mine.assert_held()
+        assert nested.is_empty()
+        began = time.monotonic()
+        with (
+            pytest.raises(HeldError, match=rf"another run is at work there \(process {os.getpid()} on .*run\.path"),
+            alone(nested),
+        ):
+            raise AssertionError
+        assert time.monotonic() - began < 5
+    assert not folder.local.exists()
+    folder.write_bytes(folder.path("run.yaml"), b"begun")
+    with pytest.raises(KeyError), alone(folder):
+        raise KeyError
+    assert [path.name for path in folder.local.iterdir()] == ["run.yaml"]
+
+
+def test_what_a_killed_writer_left_half_written_is_cleared_away_and_nothing_else(folder: RunFolder) -> None:
+    half = Path(folder.round(2, "scores.parquet.0123abcd.tmp"))
+    others = [Path(folder.path(name)) for name in ("notes.tmp", "a.0123abcd.tmp.txt", "lease/x.json.0123abcd.tmp")]
+    for path in (half, *others):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+    with alone(folder):
+        assert not half.exists()
+        assert all(path.exists() for path in others)
+
+
 def test_a_claim_that_cannot_be_read_is_not_passed_over(folder: RunFolder) -> None:
     folder.write_json(folder.path("lease", "x.json"), {"token": "x"})
     with pytest.raises(HeldError, match=r"x\.json is a claim that this version"):
@@ -301,7 +348,7 @@ def test_in_a_slow_store_one_at_a_time_holds_the_lease_and_one_of_those_that_do_
     monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     store = _InMemory(seed)
-    monkeypatch.setattr(lease, "_Claims", lambda folder, skew_s: store)
+    monkeypatch.setattr(lease, "_Claims", lambda folder, skew_s, place: store)
     holding = threading.Lock()
     got, overlaps, refused = [], 0, 0
 

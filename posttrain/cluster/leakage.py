@@ -1,0 +1,159 @@
+"""Training images that are in a held-out set, too: the same bytes, or nearly the same picture, also mirrored.
+
+Prints of the held-out images (a digest, a hash and a thumbnail each, some 300 bytes) go into the object store; every
+training bucket is compared with them where it is read. Of the training set nothing travels but what was found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from posttrain.cluster.reading import Progress, Split
+from posttrain.cluster.tasks import results
+from posttrain.schema import BUCKET, FILE, IMAGE, LABEL, ROW, SAMPLE_ID
+from posttrain.store.features import image_digests
+from posttrain.vision import duplicates
+from posttrain.vision.duplicates import Prints
+
+SPLIT, OTHER_ID, SAME_LABEL, DIFFERENCE, MIRRORED, IDENTICAL = (
+    "split",
+    "other_id",
+    "same_label",
+    "difference",
+    "mirrored",
+    "identical",
+)
+OTHER_BUCKET, OTHER_ROW, OTHER_FILE = "other_bucket", "other_row", "other_file"
+
+
+@dataclass(frozen=True)
+class Known:
+    """The images of a held-out bucket that can be read, as training images are compared with them."""
+
+    samples: pa.Table
+    """{split, other_bucket, other_row, other_id, label, other_file}."""
+    digests: np.ndarray
+    """uint64, of the images' bytes."""
+    prints: tuple[Prints, Prints]
+    """As they are, and mirrored."""
+
+
+def find(
+    splits: Mapping[str, Split], shape: tuple[int, ...] | None, progress: Progress = lambda done, total: None
+) -> pa.Table:
+    """Pairs of a training image and a held-out one that are the same or alike, in the order of buckets and rows.
+
+    Of each image's pairs the closest is kept (of a held-out image's, the closest in each training bucket): all that
+    are concerned appear, without all their pairs. `shape`: of raw cells.
+    """
+    train = splits["train"]
+    held_out = [
+        (name, bucket.index, bucket.block)
+        for name in ("validation", "test")
+        if name in splits
+        for bucket in splits[name].buckets
+    ]
+    known = [_printed.remote(block, shape, name, number) for name, number, block in held_out]
+    tables = []
+    seen = 0
+    calls = [(bucket.block, bucket.index, shape, known) for bucket in train.buckets]
+    for bucket, found in zip(train.buckets, results(_compared, calls), strict=True):
+        tables.append(found)
+        seen += bucket.rows
+        progress(seen, train.rows)
+    return pa.concat_tables(tables)
+
+
+@ray.remote(num_cpus=0)
+def _printed(block: pa.Table, shape: tuple[int, ...] | None, split: str, bucket: int) -> Known:
+    return described(block, shape, split, bucket)
+
+
+def described(block: pa.Table, shape: tuple[int, ...] | None, split: str, bucket: int) -> Known:
+    """What training buckets are compared with, of a held-out bucket's readable images."""
+    rows, digests, pixels = _readable(block, shape)
+    taken = block.take(pa.array(rows, pa.int64()))
+    table = pa.table(
+        {
+            SPLIT: pa.array([split] * len(rows), pa.string()),
+            OTHER_BUCKET: pa.array(np.full(len(rows), bucket), pa.int32()),
+            OTHER_ROW: pa.array(rows, pa.int32()),
+            OTHER_ID: taken[SAMPLE_ID],
+            LABEL: taken[LABEL],
+            OTHER_FILE: taken[FILE],
+        }
+    )
+    return Known(table, digests, (duplicates.prints(pixels), duplicates.prints(pixels[:, :, ::-1])))
+
+
+def _readable(block: pa.Table, shape: tuple[int, ...] | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    pixels, readable = duplicates.grey((cell.as_py() for chunk in block[IMAGE].chunks for cell in chunk), shape)
+    rows = np.flatnonzero(readable)
+    return rows, image_digests(block[IMAGE].take(pa.array(rows, pa.int64()))), pixels
+
+
+@ray.remote
+def _compared(block: pa.Table, bucket: int, shape: tuple[int, ...] | None, known: list[ray.ObjectRef]) -> pa.Table:
+    return compare(block, bucket, shape, ray.get(known))
+
+
+def compare(
+    block: pa.Table,
+    bucket: int,
+    shape: tuple[int, ...] | None,
+    known: Sequence[Known],
+) -> pa.Table:
+    """The pairs of one training bucket with all held-out images."""
+    rows, digests, pixels = _readable(block, shape)
+    others = pa.concat_tables([held_out.samples for held_out in known]).combine_chunks()
+    other_digests = np.concatenate([held_out.digests for held_out in known])
+    mine = duplicates.prints(pixels)
+    found = [_identical(digests, other_digests)]
+    for mirrored in (False, True):
+        theirs = duplicates.together([held_out.prints[mirrored] for held_out in known])
+        i, j, difference = duplicates.alike(mine, theirs)
+        found.append((i, j, difference, np.full(len(i), mirrored)))
+    i, j, difference, mirrored = (np.concatenate(column) for column in zip(*found, strict=True))
+    identical = digests[i] == other_digests[j]
+    kept = _closest(i, j, np.where(identical, -1.0, difference))
+    i, j, difference, mirrored, identical = (column[kept] for column in (i, j, difference, mirrored, identical))
+    taken, pairs = block.take(pa.array(rows[i], pa.int64())), others.take(pa.array(j))
+    return pa.table(
+        {
+            BUCKET: pa.array(np.full(len(i), bucket), pa.int32()),
+            ROW: pa.array(rows[i], pa.int32()),
+            SAMPLE_ID: taken[SAMPLE_ID],
+            FILE: taken[FILE],
+            **{name: pairs[name] for name in (SPLIT, OTHER_BUCKET, OTHER_ROW, OTHER_ID, OTHER_FILE)},
+            SAME_LABEL: pa.array(taken[LABEL].to_numpy() == pairs[LABEL].to_numpy()),
+            IDENTICAL: pa.array(identical),
+            MIRRORED: pa.array(mirrored),
+            DIFFERENCE: pa.array(difference, pa.float32()),
+        }
+    )
+
+
+def _identical(mine: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """A pair for each image of which the other side has the bytes: not all pairs, of which blank ones make many."""
+    values, first_of_mine = np.unique(mine, return_index=True)
+    other_values, first_of_others = np.unique(others, return_index=True)
+    i, j = np.flatnonzero(np.isin(mine, others)), np.flatnonzero(np.isin(others, mine))
+    i, j = (
+        np.concatenate([i, first_of_mine[np.searchsorted(values, others[j])]]),
+        np.concatenate([first_of_others[np.searchsorted(other_values, mine[i])], j]),
+    )
+    return i, j, np.zeros(len(i)), np.zeros(len(i), bool)
+
+
+def _closest(i: np.ndarray, j: np.ndarray, rank: np.ndarray) -> np.ndarray:
+    """Positions, in order, of each training image's and each held-out image's first pair by rank."""
+    order = np.lexsort((j, i, rank))
+    _, of_mine = np.unique(i[order], return_index=True)
+    _, of_theirs = np.unique(j[order], return_index=True)
+    kept = order[np.union1d(of_mine, of_theirs)]
+    return kept[np.lexsort((j[kept], i[kept]))]
