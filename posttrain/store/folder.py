@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -73,6 +74,12 @@ class RunFolder:
         for info in self.files.get_file_info(fs.FileSelector(self.path("features"), allow_not_found=True)):
             if info.base_name != backbone:
                 self.files.delete_dir(info.path)
+
+    def drop_unfinished(self) -> None:
+        """Delete what writers that were killed have left in a local folder: no reader of it should meet that."""
+        for path in self.local.rglob("*.tmp") if self.is_local else ():
+            if re.search(r"\.[0-9a-f]{8}\.tmp$", path.name):
+                path.unlink(missing_ok=True)
 
     # -- reading and writing ---------------------------------------------------------------------------
 
