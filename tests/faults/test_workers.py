@@ -245,7 +245,7 @@ def test_scores_that_are_there_are_not_made_again_and_all_of_them_are_the_same(
     kept = ScoreShards(folder, 1, scores_key(view, verdict))
     begun = workers.score(view, verdict, kept)
     assert [next(begun).equals(table) for table in whole[:3]] == [True] * 3
-    begun.close()  # as an interrupt does
+    del begun  # as an interrupt does
     deadline = time.monotonic() + 60
     while not {0, 1, 2} <= kept.buckets():
         assert time.monotonic() < deadline
