@@ -321,6 +321,7 @@ def first_model(run: CleaningRun) -> Network:
 def finish(run: CleaningRun, outcome: rounds.Outcome[Network], began: float) -> dict[str, Any]:
     """Write what the run leaves behind; return its summary, which is written last."""
     from posttrain.store import results
+    from posttrain.store.scores import forget_scores
 
     folder, state, classes = run.folder, outcome.state, run.inputs.classes
     numbers = [r.number for r in state.history if r.removed or r.relabelled]
@@ -343,6 +344,7 @@ def finish(run: CleaningRun, outcome: rounds.Outcome[Network], began: float) -> 
         if run.config.results.cleaned in ("both", "parquet"):
             from posttrain.cluster.writing import write_cleaned
 
+            run.workers.make_room()
             data = run.config.data
             kept = write_cleaned(
                 run.splits["train"],
@@ -399,6 +401,9 @@ def finish(run: CleaningRun, outcome: rounds.Outcome[Network], began: float) -> 
         "steps": {name: round(seconds, 2) for name, seconds in run.progress.seconds.items()},
         "files": files,
     }
+    # those of the last look, which was no round
+    forget_scores(folder, scored)
+    folder.clear_half_written()
     run.ledger.finish(summary)
     return summary
 

@@ -22,7 +22,7 @@ from pipelines.inputs import Inputs
 from posttrain import policy
 from posttrain.cluster import measuring, refining
 from posttrain.cluster.reading import Split
-from posttrain.cluster.workers import Network, Verdict, View, Workers, load_network
+from posttrain.cluster.workers import Network, Verdict, View, Workers, load_network, scores_key
 from posttrain.config import RunFile
 from posttrain.config import Training as TrainingSection
 from posttrain.errors import PosttrainError, StepError
@@ -54,6 +54,7 @@ from posttrain.store.features import ShardSummary, quarantine_table, read_shard
 from posttrain.store.folder import RunFolder
 from posttrain.store.ledger import Ledger
 from posttrain.store.results import reason
+from posttrain.store.scores import ScoreShards, forget_scores
 from posttrain.vision import layers, models
 
 if TYPE_CHECKING:
@@ -152,6 +153,7 @@ class CleaningRun:
             self.config.probe,
             self.inputs.layers,
         )
+        self.workers.tell_losses(lambda text: self.progress.say(f"  {text}"))
 
     @property
     def ledger(self) -> Ledger:
@@ -226,7 +228,8 @@ class CleaningRun:
         with self.progress.step("score") as tell, self.folder.writing(path) as stream:
             writer: pq.ParquetWriter | None = None
             done = 0
-            for table in self.workers.score(drawn.live, verdict):
+            kept = ScoreShards(self.folder, state.number + 1, scores_key(drawn.live, verdict))
+            for table in self.workers.score(drawn.live, verdict, kept):
                 writer = writer or pq.ParquetWriter(stream, table.schema, compression="zstd")
                 writer.write_table(table)
                 counts += np.bincount(table[LABEL].to_numpy(), minlength=classes)
@@ -365,6 +368,7 @@ class CleaningRun:
             self.relabelled = live.relabelled
             metrics = {**done.metrics, **self._found, "taken_support": removal.support}
             if self._true_labels_known():
+                self.workers.make_room()
                 removed = merged(self.earlier.excluded, self.removed)
                 found = measuring.detection(self.splits["train"], removed, self.relabelled)
                 metrics |= _known(
@@ -375,6 +379,7 @@ class CleaningRun:
         done = replace(done, metrics=metrics, seconds=self.progress.seconds_of_round())
         self.assert_held()
         self.ledger.commit(done)
+        forget_scores(self.folder, done.number)
         # the next round's features are those of the new backbone: the old ones are not asked for again
         self.folder.keep_only_features(self._backbone(model).backbone)
         self.tell_round(done, removal.figures)
@@ -593,6 +598,7 @@ class CleaningRun:
         max_steps: int | None = None,
     ) -> Network:
         """The network trained on the training samples that are not excluded, through Ray Train."""
+        self.workers.make_room()
         if self.train_workers:
             # Ray Train waits for ever for CPUs and GPUs that the scoring workers hold
             self.workers.release()

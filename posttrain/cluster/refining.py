@@ -39,6 +39,10 @@ WINDOW_BYTES = 2**30
 """Decoded pixels that a training process holds: data that fit are decoded once, others once per epoch."""
 
 
+DEATHS_OF_A_TRAINING = 5
+"""Times that training begins again because a worker of it was lost."""
+
+
 @dataclass(frozen=True)
 class Training:
     """How the network is trained; see the sections `pretrain` and `refine` of the run file."""
@@ -132,7 +136,8 @@ def train(
             name=f"{run_name}-{uuid.uuid4().hex[:8]}",
             storage_path=folder.path("training"),
             storage_filesystem=folder.files,
-            failure_config=ray.train.FailureConfig(max_failures=2),
+            # of one training, each of which begins anew: nothing is lost but time
+            failure_config=ray.train.FailureConfig(max_failures=DEATHS_OF_A_TRAINING),
         ),
     )
     try:
@@ -142,6 +147,8 @@ def train(
     found = result.return_value
     if found is None:
         raise StepError("training ended without a result; start the same command again to go on")
+    if "failed" in found:
+        raise StepError(found["failed"])
     live = split.rows - sum(len(rows) for rows in excluded.values())
     if workers:
         progress(live * found["epochs"], live * found["epochs"])
@@ -185,18 +192,24 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
             seed=config["seed"] + 7919 * rank,
         )
         live = sum(b.rows - len(config["excluded"].get(b.index, ())) for b in config["buckets"])
-        outcome = fit_network(
-            parallel,
-            images,
-            training,
-            spec=network.spec.image,
-            live=live,
-            world=world,
-            device=device,
-            seed=config["seed"],
-            progress=config.get("progress", lambda done, total: None),
-            precision=network.precision,
-        )
+        try:
+            outcome = fit_network(
+                parallel,
+                images,
+                training,
+                spec=network.spec.image,
+                live=live,
+                world=world,
+                device=device,
+                seed=config["seed"],
+                progress=config.get("progress", lambda done, total: None),
+                precision=network.precision,
+            )
+        except StepError as error:
+            if alone or world > 1:
+                raise
+            # Ray Train would take it for the loss of a worker, and begin again
+            return {"failed": str(error)}
     return {"weights": models.to_bytes(model), **outcome}
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from posttrain.errors import ConfigError
+from posttrain.errors import ConfigError, StepError
 
 _NO_BARS = "RAY_DATA_DISABLE_PROGRESS_BARS"
 
@@ -127,8 +127,13 @@ def session(
                 if not address:
                     stack.enter_context(_on_loopback())
                 ray.init(**options)
-        except (ConnectionError, RuntimeError) as error:
+        except Exception as error:  # where a process of its own does not come up, Ray raises no subclass
             if not address:
+                raise StepError(
+                    f"Ray has not started on this machine ({str(error).splitlines()[0]}); "
+                    "start the same command again once there is less load or more memory"
+                ) from error
+            if not isinstance(error, ConnectionError | RuntimeError):
                 raise
             raise ConfigError(
                 f"ray.address = {address}: no Ray cluster can be joined there ({str(error).splitlines()[0]}); "

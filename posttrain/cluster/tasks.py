@@ -7,18 +7,21 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import ray
+from ray.exceptions import OutOfMemoryError, WorkerCrashedError
 
 from posttrain.cluster.reading import explain
+from posttrain.errors import StepError
 
 
 def results(task: Any, calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
     """What the remote function gives for each call's arguments, in their order.
 
     As many run at a time as the cluster has CPUs, though none is reserved: workers may hold them all, and a task
-    that asked for one would wait for ever. Raises what a call raised, posttrain's own errors unwrapped.
+    that asked for one would wait for ever. A call whose process dies is made again, three times at most. Raises what
+    a call raised, posttrain's own errors unwrapped; StepError where its process died each time.
     """
     at_once = max(1, int(ray.cluster_resources().get("CPU", 1)))
-    unreserved = task.options(num_cpus=0, scheduling_strategy="SPREAD")
+    unreserved = task.options(num_cpus=0, scheduling_strategy="SPREAD", max_retries=3)
     pending: deque[Any] = deque()
     following = iter(calls)
     try:
@@ -28,5 +31,11 @@ def results(task: Any, calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
             if not pending:
                 return
             yield ray.get(pending.popleft())
+    except (WorkerCrashedError, OutOfMemoryError) as error:
+        why = "for want of memory" if isinstance(error, OutOfMemoryError) else "by a crash, or by somebody"
+        raise StepError(
+            f"a task's worker process was ended {why}, and again each time that it was tried anew; "
+            "give the workers more memory, then start the same command again to go on"
+        ) from error
     except Exception as error:
         explain(error)

@@ -2,7 +2,7 @@
 
 An actor keeps the network of the current round and the features that it has read, so that neither a pass over
 the feature store nor a round pays for starting processes or for reading twice. What a call needs is named by its
-arguments alone: an actor that died is started again by Ray and goes on with the same call.
+arguments alone: where an actor dies, any other goes on with the same call.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ import ray
 import torch
 from torch import Tensor
 
+import posttrain
+from posttrain.cluster import isolating
 from posttrain.cluster.devices import BatchSize, computing_in, moved, own_device
-from posttrain.cluster.reading import Bucket, Progress, explain
+from posttrain.cluster.pool import Died, Pool
+from posttrain.cluster.reading import Bucket, Progress
 from posttrain.errors import ConfigError
 from posttrain.influence.audit import Audit, Survey, survey
 from posttrain.influence.committee import Boundary
@@ -44,6 +47,8 @@ from posttrain.schema import (
     Precision,
     Relabelled,
     current_labels,
+    excluded_digest,
+    relabelled_digest,
     uniform,
 )
 from posttrain.store.features import (
@@ -57,6 +62,7 @@ from posttrain.store.features import (
     write_shard,
 )
 from posttrain.store.folder import RunFolder
+from posttrain.store.scores import ScoreShards, content_digest
 from posttrain.vision import layers, models
 from posttrain.vision.images import decode_column, normalize
 
@@ -65,6 +71,9 @@ REDUCTION_GROUPS = 32
 depends neither on the number of actors nor on which of them was faster."""
 
 EMBEDDING_BATCH = 256
+
+_DEATHS_OF_A_BUCKET = 2
+"""Processes that a bucket may end before its images are looked at one by one."""
 
 _VIEWS_KEPT = 8
 """Views whose features an actor keeps at most: those of a committee's members, live and held out."""
@@ -112,6 +121,14 @@ class Network:
         return hashlib.sha256(kept.encode()).hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class Fatal:
+    """A row of a bucket whose image ends the process that decodes or embeds it."""
+
+    row: int
+    reason: str
+
+
 def load_network(network: Network) -> torch.nn.Module:
     model = models.build(network.spec.factory, classes=network.spec.classes, arguments=network.spec.arguments)
     models.load_bytes(model, network.weights)
@@ -144,6 +161,18 @@ def evidence_of(features: Tensor, labels: Tensor, sample_ids: np.ndarray, verdic
     return joint_evidence(members, labels, draw, verdict.audit)
 
 
+def scores_key(view: View, verdict: Verdict) -> str:
+    """Tells the scores of a view's samples from any others: a digest of all that decides them."""
+    boundary = verdict.boundary
+    return content_digest(
+        posttrain.__version__,
+        (view.backbone, view.split, view.layers, view.standardizers),
+        (excluded_digest(view.excluded), relabelled_digest(view.relabelled)),
+        (boundary.layers, boundary.standardizers, [fitted.weights for fitted in boundary.probes], boundary.members),
+        (verdict.curvatures, verdict.seed, verdict.audit),
+    )
+
+
 def score_columns(evidence: Evidence) -> dict[str, np.ndarray]:
     """Every score of a batch, and what the others would label it: columns of `scores.parquet`."""
     columns = {str(name): score(evidence) for name, score in SCORES.items()}
@@ -170,7 +199,10 @@ class _Worker:
         self.cached = 0
 
     def ready(self) -> str:
-        return str(self.device)
+        return ray.get_runtime_context().get_node_id()
+
+    def pid(self) -> int:
+        return os.getpid()
 
     def reduced_batch(self) -> int | None:
         return self.batch.reduced
@@ -185,19 +217,35 @@ class _Worker:
         skip: np.ndarray,
         former: FormerFeatures | None = None,
         buckets: int = 0,
+        fatal: Sequence[Fatal] = (),
     ) -> ShardSummary:
         network: Network = ray.get(network_in[0])
-        if self.network is None or self.network[0] != network.key:
-            self.network = (network.key, _for_inference(network, self.device))
+        model = self._model(network)
+        skip = np.union1d(skip, [one.row for one in fatal]).astype(np.int32)
         known = known_rows(block, skip, network.spec.layers, former)
         if known is not None:
             skip = np.union1d(skip, known.rows)
         fresh, quarantined = embed_block(
-            self.network[1], network.spec, block, skip, self.device, precision=network.precision, batch=self.batch
+            model, network.spec, block, skip, self.device, precision=network.precision, batch=self.batch
         )
+        quarantined = sorted([*quarantined, *fatal_rows(block, fatal)], key=lambda row: int(str(row[ROW])))
         shard, embedded = with_known(fresh, known, block), len(fresh.rows)
         write_shard(folder, path, shard, quarantined, embedded=embedded, buckets=buckets)
         return ShardSummary(bucket, len(shard.rows), quarantined, embedded)
+
+    def fatal(self, network_in: list[Any], block: pa.Table, rows: np.ndarray) -> list[Fatal]:
+        network: Network = ray.get(network_in[0])
+        found = isolating.fatal(
+            lambda some: functools.partial(_embed_alone, network, block.take(pa.array(some)), self.device),
+            rows,
+            preload=[__name__],
+        )
+        return [Fatal(row, how) for row, how in found]
+
+    def _model(self, network: Network) -> torch.nn.Module:
+        if self.network is None or self.network[0] != network.key:
+            self.network = (network.key, _for_inference(network, self.device))
+        return self.network[1]
 
     def reduce(
         self,
@@ -234,12 +282,14 @@ class _Worker:
             sums.append([t.cpu().numpy() for t in total or ()])
         return sums
 
-    def score(self, view_in: list[Any], key: str, bucket: int, verdict_in: list[Any]) -> pa.Table:
+    def score(
+        self, view_in: list[Any], key: str, bucket: int, verdict_in: list[Any], kept: ScoreShards | None
+    ) -> pa.Table:
         verdict: Verdict = ray.get(verdict_in[0])
         shard, features, labels = self._block(view_in, key, bucket)
         ids = shard.sample_ids.to_numpy(zero_copy_only=False)
         columns = score_columns(evidence_of(features, labels, ids, verdict))
-        return pa.table(
+        table = pa.table(
             {
                 SAMPLE_ID: shard.sample_ids,
                 BUCKET: pa.array(np.full(len(ids), bucket), pa.int32()),
@@ -248,6 +298,9 @@ class _Worker:
                 **{name: pa.array(column) for name, column in columns.items()},
             }
         )
+        if kept is not None:
+            kept.write(bucket, table)
+        return table
 
     def _block(self, view_in: list[Any], key: str, bucket: int) -> tuple[Shard, Tensor, Tensor]:
         """A bucket's live rows: the shard, features side by side, labels; cached while they fit."""
@@ -349,6 +402,21 @@ def embed_block(
         ids = pa.concat_arrays(ids.chunks) if ids.num_chunks else pa.array([], ids.type)
     kept = {layer: matrix.numpy()[good[where_readable]] for layer, matrix in halves.items()}
     return Shard(rows[good], ids.filter(pa.array(good)), labels[good], kept), quarantined
+
+
+def _embed_alone(network: Network, block: pa.Table, device: torch.device) -> None:
+    torch.set_num_threads(1)
+    model = _for_inference(network, device)
+    embed_block(model, network.spec, block, np.empty(0, np.int32), device, precision=network.precision)
+
+
+def fatal_rows(block: pa.Table, fatal: Sequence[Fatal]) -> list[dict[str, object]]:
+    """The quarantine's rows for images that end their process."""
+    found: list[dict[str, object]] = []
+    for one in fatal:
+        where = {ROW: one.row, SAMPLE_ID: block[SAMPLE_ID][one.row].as_py(), FILE: block[FILE][one.row].as_py()}
+        found.append({**where, "reason": one.reason})
+    return found
 
 
 def known_rows(
@@ -454,78 +522,44 @@ class Workers:
         # Ray Train; on a cluster the reservation is what places them.
         self._cpus = cpus if on_cluster else 0.0
         self._threads = max(1, int(cpus))
-        self._actors: list[Any] = []
+        self._pool = Pool(self._actor, self.count or 1)
 
-    def start(self) -> None:
-        """Start the actors without waiting for them."""
-        if self._actors:
-            return
+    def _actor(self, reserving: bool) -> Any:
         resources = ray.cluster_resources()
         memory = 0.3 * resources.get("memory", 4 * 2**30)
         if not self.count:
             share = min(1.0, self._threads / resources.get("CPU", 1))
-            self._actors = [_InProcess(self._threads, int(memory * share))]
-            return
-        cache = int(memory / self.count)
-        actor = ray.remote(_Worker).options(
-            num_cpus=self._cpus,
+            return _InProcess(self._threads, int(memory * share))
+        options = ray.remote(_Worker).options(
+            num_cpus=self._cpus if reserving else 0.0,
             num_gpus=self.gpus_per_worker,
             scheduling_strategy="SPREAD",
-            # a block that crashes its process for ever must end as an error, not as a loop
-            max_restarts=2,
-            max_task_retries=2,
+            # the pool itself calls again, and knows of what a process died
+            max_restarts=0,
+            max_task_retries=0,
         )
-        self._actors = [actor.remote(self._threads, cache) for _ in range(self.count)]
+        return options.remote(self._threads, int(memory / self.count))
+
+    def start(self) -> None:
+        """Start the actors without waiting for them."""
+        self._pool.start()
 
     def release(self) -> None:
         """End the actors: their CPUs and GPUs are wanted elsewhere. The next call starts new ones."""
-        for actor in self._actors if self.count else ():
-            ray.kill(actor)
-        self._actors = []
+        self._pool.release()
 
-    def each(self, calls: Sequence[Callable[[Any], Any]], *, ordered: bool = True) -> Iterator[Any]:
-        """Results of the calls (each given a free actor), in their order; at most two wait per actor.
+    def make_room(self) -> None:
+        """To be called before anything else needs images: what a lost node held has to be made again (see `Pool`)."""
+        self._pool.make_room()
 
-        The look-ahead is bounded: results that wait for an earlier one never pile up by the number of samples.
-        """
-        self.start()
-        waiting: dict[Any, int] = {}
-        load = dict.fromkeys(range(len(self._actors)), 0)
-        owner: dict[Any, int] = {}
-        results: dict[int, Any] = {}
-        following = iter(enumerate(calls))
-        next_out = 0
-        exhausted = False
-        while True:
-            while not exhausted and min(load.values()) < 2 and len(results) < 4 * len(self._actors):
-                item = next(following, None)
-                if item is None:
-                    exhausted = True
-                    break
-                free = min(load, key=lambda a: load[a])
-                reference = item[1](self._actors[free])
-                waiting[reference], owner[reference] = item[0], free
-                load[free] += 1
-            while next_out in results:
-                yield results.pop(next_out)
-                next_out += 1
-            if not waiting:
-                if exhausted:
-                    return
-                continue
-            done, _ = ray.wait(list(waiting), num_returns=1)
-            for reference in done:
-                load[owner.pop(reference)] -= 1
-                index = waiting.pop(reference)
-                try:
-                    results[index] = ray.get(reference)
-                except Exception as error:
-                    explain(error)
+    def tell_losses(self, tell: Callable[[str], None]) -> None:
+        """What is lost and replaced is told to `tell` from now on."""
+        self._pool.tell = tell
 
     def reducer(self, view: View) -> _Reducer:
         """Sums over the live samples of a view."""
         self.start()
-        return _Reducer(self, view)
+        return _Reducer(self._pool, view)
 
     def embed(
         self,
@@ -545,35 +579,58 @@ class Workers:
         """
         found = {b.index: summarise_shard(folder, folder.features(backbone, split, b.index), b.index) for b in buckets}
         todo = [b for b in buckets if found[b.index] is None]
+        if todo:
+            self.make_room()
         nothing = np.empty(0, np.int32)
         live = {b.index: b.rows - len(excluded.get(b.index, nothing)) for b in todo}
         total = sum(live.values())
         reference = ray.put(network)
         candidates = (former_features(run, backbone, split) for run in former if todo)
         taken_up = next((found for found in candidates if found is not None), None)
-        calls = [
-            lambda actor, b=b: actor.embed.remote(
+
+        def call(bucket: Bucket, fatal: Sequence[Fatal] = ()) -> Callable[[Any], Any]:
+            return lambda actor: actor.embed.remote(
                 [reference],
-                b.block,
-                b.index,
+                bucket.block,
+                bucket.index,
                 folder,
-                folder.features(backbone, split, b.index),
-                excluded.get(b.index, nothing),
+                folder.features(backbone, split, bucket.index),
+                excluded.get(bucket.index, nothing),
                 taken_up,
                 len(buckets),
+                fatal,
             )
-            for b in todo
-        ]
+
         done = 0
-        for bucket, summary in zip(todo, self.each(calls), strict=True):
-            found[bucket.index] = summary
+        suspects: list[Bucket] = []
+        for bucket, outcome in zip(todo, self._pool.each(map(call, todo), tolerated=_DEATHS_OF_A_BUCKET), strict=True):
+            if isinstance(outcome, Died):
+                suspects.append(bucket)
+                continue
+            found[bucket.index] = outcome
+            done += live[bucket.index]
+            progress(done, total)
+        for bucket in suspects:
+            rows = np.setdiff1d(np.arange(bucket.rows), excluded.get(bucket.index, nothing)).astype(np.int32)
+            self._pool.tell(
+                f"{_DEATHS_OF_A_BUCKET} worker processes ended at the images of bucket {bucket.index} of {split}; "
+                "looking for the one that does it"
+            )
+            look = functools.partial(lambda actor, b, r: actor.fatal.remote([reference], b.block, r), b=bucket, r=rows)
+            [fatal] = self._pool.each([look])
+            # all that is left in one go: features as if those images had never been there
+            [found[bucket.index]] = self._pool.each([call(bucket, fatal)])
             done += live[bucket.index]
             progress(done, total)
         return [summary for summary in (found[b.index] for b in buckets) if summary is not None]
 
+    def pids(self) -> list[int]:
+        """The processes of the actors that are ready."""
+        return self._pool.ask(lambda actor: actor.pid.remote())
+
     def reduced_batch(self) -> int | None:
         """Images per forward pass of the worker with the fewest, where memory did not suffice for all; else None."""
-        found = ray.get([actor.reduced_batch.remote() for actor in self._actors])
+        found = self._pool.ask(lambda actor: actor.reduced_batch.remote())
         return min((size for size in found if size is not None), default=None)
 
     def survey(self, view: View, verdict: Verdict, temperature: float) -> Survey:
@@ -587,12 +644,24 @@ class Workers:
         )
         return Survey(*sums)
 
-    def score(self, view: View, verdict: Verdict) -> Iterator[pa.Table]:
-        """The score tables of all buckets, in their order."""
+    def score(self, view: View, verdict: Verdict, kept: ScoreShards | None = None) -> Iterator[pa.Table]:
+        """The score tables of all buckets, in their order; those that are `kept` already are not made again."""
         view_in = [ray.put(view)]
         verdict_in = [ray.put(verdict)]
-        calls = [lambda actor, b=b: actor.score.remote(view_in, view.key, b, verdict_in) for b in view.buckets]
-        yield from self.each(calls)
+
+        def call(bucket: int) -> Callable[[Any], Any]:
+            return lambda actor: actor.score.remote(view_in, view.key, bucket, verdict_in, kept)
+
+        there = kept.buckets() if kept is not None else set()
+        tables = self._pool.each([call(bucket) for bucket in view.buckets if bucket not in there])
+        for bucket in view.buckets:
+            if bucket not in there:
+                yield next(tables)
+                continue
+            assert kept is not None
+            table = kept.read(bucket)
+            # cut short by something else than us: a file of ours is whole or not there
+            yield from [table] if table is not None else self._pool.each([call(bucket)])
 
 
 def reduction_groups(buckets: Sequence[int], count: int) -> list[list[int]]:
@@ -608,8 +677,8 @@ class _Reducer:
     _INLINE_BYTES = 1_000_000
     _MATRICES_BYTES = 2_000_000_000
 
-    def __init__(self, workers: Workers, view: View) -> None:
-        self._workers, self._view = workers, view
+    def __init__(self, pool: Pool, view: View) -> None:
+        self._pool, self._view = pool, view
         self.view_in = [ray.put(view)]
 
     def __call__(self, fn: BlockFn, *arguments: Tensor) -> tuple[Tensor, ...]:
@@ -627,16 +696,13 @@ class _Reducer:
 
     def over_groups(self, groups: list[list[int]], call: Callable[[Any, list[list[int]]], Any]) -> tuple[Tensor, ...]:
         """The sums of all groups, each formed by one actor, added up in their order."""
-        actors = self._workers._actors
-        owned = [list(range(i, len(groups), len(actors))) for i in range(len(actors))]
-        pending = [call(actor, [groups[g] for g in mine]) for actor, mine in zip(actors, owned, strict=True) if mine]
-        try:
-            parts = ray.get(pending)
-        except Exception as error:
-            explain(error)
+        count = len(self._pool.ready())
+        owned = [mine for i in range(count) if (mine := list(range(i, len(groups), count)))]
+        # the first call goes to the first actor, and so on: each has the features of its groups at hand
+        calls = [lambda actor, mine=mine: call(actor, [groups[g] for g in mine]) for mine in owned]
         by_group = {
             g: sums
-            for mine, part in zip([m for m in owned if m], parts, strict=True)
+            for mine, part in zip(owned, self._pool.each(calls), strict=True)
             for g, sums in zip(mine, part, strict=True)
         }
         total: list[Tensor] | None = None

@@ -166,3 +166,14 @@ def test_features_of_the_shared_backbone_lie_where_it_says_and_are_never_deleted
     assert folder.exists(folder.features("abcd", "train", 3))
     assert not folder.exists(folder.features("ef01", "train", 3))
     assert pickle.loads(pickle.dumps(folder)) == folder
+
+
+def test_what_killed_writers_left_goes_and_nothing_else(folder: RunFolder):
+    folder.write_bytes(folder.path("cleaned", "part.parquet"), b"whole")
+    for name in ("cleaned/part.parquet.0123abcd.tmp", "rounds/0001/scores.parquet.ffffffff.tmp", "notes.tmp"):
+        path = folder.local / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+    folder.clear_half_written()
+    left = sorted(str(path.relative_to(folder.local)) for path in folder.local.rglob("*") if path.is_file())
+    assert left == ["cleaned/part.parquet", "notes.tmp"]

@@ -1,0 +1,89 @@
+"""The scores of a round while they are being made: one Parquet shard per bucket, until the round is committed.
+
+A run that is killed while it scores goes on with the buckets that are missing. Shards are found again by all that
+decides their content, so that those of another boundary are never taken up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from posttrain.store.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class ScoreShards:
+    """The shards of one round's scores. Picklable: workers write for themselves."""
+
+    folder: RunFolder
+    number: int
+    """Of the round."""
+    key: str
+    """Tells what decides the scores from anything else, as `content_digest` does."""
+
+    def buckets(self) -> set[int]:
+        """Those whose scores are there."""
+        there = fs.FileSelector(self._place, allow_not_found=True)
+        names = (info.base_name for info in self.folder.files.get_file_info(there))
+        return {int(name.removesuffix(".parquet")) for name in names if name.endswith(".parquet")}
+
+    def write(self, bucket: int, table: pa.Table) -> None:
+        with self.folder.writing(self._path(bucket)) as stream:
+            # kept for minutes: lz4 costs next to nothing
+            pq.write_table(table, stream, compression="lz4")
+
+    def read(self, bucket: int) -> pa.Table | None:
+        """The scores of a bucket; None where they cannot be read."""
+        try:
+            return self.folder.read_table(self._path(bucket))
+        except (pa.ArrowInvalid, OSError):
+            return None
+
+    def _path(self, bucket: int) -> str:
+        return f"{self._place}/{bucket:05d}.parquet"
+
+    @property
+    def _place(self) -> str:
+        return self.folder.round(self.number, "scoring", self.key)
+
+
+def forget_scores(folder: RunFolder, number: int) -> None:
+    """Delete the shards of a round: its `scores.parquet` holds them all."""
+    with contextlib.suppress(FileNotFoundError):
+        folder.files.delete_dir(folder.round(number, "scoring"))
+
+
+def content_digest(*things: object) -> str:
+    """16 hexadecimal digits of numbers, texts, arrays, tensors, and containers and dataclasses of these."""
+    digest = hashlib.sha256()
+    for part in _parts(things):
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def _parts(thing: Any) -> Iterator[bytes]:
+    yield f"{type(thing).__name__}(".encode()
+    if is_dataclass(thing):
+        for field in fields(thing):
+            yield f"{field.name}=".encode()
+            yield from _parts(getattr(thing, field.name))
+    elif isinstance(thing, tuple | list):
+        for part in thing:
+            yield from _parts(part)
+    elif isinstance(thing, str | int | float | bool | None):
+        yield repr(thing).encode()
+    else:
+        # a tensor, or an array
+        array = np.ascontiguousarray(thing)
+        yield f"{array.dtype}{array.shape}".encode()
+        yield array.tobytes()
+    yield b")"

@@ -1,0 +1,277 @@
+"""Actors that are killed while they embed, sum and score; real processes of a real Ray."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Set
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+import torch
+from ray import cloudpickle
+
+from pipelines.boundary import Live, StoredSamples
+from posttrain.cluster.pool import DEATHS_OF_A_CALL, Died, Pool
+from posttrain.cluster.reading import Bucket, Split
+from posttrain.cluster.workers import Network, Verdict, View, Workers, scores_key
+from posttrain.errors import StepError
+from posttrain.influence import committee, curvature, probe
+from posttrain.schema import FILE, IMAGE, LABEL, SAMPLE_ID, ImageSpec, ModelSpec
+from posttrain.store.features import ShardSummary, read_shard, summarise_shard
+from posttrain.store.folder import RunFolder
+from posttrain.store.scores import ScoreShards
+from posttrain.vision import models
+
+pytestmark = pytest.mark.ray
+
+
+class Adder:
+    """An actor of the pool; the calls that it dies of leave a file each time."""
+
+    def ready(self) -> str:
+        return ray.get_runtime_context().get_node_id()
+
+    def add(self, a: int, b: int) -> int:
+        return a + b
+
+    def dies(self, log: str, times: int) -> int:
+        with Path(log).open("a") as stream:
+            stream.write(f"{os.getpid()}\n")
+        if len(Path(log).read_text().splitlines()) <= times:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return -1
+
+
+@pytest.fixture
+def pool(ray_session: None) -> Iterator[Pool]:
+    # no other process can import a test
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    pool = Pool(lambda reserving: ray.remote(Adder).options(num_cpus=0).remote(), 2)
+    yield pool
+    pool.release()
+
+
+def sums(count: int) -> list[Callable[[Any], Any]]:
+    return [lambda actor, i=i: actor.add.remote(i, i) for i in range(count)]
+
+
+def test_more_deaths_than_a_call_may_cause_end_nothing_as_long_as_they_are_of_different_calls(
+    pool: Pool, tmp_path: Path
+) -> None:
+    told: list[str] = []
+    pool.tell = told.append
+    calls = sums(12)
+    for at in range(0, 12, 2):
+        log = str(tmp_path / f"{at}")
+        calls[at] = lambda actor, log=log: actor.dies.remote(log, 1)
+    found = list(pool.each(calls))
+    assert found == [-1 if at % 2 == 0 else 2 * at for at in range(12)]
+    pids = {pid for path in tmp_path.iterdir() for pid in path.read_text().splitlines()[:1]}
+    assert len(pids) == len(told) == 6 > DEATHS_OF_A_CALL
+    assert told[0] == "a worker process was lost (killed, crashed, or out of memory); another takes its place"
+
+
+def test_a_call_that_ends_every_process_is_given_up_with_what_to_do(pool: Pool, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    calls = [lambda actor: actor.dies.remote(str(log), 100), *sums(3)]
+    with pytest.raises(StepError, match=r"the same piece of work ended 5 worker processes .* start the same command"):
+        list(pool.each(calls))
+    pids = log.read_text().splitlines()
+    assert len(pids) == len(set(pids)) == DEATHS_OF_A_CALL
+
+
+def test_a_call_that_may_be_given_up_leaves_the_others_alone(pool: Pool, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    calls = [*sums(3), lambda actor: actor.dies.remote(str(log), 100), *sums(3)]
+    found = list(pool.each(calls, tolerated=2))
+    assert found == [0, 2, 4, Died("killed, crashed, or out of memory"), 0, 2, 4]
+    # the first time it may have been the call before it, whose answer was still on its way
+    assert 2 <= len(log.read_text().splitlines()) <= 3
+
+
+# -- embedding ---------------------------------------------------------------------------------------------
+
+SPEC = ModelSpec("fatal_network:network", {}, 10, "4", ImageSpec(1, (8, 8), (0.0,), (1.0,), (8, 8)), ("input", "4"), 32)
+
+
+def network() -> Network:
+    model = models.build(SPEC.factory, classes=10, arguments={})
+    return Network(SPEC, models.to_bytes(model), models.fingerprint(model))
+
+
+def samples(buckets: int, rows: int, fatal: Set[int] = frozenset()) -> list[Bucket]:
+    """Buckets of so many rows each; the images of some ids begin with a white pixel."""
+    found = []
+    for index in range(buckets):
+        ids = range(rows * index, rows * (index + 1))
+        images = [np.random.default_rng(i).integers(0, 250, 64).astype(np.uint8) for i in ids]
+        for i, image in zip(ids, images, strict=True):
+            image[0] = 255 if i in fatal else image[0]
+        table = pa.table(
+            {
+                SAMPLE_ID: pa.array(list(ids), pa.int64()),
+                IMAGE: pa.array([image.tobytes() for image in images], pa.large_binary()),
+                LABEL: pa.array([i % 10 for i in ids], pa.int32()),
+                FILE: pa.array([f"{i}.png" for i in ids]),
+            }
+        )
+        found.append(Bucket(index, table.num_rows, ray.put(table)))
+    return found
+
+
+@pytest.fixture
+def workers(ray_session: None) -> Iterator[Workers]:
+    workers = Workers(count=2, cpus=1, gpus=0, on_cluster=False)
+    yield workers
+    workers.release()
+
+
+def embed(
+    workers: Workers,
+    folder: Path,
+    *,
+    fatal: Set[int],
+    excluded: Mapping[int, int] | None = None,
+    blocks: list[Bucket] | None = None,
+) -> list[ShardSummary]:
+    """`excluded`: one row of each bucket."""
+    return workers.embed(
+        network(),
+        blocks or samples(2, 300, fatal),
+        RunFolder(str(folder)),
+        backbone="b",
+        split="train",
+        excluded={bucket: np.array([row], np.int32) for bucket, row in (excluded or {}).items()},
+        progress=lambda done, total: None,
+    )
+
+
+@pytest.mark.slow
+def test_images_that_end_their_process_are_quarantined_one_by_one_and_the_rest_is_as_without_them(
+    workers: Workers, tmp_path: Path
+) -> None:
+    told: list[str] = []
+    workers.tell_losses(told.append)
+    summaries = embed(workers, tmp_path / "run", fatal={17, 450})
+    assert [[row["sample_id"] for row in found.quarantined] for found in summaries] == [[17], [450]]
+    assert summaries[1].quarantined[0] == {
+        "row": 150,
+        "sample_id": 450,
+        "file": "450.png",
+        "reason": "each of 3 processes that decoded and embedded it ended by SIGSEGV",
+    }
+    assert any("2 worker processes ended at the images of bucket 0 of train" in line for line in told)
+    embed(workers, tmp_path / "without", fatal=set(), excluded={0: 17, 1: 150})
+    for bucket in range(2):
+        found, expected = (
+            read_shard(folder, folder.features("b", "train", bucket), ["input", "4"])
+            for folder in (RunFolder(str(tmp_path / name)) for name in ("run", "without"))
+        )
+        assert len(found.rows) == 299
+        assert found.rows.tolist() == expected.rows.tolist()
+        assert all(found.features[name].tobytes() == expected.features[name].tobytes() for name in ("input", "4"))
+        # the shard knows it, and a run that goes on does not try again
+        run = RunFolder(str(tmp_path / "run"))
+        kept = summarise_shard(run, run.features("b", "train", bucket), bucket)
+        assert kept is not None and kept.quarantined == summaries[bucket].quarantined
+
+
+def test_sums_are_bitwise_the_same_when_the_processes_that_form_them_die(workers: Workers, tmp_path: Path) -> None:
+    embed(workers, tmp_path, fatal=set())
+    view = View(RunFolder(str(tmp_path)), "b", "train", (0, 1), {}, {}, ("input", "4"), None)
+    whole = workers.reducer(view)(probe.moments)
+    reduce = workers.reducer(view)
+    for _ in range(2):
+        [victim, *_] = workers.pids()
+        os.kill(victim, signal.SIGKILL)
+        again = reduce(probe.moments)
+        assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+
+
+# -- going on within a step --------------------------------------------------------------------------------
+
+
+def test_an_embedding_that_stops_at_nine_tenths_embeds_only_the_last_tenth_when_it_goes_on(
+    workers: Workers, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    spec = replace(SPEC, arguments={"log": str(log)})
+    model = models.build(spec.factory, classes=10, arguments=spec.arguments)
+    network = Network(spec, models.to_bytes(model), models.fingerprint(model))
+    folder = RunFolder(str(tmp_path / "run"))
+
+    def embed(count: int) -> list[ShardSummary]:
+        return workers.embed(
+            network,
+            samples(10, 60)[:count],
+            folder,
+            backbone="b",
+            split="train",
+            excluded={},
+            progress=lambda done, total: None,
+        )
+
+    def through_network() -> int:
+        return sum(map(int, log.read_text().split()))
+
+    embed(9)
+    # and one that was cut short, which is not to be taken for whole
+    cut = Path(folder.features("b", "train", 4))
+    cut.write_bytes(cut.read_bytes()[:-100])
+    assert through_network() == 540
+    summaries = embed(10)
+    assert through_network() == 540 + 120
+    assert [found.count for found in summaries] == [60] * 10
+    embed(10)
+    assert through_network() == 540 + 120
+
+
+def test_scores_that_are_there_are_not_made_again_and_all_of_them_are_the_same(
+    workers: Workers, tmp_path: Path
+) -> None:
+    folder = RunFolder(str(tmp_path))
+    labels = samples(6, 60)
+    embed(workers, tmp_path, fatal=set(), blocks=labels)
+    view, verdict = boundary_on(workers, folder, labels)
+    whole = list(workers.score(view, verdict))
+    kept = ScoreShards(folder, 1, scores_key(view, verdict))
+    begun = workers.score(view, verdict, kept)
+    assert [next(begun).equals(table) for table in whole[:3]] == [True] * 3
+    del begun  # as an interrupt does
+    deadline = time.monotonic() + 60
+    while not {0, 1, 2} <= kept.buckets():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    shards = sorted(Path(folder.round(1, "scoring", kept.key)).glob("*.parquet"))
+    shards[0].write_bytes(shards[0].read_bytes()[:-30])
+    for path in shards[1:]:
+        os.utime(path, (0, 0))
+    # by another process that drew the same boundary again
+    view, verdict = boundary_on(workers, folder, labels)
+    again = replace(kept, key=scores_key(view, verdict))
+    assert [a.equals(b) for a, b in zip(workers.score(view, verdict, again), whole, strict=True)] == [True] * 6
+    assert again.buckets() == set(range(6))
+    assert [path.stat().st_mtime for path in shards[1:]] == [0.0] * (len(shards) - 1)
+    assert shards[0].stat().st_mtime > 0 and again.read(0) is not None
+    others = replace(view, excluded={0: np.array([3], np.int32)})
+    assert scores_key(others, verdict) != again.key != scores_key(view, replace(verdict, seed=1))
+
+
+def boundary_on(workers: Workers, folder: RunFolder, buckets: list[Bucket]) -> tuple[View, Verdict]:
+    """A boundary on the features of these buckets, as a round has it."""
+    split = Split("train", tuple(buckets), np.full(10, 36), "digest")
+    live = StoredSamples(workers, folder, "b", split, Live({}, {}))
+    boundary = committee.refit(live, live, [("4", 0.1)], classes=10)
+    view = live.view(boundary.layers, boundary.standardizers)
+    measured = curvature.measure(
+        live.standardised(boundary.layers, boundary.standardizers), boundary.probes[0], "ekfac"
+    )
+    return view, Verdict(boundary, (measured,), seed=0)
