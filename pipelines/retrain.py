@@ -107,6 +107,8 @@ def _with_the_lease(
         progress.say(f"{attempt.folder.location}: decided already; going on from there")
     else:
         progress.say(_what_is_new(stock))
+        # a start that was killed may have left no more than half a file there
+        attempt.folder.clear_half_written()
         record = _made(config, job, registry, stock, attempt, progress, verbose=verbose)
         attempt.folder.write_json(path, record)
     return _concluded(config, job, registry, stock, attempt, held)
