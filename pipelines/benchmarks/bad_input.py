@@ -614,8 +614,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "label: infinite",
         "infinity",
         _train(label=lambda c: pa.array([float("inf"), *map(float, c.to_pylist()[1:])])),
-        "a.parquet: label inf at sample_id",
-        reads=True,
+        "data: a label is inf; is data.label = 'label' the right column?",
     ),
     Refusal("label: negative", "-1", _train(label=_with(7, -1)), "a.parquet: label -1 at sample_id", reads=True),
     Refusal(

@@ -364,11 +364,15 @@ def string_labels(source: ParquetSource) -> tuple[str, ...] | None:
 
 
 def highest_label(source: ParquetSource) -> int:
-    """The largest label of a numeric label column; infinite ones are for `read` to refuse."""
+    """The largest label of a numeric label column."""
     highest = -1
     for column in _each_label(_dataset(source), source):
         value = pc.max(column).as_py()
-        highest = max(highest, -1 if value is None or not math.isfinite(value) else int(value))
+        if value is not None and math.isinf(value):
+            raise DataError(
+                f"{source.locations[0]}: a label is {value}; is data.label = {source.label!r} the right column?"
+            )
+        highest = max(highest, -1 if value is None or math.isnan(value) else int(value))
     return highest
 
 
