@@ -75,7 +75,8 @@ def _opened(cell: object, shape: tuple[int, ...] | None) -> Image.Image:
 
 def prints(pixels: np.ndarray) -> Prints:
     """Of grey images, uint8 [n, 32, 32]."""
-    spectrum = scipy.fft.dctn(pixels.astype(np.float32), axes=(1, 2), norm="ortho")[:, :8, :8].reshape(-1, 64)
+    spectrum = np.asarray(scipy.fft.dctn(pixels.astype(np.float32), axes=(1, 2), norm="ortho"))
+    spectrum = spectrum[:, :8, :8].reshape(-1, 64)
     # the first coefficient is the brightness: of no account here, as in pHash (Zauner 2010)
     above = spectrum > np.median(spectrum[:, 1:], axis=1, keepdims=True)
     above[:, 0] = False

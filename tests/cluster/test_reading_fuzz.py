@@ -18,9 +18,18 @@ from hypothesis import strategies as st
 from posttrain.cluster.reading import ParquetSource, highest_label, list_source, normalise, string_labels
 from posttrain.errors import DataError
 
+CHECKS = [
+    HealthCheck.too_slow,
+    HealthCheck.data_too_large,
+    HealthCheck.filter_too_much,
+    HealthCheck.large_base_example,
+    HealthCheck.function_scoped_fixture,
+]
+"""Not of interest: hard cases are slow and large."""
+
 pytestmark = pytest.mark.ray  # it is imported, not started
 
-QUIET = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+QUIET = settings(max_examples=120, deadline=None, suppress_health_check=CHECKS)
 
 columns: st.SearchStrategy[tuple[list[Any], pa.DataType | None]] = st.one_of(
     *(
