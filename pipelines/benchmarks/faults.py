@@ -155,12 +155,19 @@ class Outcome:
     """Processes of a killed run that were still there after half a minute."""
 
 
-def plan(undisturbed: Sequence[Moment], end: float, setting: Setting, draw: random.Random) -> list[Strike]:
-    """Strikes of one run in the order of its steps, no two in the same step."""
+def plan(
+    undisturbed: Sequence[Moment], end: float, setting: Setting, draw: random.Random, kills: int | None = None
+) -> list[Strike]:
+    """Strikes of one run in the order of its steps, no two in the same step, each target at least once.
+
+    `kills`: how many; None: as many as the setting has.
+    """
+    kills = kills or AT_ONCE[setting]
+    first = list(dict.fromkeys(TARGETS[setting]))[:kills]
     ends = [*(moment.began for moment in undisturbed[1:]), end]
     strikes: dict[int, Strike] = {}
-    for _ in range(20 * AT_ONCE[setting]):
-        target = draw.choice(TARGETS[setting])
+    for _ in range(20 * kills):
+        target = first.pop() if first else draw.choice(TARGETS[setting])
         steps = STEPS_OF.get(target)
         names = {moment.step for moment in undisturbed if steps is None or moment.step in steps}
         # first among the kinds of step, so that the rare ones are struck as often as those of every round
@@ -168,7 +175,7 @@ def plan(undisturbed: Sequence[Moment], end: float, setting: Setting, draw: rand
         at = draw.choice([i for i, moment in enumerate(undisturbed) if moment.step == step])
         seconds = ends[at] - undisturbed[at].began
         strikes.setdefault(at, Strike(target, at, undisturbed[at].place, draw.random() * seconds))
-        if len(strikes) == AT_ONCE[setting]:
+        if len(strikes) == kills:
             break
     return [strikes[at] for at in sorted(strikes)]
 
@@ -372,10 +379,10 @@ class Arena:
         return self.folder / name, read_journal(journal), float(ended.read_text())
 
     def struck(self, setting: Setting, seed: int, kills: int | None = None) -> Outcome:
-        """A run with the kills of this seed (the first `kills` of them), and how its result compares."""
+        """A run with the kills of this seed, and how its result compares; `kills` as `plan` takes it."""
         beside = "network" if setting == "network" else "head"
         expected, moments, end = self.undisturbed(beside)
-        strikes = plan(moments, end, setting, random.Random(f"{setting} {seed}"))[:kills]
+        strikes = plan(moments, end, setting, random.Random(f"{setting} {seed}"), kills)
         name = f"{setting}-{seed}"
         shutil.rmtree(self.folder / name, ignore_errors=True)
         journal = self.folder / f"{name}.journal"

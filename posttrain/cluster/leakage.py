@@ -59,6 +59,8 @@ def find(
         for bucket in splits[name].buckets
     ]
     known = [_printed.remote(block, shape, name, number) for name, number, block in held_out]
+    # those that compare reserve no CPU: started earlier, they would only wait, each in a process of its own
+    ray.wait(known, num_returns=len(known), fetch_local=False)
     tables = []
     seen = 0
     calls = [(bucket.block, bucket.index, shape, known) for bucket in train.buckets]
@@ -69,7 +71,7 @@ def find(
     return pa.concat_tables(tables)
 
 
-@ray.remote(num_cpus=0)
+@ray.remote
 def _printed(block: pa.Table, shape: tuple[int, ...] | None, split: str, bucket: int) -> Known:
     return described(block, shape, split, bucket)
 

@@ -16,7 +16,7 @@ SUMMARY: dict[str, Any] = {
     **dict.fromkeys(["relabelled", "removed", "live", "rounds", "quarantined"], 1),
     **{f"{split}_accuracy_{when}": 0.5 for split in ("validation", "test") for when in ("before", "after")},
     **dict.fromkeys(["removal_precision", "removal_recall", "relabel_accuracy", "noise"]),
-    **dict.fromkeys(["test_accuracy_refit", "test_accuracy_boundary"]),
+    **dict.fromkeys(["test_accuracy_refit", "test_accuracy_boundary", "leakage", "undelivered"]),
     "seconds": 1.0,
     "steps": {},
 }
