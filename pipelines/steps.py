@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
-import pyarrow.parquet as pq
 import torch
 
 from pipelines.boundary import Boundaries, Drawn, Live
@@ -225,19 +224,18 @@ class CleaningRun:
         verdict = replace(verdict, audit=audit)
         path = self.folder.round(state.number + 1, "scores.parquet")
         counts = np.zeros(classes, np.int64)
-        with self.progress.step("score") as tell, self.folder.writing(path) as stream:
-            writer: pq.ParquetWriter | None = None
-            done = 0
-            kept = ScoreShards(self.folder, state.number + 1, scores_key(drawn.live, verdict))
-            for table in self.workers.score(drawn.live, verdict, kept):
-                writer = writer or pq.ParquetWriter(stream, table.schema, compression="zstd")
-                writer.write_table(table)
-                counts += np.bincount(table[LABEL].to_numpy(), minlength=classes)
-                done += table.num_rows
-                tell(done, boundary.probes[0].count)
-            if writer is None:
-                raise StepError("no sample is left to score; the run folder's quarantine.parquet says why")
-            writer.close()
+        kept = ScoreShards(self.folder, state.number + 1, scores_key(drawn.live, verdict))
+        with self.progress.step("score") as tell:
+
+            def tables() -> Iterator[pa.Table]:
+                for table in self.workers.score(drawn.live, verdict, kept):
+                    yield table
+                    counts += np.bincount(table[LABEL].to_numpy(), minlength=classes)
+                    tell(int(counts.sum()), boundary.probes[0].count)
+                if not counts.any():
+                    raise StepError("no sample is left to score; the run folder's quarantine.parquet says why")
+
+            self.folder.write_row_groups(path, tables())
         noise = audit.noise
         self._found = {
             "probe_validation_loss": boundary.loss,

@@ -167,14 +167,18 @@ def plan(
     ends = [*(moment.began for moment in undisturbed[1:]), end]
     strikes: dict[int, Strike] = {}
     for _ in range(20 * kills):
-        target = first.pop() if first else draw.choice(TARGETS[setting])
+        target = first[-1] if first else draw.choice(TARGETS[setting])
         steps = STEPS_OF.get(target)
         names = {moment.step for moment in undisturbed if steps is None or moment.step in steps}
         # first among the kinds of step, so that the rare ones are struck as often as those of every round
         step = draw.choice(sorted(names))
         at = draw.choice([i for i, moment in enumerate(undisturbed) if moment.step == step])
         seconds = ends[at] - undisturbed[at].began
-        strikes.setdefault(at, Strike(target, at, undisturbed[at].place, draw.random() * seconds))
+        strike = Strike(target, at, undisturbed[at].place, draw.random() * seconds)
+        if at in strikes:
+            continue
+        strikes[at] = strike
+        del first[-1:]
         if len(strikes) == kills:
             break
     return [strikes[at] for at in sorted(strikes)]

@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,6 +193,29 @@ class RunFolder:
     def write_table(self, path: str, table: pa.Table) -> None:
         with self.writing(path) as stream:
             pq.write_table(table, stream, compression="zstd")
+
+    def write_row_groups(self, path: str, tables: Iterable[pa.Table], *, of_none: pa.Table | None = None) -> int:
+        """Each table becomes a row group of one Parquet file: never all of them in memory; the number of rows.
+
+        `of_none`: what is written where there is no table.
+        """
+        rows = 0
+        with self.writing(path) as stream:
+            writer: pq.ParquetWriter | None = None
+            try:
+                for table in tables:
+                    writer = writer or pq.ParquetWriter(stream, table.schema, compression="zstd")
+                    writer.write_table(table)
+                    rows += table.num_rows
+                if writer is not None:
+                    writer.close()
+                elif of_none is not None:
+                    pq.write_table(of_none, stream)
+            finally:
+                if writer is not None:
+                    # else it would write its end when it is collected, to a stream that has failed or is closed
+                    writer.is_open = False
+        return rows
 
     def read_table(self, path: str, columns: list[str] | None = None) -> pa.Table:
         with self.files.open_input_file(path) as stream:

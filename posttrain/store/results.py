@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.csv
-import pyarrow.parquet as pq
 
 from posttrain.schema import BUCKET, LABEL, ROW, SAMPLE_ID, Excluded, Relabelled, current_labels, merged
 from posttrain.store.folder import RunFolder
@@ -41,9 +40,9 @@ def write_taken(folder: RunFolder, name: str, rounds: Sequence[int], classes: Se
     Where none was removed, `rounds` names the one that was scored last, for its columns: what it selected was not
     taken, as its `round.json` says or as there is none.
     """
-    count = 0
-    with folder.writing(folder.path(f"{name}.parquet")) as stream:
-        writer: pq.ParquetWriter | None = None
+    names = pa.array(classes)
+
+    def tables() -> Iterator[pa.Table]:
         for number in rounds:
             path = folder.round(number, f"{name}.parquet")
             if not folder.exists(path):
@@ -51,17 +50,12 @@ def write_taken(folder: RunFolder, name: str, rounds: Sequence[int], classes: Se
             table = folder.read_table(path).drop_columns(list(_INNER))
             if not _took(folder, name, number):
                 table = table.slice(0, 0)
-            names = pa.array(classes)
             for column, of in (("label_name", LABEL), ("suggested_name", "suggested_label")):
                 table = table.append_column(column, names.take(table[of]))
-            writer = writer or pq.ParquetWriter(stream, table.schema, compression="zstd")
-            writer.write_table(table)
-            count += table.num_rows
-        if writer is None:
-            pq.write_table(pa.table({SAMPLE_ID: pa.array([], pa.int64())}), stream)
-        else:
-            writer.close()
-    return count
+            yield table
+
+    nothing = pa.table({SAMPLE_ID: pa.array([], pa.int64())})
+    return folder.write_row_groups(folder.path(f"{name}.parquet"), tables(), of_none=nothing)
 
 
 def _took(folder: RunFolder, name: str, number: int) -> bool:
@@ -140,20 +134,14 @@ def _for_spreadsheets(column: Any) -> Any:
 
 def write_manifest(folder: RunFolder, last_scores: str | None, excluded: Excluded, relabelled: Relabelled) -> int:
     """`cleaned/manifest.parquet`: id and present label of every kept sample; returns their number."""
-    count = 0
-    with folder.writing(folder.path("cleaned", "manifest.parquet")) as stream:
-        writer: pq.ParquetWriter | None = None
+
+    def tables() -> Iterator[pa.Table]:
         for table in folder.row_groups(last_scores, [SAMPLE_ID, LABEL, BUCKET, ROW]) if last_scores else ():
             live = live_rows(table, excluded)
-            kept = live.select([SAMPLE_ID]).append_column(LABEL, pa.array(_present(live, relabelled), pa.int32()))
-            writer = writer or pq.ParquetWriter(stream, kept.schema, compression="zstd")
-            writer.write_table(kept)
-            count += kept.num_rows
-        if writer is None:
-            pq.write_table(pa.table({SAMPLE_ID: pa.array([], pa.int64()), LABEL: pa.array([], pa.int32())}), stream)
-        else:
-            writer.close()
-    return count
+            yield live.select([SAMPLE_ID]).append_column(LABEL, pa.array(_present(live, relabelled), pa.int32()))
+
+    nothing = pa.table({SAMPLE_ID: pa.array([], pa.int64()), LABEL: pa.array([], pa.int32())})
+    return folder.write_row_groups(folder.path("cleaned", "manifest.parquet"), tables(), of_none=nothing)
 
 
 def _present(table: pa.Table, relabelled: Relabelled) -> np.ndarray:

@@ -37,8 +37,8 @@ class ScoreShards:
         return {int(name.removesuffix(".parquet")) for name in names if name.endswith(".parquet")}
 
     def write(self, bucket: int, table: pa.Table) -> None:
-        with self.folder.writing(self._path(bucket)) as stream:
-            # kept for minutes: lz4 costs next to nothing
+        # kept for minutes, and made again where a power cut takes it; lz4 costs next to nothing
+        with self.folder.writing(self._path(bucket), durable=False) as stream:
             pq.write_table(table, stream, compression="lz4")
 
     def read(self, bucket: int) -> pa.Table | None:
