@@ -228,6 +228,7 @@ class CleaningRun:
         with self.progress.step("score") as tell:
 
             def tables() -> Iterator[pa.Table]:
+                nonlocal counts
                 for table in self.workers.score(drawn.live, verdict, kept):
                     yield table
                     counts += np.bincount(table[LABEL].to_numpy(), minlength=classes)
