@@ -203,9 +203,12 @@ def _carry_out(
         raise typer.Exit(error.exit_code) from None
     except OSError as error:
         # of a disk or an object store; the rest of posttrain names what it was doing there
+        from posttrain.report.visible import visible
+
         if verbose:
             traceback.print_exc()
-        typer.echo(f"error: {' '.join(str(error).split())}; mend it and start the same command again", err=True)
+        what = visible(" ".join(str(error).split()))
+        typer.echo(f"error: {what}; mend it and start the same command again", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         if verbose:

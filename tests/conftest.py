@@ -10,7 +10,7 @@ import pytest
 # Before anyone imports torch: worker processes share the cores, and threads of one steal from the others.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Seconds per test, read by pytest-timeout: a Ray that hangs must fail, not block.
-os.environ.setdefault("PYTEST_TIMEOUT", "300")
+os.environ.setdefault("PYTEST_TIMEOUT", "900")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

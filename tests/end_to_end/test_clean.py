@@ -397,7 +397,7 @@ def test_a_process_killed_outright_and_started_again_ends_the_same(
         )
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert start(whole).wait(timeout=240) == 0
+    assert start(whole).wait(timeout=600) == 0
     process = start(killed)
     deadline = time.monotonic() + 200
     while not (killed / "rounds" / "0001" / "round.json").exists():
@@ -406,7 +406,7 @@ def test_a_process_killed_outright_and_started_again_ends_the_same(
     process.kill()
     process.wait()
     assert not (killed / "summary.json").exists()
-    assert start(killed).wait(timeout=240) == 0
+    assert start(killed).wait(timeout=600) == 0
     assert_same_result(killed, whole)
 
 

@@ -104,7 +104,7 @@ def test_a_submitted_job_cleans_and_its_id_keeps_a_second_one_away(
             env=environment,
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=600,
         )
 
     first = submit()
@@ -129,7 +129,7 @@ cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboa
 
 def clean(path):
     command = [sys.executable, "-m", "pipelines.cli", "clean", path, "--set", f"ray.address={cluster.address}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     return [done.returncode, done.stderr]
 
 try:
@@ -162,7 +162,7 @@ def several_nodes(
         env={**environment, "HOME": str(home)},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=850,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return {"folder": folder, **json.loads(done.stdout.splitlines()[-1])}

@@ -248,7 +248,7 @@ def test_a_week_in_the_life(
         time.sleep(0.02)
     with pytest.raises(HeldError, match=f"process {process.pid} on "):
         retrain(**server)
-    out, _ = process.communicate(timeout=200)
+    out, _ = process.communicate(timeout=600)
     day = json.loads(out)
     assert process.returncode == day["exit_code"] == whole["exit_code"]
     assert_same_result(day["run"], whole["run"])
@@ -259,7 +259,7 @@ def test_a_week_in_the_life(
 
     # day 6: back to the version before, which the next run then starts from
     was = (alias("champion"), alias("previous"))
-    back = subprocess.run(command(file, "rollback"), capture_output=True, text=True, timeout=100)
+    back = subprocess.run(command(file, "rollback"), capture_output=True, text=True, timeout=300)
     assert back.returncode == 0
     assert back.stdout == f"job: version {was[1]} is champion again, version {was[0]} is previous\n"
     assert (alias("champion"), alias("previous")) == (was[1], was[0])
