@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -31,11 +32,17 @@ def _make_last(path: str | Path) -> None:
         os.close(descriptor)
 
 
+# opening an object store asks it for its region, and makes connections that are worth keeping
+@functools.lru_cache(maxsize=64)
+def _opened(uri: str) -> tuple[fs.FileSystem, str]:
+    return fs.FileSystem.from_uri(uri)
+
+
 def resolve(location: str) -> tuple[fs.FileSystem, str]:
     """(file system, path in it) of a local path or of any URI that pyarrow knows (s3://, gs://, file://)."""
     if "://" in location:
         try:
-            return fs.FileSystem.from_uri(location)
+            return _opened(location)
         except (pa.ArrowInvalid, OSError) as error:
             raise RunFolderError(f"{location}: {error}; use a local path or an s3://, gs:// or file:// URI") from None
     return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(location))
