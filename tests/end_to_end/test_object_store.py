@@ -65,7 +65,6 @@ class Front(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: Front
 
     def handle_one_request(self) -> None:
         try:
@@ -86,6 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         front = self.server
+        assert isinstance(front, Front)
         body = self._body()
         time.sleep(front.delay_s)
         if front.gone:
