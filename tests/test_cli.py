@@ -132,6 +132,16 @@ def test_an_error_is_one_line_and_an_exit_code(pipeline, error, code):
     assert result.stderr == f"error: {' '.join(str(error).split())}\n"
 
 
+def test_a_store_that_fails_is_one_line_and_an_exit_code_too(pipeline):
+    what = OSError("When reading key 'a' in bucket 'b': AWS Error UNKNOWN\n(HTTP status 503) at s3://key:hunter2@b/a")
+    result = pipeline("clean", raising(what))
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == (
+        "error: When reading key 'a' in bucket 'b': AWS Error UNKNOWN (HTTP status 503) at s3://***@b/a; "
+        "mend it and start the same command again\n"
+    )
+
+
 @pytest.mark.parametrize("option", [(), ("-v",)], ids=["quiet", "verbose"])
 def test_an_error_neither_steers_the_terminal_nor_shows_a_password(pipeline, option):
     error = DataError("s3://key:hunter2@bucket/\x1b[2J.parquet?secret_key=hunter3 is not readable")

@@ -1,8 +1,9 @@
 """What a search costs beside the same recipes as separate runs: one `posttrain tune`, then a `posttrain clean` each.
 
-`python -m pipelines.benchmarks.search [RUNFILE]` trains the network once (`posttrain pretrain`) and hands it to all.
-Then, one after the other on the same machine, each in a process of its own: the search; the best recipe, whose figure
-`posttrain clean best.yaml` has to repeat; and every recipe of the search as a run of its own, to its end.
+`python -m pipelines.benchmarks.search [RUNFILE]` runs one after the other on the same machine, each in a process of its
+own: the search; the best recipe, whose figure `posttrain clean best.yaml` has to repeat; and every recipe of the search
+as a run of its own, to its end. Where the run file names no weights, the search trains its network once, and each of
+the separate runs its own.
 """
 
 from __future__ import annotations
@@ -45,11 +46,6 @@ def measure(config: RunFile, folder: Path) -> dict[str, Any]:
         path.write_text(dump(run))
         return path
 
-    if config.model.weights is None:
-        first = config.model_copy(update={"run": config.run.model_copy(update={"path": str(folder / "pretrained")})})
-        subprocess.run([*_CLI, "pretrain", str(written("pretrain", first))], check=True)
-        weights = folder / "pretrained" / "pretrained" / "model.safetensors"
-        config = config.model_copy(update={"model": config.model.model_copy(update={"weights": str(weights)})})
     config = config.model_copy(update={"run": config.run.model_copy(update={"path": str(folder / "search")})})
     search, seconds = timed("tune", written("search", config))
     best, best_seconds = timed("clean", Path(search["files"]["best run file"]))
@@ -93,7 +89,8 @@ def report(found: dict[str, Any], command: str) -> str:
             ["# A search beside separate runs", "", f"`{command}`; {found['hardware']}"],
             [
                 f"{len(runs)} recipes: `posttrain tune` {found['seconds']:.1f} s, `posttrain clean` of each one after "
-                f"the other {apart:.1f} s; ratio {found['seconds'] / apart:.2f}. The network was given to all.",
+                f"the other {apart:.1f} s; ratio {found['seconds'] / apart:.2f}. "
+                "Where no weights are given, the search trains the network once.",
                 "",
                 f"Trial 0 is the run file as it is. `posttrain clean best.yaml` (trial {search['best']}) repeats the "
                 f"search's figure: validation accuracy {_percent(again)}, {found['best']['live']} live, in "
