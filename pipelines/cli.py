@@ -193,23 +193,19 @@ def _carry_out(
     try:
         with _nothing_on_stdout() if as_json else contextlib.nullcontext():
             summary = work(load(runfile, overrides))
-    except PosttrainError as error:
+    except (PosttrainError, OSError) as error:
         from posttrain.report.visible import visible
 
         if verbose:
             for line in traceback.format_exc().splitlines():
                 typer.echo(visible(line), err=True)
-        typer.echo(visible(f"error: {' '.join(str(error).split())}"), err=True)
-        raise typer.Exit(error.exit_code) from None
-    except OSError as error:
-        # of a disk or an object store; the rest of posttrain names what it was doing there
-        from posttrain.report.visible import visible
-
-        if verbose:
-            traceback.print_exc()
-        what = visible(" ".join(str(error).split()))
-        typer.echo(f"error: {what}; mend it and start the same command again", err=True)
-        raise typer.Exit(1) from None
+        told, code = visible(f"error: {' '.join(str(error).split())}"), 1
+        if isinstance(error, PosttrainError):
+            code = error.exit_code
+        else:  # of a disk or an object store; the rest of posttrain names what it was doing there
+            told += "; mend it and start the same command again"
+        typer.echo(told, err=True)
+        raise typer.Exit(code) from None
     except KeyboardInterrupt:
         if verbose:
             traceback.print_exc()
