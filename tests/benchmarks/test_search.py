@@ -41,4 +41,10 @@ def test_a_best_recipe_that_does_not_repeat_its_figure_is_no_result():
 def test_a_recipe_is_the_run_file_with_its_values_in_a_folder_of_its_own():
     own = recipe(RunFile(), {"removal.budget": 0.03, "probe.layers": "last"}, Path("there"))
     assert (own.run.path, own.removal.budget, own.probe.layers) == ("there", 0.03, "last")
-    assert own.model_copy(update={"run": RunFile().run}).data == RunFile().data
+    assert own.run.model_copy(update={"path": RunFile().run.path}) == RunFile().run
+    assert (own.data, own.model, own.refine, own.search) == (
+        RunFile().data,
+        RunFile().model,
+        RunFile().refine,
+        RunFile().search,
+    )
