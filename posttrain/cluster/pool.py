@@ -27,6 +27,9 @@ DEATHS_OF_A_CALL = 5
 _FRUITLESS = 10
 """Processes, and three more per actor, that may die one after another with no call coming to its end."""
 
+_DEATHS = (RayActorError, OutOfMemoryError, ObjectLostError)
+"""What Ray raises of a call whose process has ended, or whose result went with a node."""
+
 _LOOK_S = 10.0
 """Seconds between two looks at the nodes: the loss of one is not always the loss of an actor."""
 
@@ -144,7 +147,7 @@ class Pool:
                     found[call.index] = ray.get(reference)
                     del flying[reference]
                     self._fruitless = 0
-                except (RayActorError, OutOfMemoryError, ObjectLostError) as error:
+                except _DEATHS as error:
                     ended, lost = self._bury(slot, flying, error)
                     found |= ended
                     for other in lost:
@@ -170,7 +173,7 @@ class Pool:
         """The answers of the actors that are ready, in their order; of those that die meanwhile there is none."""
         answers = []
         for reference in [call(actor) for actor in self.ready()]:
-            with contextlib.suppress(RayActorError):
+            with contextlib.suppress(*_DEATHS):
                 answers.append(ray.get(reference))
         return answers
 
@@ -192,8 +195,8 @@ class Pool:
                 continue
             try:
                 slot.node = ray.get(reference)
-            except RayActorError as error:
-                if error.actor_init_failed:
+            except _DEATHS as error:
+                if isinstance(error, RayActorError) and error.actor_init_failed:
                     explain(error)
                 self._replace(slot, error)
             except Exception as error:
@@ -213,7 +216,7 @@ class Pool:
             call, _ = flying.pop(reference)
             try:
                 ended[call.index] = ray.get(reference, timeout=0)
-            except (RayActorError, OutOfMemoryError, ObjectLostError, GetTimeoutError):
+            except (*_DEATHS, GetTimeoutError):
                 lost.append(call)
             except Exception as raised:
                 explain(raised)

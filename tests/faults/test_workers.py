@@ -42,6 +42,13 @@ class Adder:
     def add(self, a: int, b: int) -> int:
         return a + b
 
+    def memory_runs_out(self, log: str) -> int:
+        """The first time, as Ray tells of an actor that it ended for the memory of its node."""
+        if not Path(log).exists():
+            Path(log).touch()
+            raise ray.exceptions.OutOfMemoryError("1 worker(s) were killed due to the node running low on memory")
+        return -1
+
     def dies(self, log: str, times: int) -> int:
         with Path(log).open("a") as stream:
             stream.write(f"{os.getpid()}\n")
@@ -61,6 +68,19 @@ def pool(ray_session: None) -> Iterator[Pool]:
 
 def sums(count: int) -> list[Callable[[Any], Any]]:
     return [lambda actor, i=i: actor.add.remote(i, i) for i in range(count)]
+
+
+def test_an_actor_that_memory_did_not_suffice_for_is_one_that_died(pool: Pool, tmp_path: Path) -> None:
+    told: list[str] = []
+    pool.tell = told.append
+    list(pool.each(sums(2)))
+    while len(pool.ready()) < 2:
+        time.sleep(0.05)
+        list(pool.each(sums(1)))
+    assert pool.ask(lambda actor: actor.memory_runs_out.remote(str(tmp_path / "asked"))) == [-1]
+    calls = [*sums(3), lambda actor: actor.memory_runs_out.remote(str(tmp_path / "called"))]
+    assert list(pool.each(calls)) == [0, 2, 4, -1]
+    assert told == ["a worker process was lost (out of memory); another takes its place"]
 
 
 def test_more_deaths_than_a_call_may_cause_end_nothing_as_long_as_they_are_of_different_calls(
