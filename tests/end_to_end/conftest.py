@@ -27,7 +27,10 @@ def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def shared_workers(ray_session: None) -> Iterator[None]:
-    """The real pools, one per number of workers, kept over the tests: a new process takes seconds to import torch."""
+    """The real pools, one per number of workers, kept over the tests: a new process takes seconds to import torch.
+
+    The processes of one at a time: each takes half a gigabyte.
+    """
     from posttrain.cluster import workers
 
     real, pools = workers.Workers, {}
@@ -35,6 +38,9 @@ def shared_workers(ray_session: None) -> Iterator[None]:
     def kept(*, count: int | None, **options: Any) -> Any:
         if count not in pools:
             pools[count] = real(count=count, **options)
+        for other, pool in pools.items():
+            if other != count:
+                pool.release()
         return pools[count]
 
     with pytest.MonkeyPatch.context() as patch:
