@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,23 +17,12 @@ from typing import Any
 
 import pytest
 import yaml
+from servers import free_ports
 from small_data import assert_same_result, removed_ids
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 RunFile = Callable[..., dict[str, Any]]
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on; the system gives none of those that Ray's workers take."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
 
 
 @pytest.fixture(scope="module")

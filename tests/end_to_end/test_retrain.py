@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from servers import mlflow_server, serving
 from small_data import BOTH, Digits, accuracy, as_built, assert_same_result, relabelled, removed_ids
 
 from posttrain.config import JobFile
@@ -27,34 +26,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("server")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{folder}/mlflow.db",
-        "--artifacts-destination",
-        str(folder / "files"),
-    ]
-    with (folder / "log").open("w") as log:
-        server = subprocess.Popen([sys.executable, *command], stdout=log, stderr=log, cwd=folder)
-    try:
-        deadline = time.monotonic() + 200
-        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        while True:
-            try:
-                direct.open(f"http://127.0.0.1:{port}/health", timeout=2)
-                break
-            except OSError:
-                assert server.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()[-2000:]
-                time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait()
+def server_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with serving(mlflow_server(tmp_path_factory.mktemp("server"))) as server:
+        yield server.uri
 
 
 @pytest.fixture(autouse=True)
@@ -140,7 +114,7 @@ def memorisation(run: str) -> float:
 
 
 def test_a_week_in_the_life(
-    mlflow_server: str,
+    server_uri: str,
     shards: Shards,
     digits: Digits,
     jobfile: Callable[..., dict[str, Any]],
@@ -151,10 +125,10 @@ def test_a_week_in_the_life(
 
     from posttrain.store.registry import Registry
 
-    server = {"tracking": {"uri": mlflow_server}}
+    server = {"tracking": {"uri": server_uri}}
     job, file = tmp_path / "job", tmp_path / "job.yaml"
     file.write_text(yaml.safe_dump(jobfile(**server)))
-    client = MlflowClient(mlflow_server)
+    client = MlflowClient(server_uri)
 
     def alias(name: str) -> str:
         return client.get_model_version_by_alias("job", name).version
@@ -218,7 +192,7 @@ def test_a_week_in_the_life(
     fourth = range(800, 900)
     shards.add("friday", fourth, shards.with_wrong(fourth, 0.3))
     shutil.copytree(job, tmp_path / "twin")
-    twin = Registry.open(mlflow_server, home=tmp_path, name="twin")
+    twin = Registry.open(server_uri, home=tmp_path, name="twin")
     made = json.loads((job / "runs" / version.tags["posttrain.run"] / "decision.json").read_text())
     twin.promote(
         twin.register(made["model"], run=version.tags["posttrain.run"], run_id=made["mlflow_run"], tags=version.tags)

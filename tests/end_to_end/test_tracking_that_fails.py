@@ -5,21 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-import socket
-import subprocess
-import sys
-import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from servers import Between, Server, mlflow_server, serving, standing_before
 from small_data import assert_same_result
 
 from pipelines.steps import CleaningRun
@@ -32,114 +26,18 @@ from posttrain.store.tracking import Tracking
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
-class Server:
-    """A real MLflow server on loopback, which can be killed and started again."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        command = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
-        command += ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
-        command += ["--artifacts-destination", str(self.folder / "files")]
-        with (self.folder / "log").open("a") as log:
-            self._process = subprocess.Popen([sys.executable, *command], stdout=log, stderr=log, cwd=self.folder)
-        deadline = time.monotonic() + 200
-        while True:
-            try:
-                _direct.open(f"http://127.0.0.1:{self.port}/health", timeout=2)
-                return
-            except OSError:
-                assert self._process.poll() is None and time.monotonic() < deadline, (self.folder / "log").read_text()
-                time.sleep(0.2)
-
-    def kill(self) -> None:
-        if self._process is not None:
-            for child in Path(f"/proc/{self._process.pid}/task").glob("*/children"):
-                for pid in child.read_text().split():
-                    subprocess.run(["kill", "-9", pid], check=False)
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
-
-_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-
-class Between(ThreadingHTTPServer):
-    """Stands before the server, and does to requests what `mood` says."""
-
-    daemon_threads = True
-
-    def __init__(self, port: int) -> None:
-        self.behind = port
-        self.mood: Callable[[str, str], str] = lambda method, path: "pass"
-        """Of a request's method and path: pass, lose the answer (lose), never answer (hang), 503, or 403."""
-        self.ended = threading.Event()
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.uri = f"http://127.0.0.1:{self.server_port}"
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        pass  # a client that gave up
-
-
-class _Handler(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        between = self.server
-        assert isinstance(between, Between)
-        mood = between.mood(self.command, self.path)
-        if mood == "hang":
-            between.ended.wait(60)
-            return
-        if mood.isdigit():
-            self.send_error(int(mood))
-            return
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0))) or None
-        headers = {key: value for key, value in self.headers.items() if key.lower() not in ("host", "connection")}
-        url = f"http://127.0.0.1:{between.behind}{self.path}"
-        try:
-            answer = _direct.open(urllib.request.Request(url, body, headers, method=self.command), timeout=60)
-        except urllib.error.HTTPError as error:
-            answer = error
-        content = answer.read()
-        if mood == "lose":
-            return
-        self.send_response(answer.status or 500)
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("Content-Type", answer.headers.get("Content-Type", "application/json"))
-        self.end_headers()
-        self.wfile.write(content)
-
-    do_POST = do_PUT = do_PATCH = do_DELETE = do_GET  # noqa: N815
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server"))
-    server.start()
-    yield server
-    server.kill()
+    with serving(mlflow_server(tmp_path_factory.mktemp("server"))) as server:
+        yield server
 
 
 @pytest.fixture
 def between(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Between]:
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.setenv(name, "127.0.0.1")
-    between = Between(server.port)
-    thread = threading.Thread(target=between.serve_forever)
-    thread.start()
-    yield between
-    between.ended.set()
-    between.shutdown()
-    between.server_close()
-    thread.join()
+    with standing_before(server.port) as between:
+        yield between
 
 
 class Told:
@@ -204,7 +102,7 @@ def test_what_is_not_taken_is_kept_in_order_and_told_once(
         outbox.log_metrics({"rounds": 4}, step=4)
         between.mood = lambda method, path: "pass"
     assert outbox.undelivered() is None and waiting(folder) == []
-    told = Told(f"http://127.0.0.1:{server.port}", outbox._queue.tracking.run_id)
+    told = Told(server.uri, outbox._queue.tracking.run_id)
     assert_whole(told, range(5))
     assert told.curve("rounds") == [(4, 4.0)]
     assert told.parent.info.status == "FINISHED"
@@ -216,13 +114,13 @@ def test_a_request_that_was_given_up_and_arrives_late_makes_no_second_run(
 ) -> None:
     folder = RunFolder(str(tmp_path / "run"))
     outbox = opened(between.uri, folder, [])
-    direct = MlflowClient(f"http://127.0.0.1:{server.port}")
+    direct = MlflowClient(server.uri)
     tracking = outbox._queue.tracking
     with outbox:
         tell(outbox, folder, range(0, 2))
         tags = {"mlflow.parentRunId": tracking.run_id, "posttrain.round": "1"}
         direct.create_run(tracking.experiment_id, run_name="round 0001", tags=tags)
-    assert_whole(Told(f"http://127.0.0.1:{server.port}", tracking.run_id), range(2))
+    assert_whole(Told(server.uri, tracking.run_id), range(2))
 
 
 def test_a_run_whose_id_never_arrived_is_found_again(between: Between, server: Server, tmp_path: Path) -> None:
@@ -233,9 +131,7 @@ def test_a_run_whose_id_never_arrived_is_found_again(between: Between, server: S
     between.mood = lambda method, path: "pass"
     with opened(between.uri, folder, [], key="k1") as outbox:
         found = outbox._queue.tracking
-    runs = MlflowClient(f"http://127.0.0.1:{server.port}").search_runs(
-        [found.experiment_id], "tags.`posttrain.key` = 'k1'"
-    )
+    runs = MlflowClient(server.uri).search_runs([found.experiment_id], "tags.`posttrain.key` = 'k1'")
     assert [run.info.run_id for run in runs] == [found.run_id]
 
 
@@ -289,7 +185,7 @@ def test_a_run_whose_server_is_killed_goes_on_and_delivers_at_its_next_start(
 ) -> None:
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.setenv(name, "127.0.0.1")
-    uri = f"http://127.0.0.1:{server.port}"
+    uri = server.uri
     section = {"uri": uri, "log_model": True}
     expected = undisturbed()
     with killed_in_round(server, 2):
