@@ -17,6 +17,7 @@ import pytest
 import ray
 import torch
 from ray import cloudpickle
+from ray.exceptions import OutOfMemoryError
 
 from pipelines.boundary import Live, StoredSamples
 from posttrain.cluster.pool import DEATHS_OF_A_CALL, Died, Pool
@@ -46,7 +47,7 @@ class Adder:
         """The first time, as Ray tells of an actor that it ended for the memory of its node."""
         if not Path(log).exists():
             Path(log).touch()
-            raise ray.exceptions.OutOfMemoryError("1 worker(s) were killed due to the node running low on memory")
+            raise OutOfMemoryError("1 worker(s) were killed due to the node running low on memory")
         return -1
 
     def dies(self, log: str, times: int) -> int:
