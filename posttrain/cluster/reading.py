@@ -43,7 +43,7 @@ from posttrain.schema import (
     order_key,
     uniform,
 )
-from posttrain.store.folder import resolve
+from posttrain.store.folder import patiently, resolve
 from posttrain.store.listing import image_files, parquet_files
 from posttrain.vision.noise import from_matrix, instance_dependent, pair, symmetric
 
@@ -199,7 +199,7 @@ def _footers(dataset: pads.FileSystemDataset) -> Iterator[tuple[str, pa.Schema, 
 
     def look(fragment: Any) -> tuple[str, pa.Schema, int]:
         try:
-            return fragment.path, fragment.physical_schema, fragment.metadata.num_rows
+            return patiently(lambda: (fragment.path, fragment.physical_schema, fragment.metadata.num_rows))
         except _NOT_READABLE as error:
             raise _no_parquet(fragment.path, error) from None
 
@@ -312,11 +312,11 @@ def _dataset(source: ParquetSource) -> pads.FileSystemDataset:
     _refuse_vanished(source.locations[0], source.only, parts)
     try:
         # the first file's schema by itself: Arrow would complain of a double column without naming the file
-        schema = pq.read_schema(parts[0], filesystem=files)
+        schema = patiently(lambda: pq.read_schema(parts[0], filesystem=files))
     except _NOT_READABLE as error:
         raise _no_parquet(parts[0], error) from None
     try:
-        return pads.dataset(parts, format="parquet", filesystem=files)
+        return patiently(lambda: pads.dataset(parts, format="parquet", filesystem=files))
     except pa.ArrowException as error:
         double = next((name for name in schema.names if schema.names.count(name) > 1), None)
         if double is None:
@@ -380,7 +380,8 @@ def _each_label(dataset: pads.FileSystemDataset, source: ParquetSource) -> Itera
     """The label column in parts. Raises DataError naming the file where a page of it cannot be read."""
     for fragment in cast(Any, dataset.get_fragments()):
         try:
-            yield from (batch.column(0) for batch in fragment.to_batches(columns=[source.label]))
+            batches = patiently(lambda fragment=fragment: list(fragment.to_batches(columns=[source.label])))
+            yield from (batch.column(0) for batch in batches)
         except _NOT_READABLE as error:
             raise _no_parquet(fragment.path, error) from None
 

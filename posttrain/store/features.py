@@ -135,8 +135,7 @@ def summarise_shard(folder: RunFolder, path: str, bucket: int) -> ShardSummary |
     if not folder.exists(path):
         return None
     try:
-        with folder.files.open_input_file(path) as stream:
-            file = pq.ParquetFile(stream)
+        with folder.parquet(path) as file:
             metadata = file.schema_arrow.metadata or {}
             quarantined = json.loads(metadata[_QUARANTINED])
             return ShardSummary(bucket, file.metadata.num_rows, quarantined, int(metadata.get(_EMBEDDED, 0)))
@@ -215,8 +214,8 @@ def former_features(folder: RunFolder, backbone: str, split: str) -> FormerFeatu
         if not info.path.endswith(".parquet"):
             continue
         try:
-            with folder.files.open_input_file(info.path) as stream:
-                metadata = pq.read_schema(stream).metadata or {}
+            with folder.parquet(info.path) as file:
+                metadata = file.schema_arrow.metadata or {}
             buckets = int(metadata.get(_BUCKETS, 0))
         except (pa.ArrowInvalid, OSError, ValueError):
             continue

@@ -7,12 +7,13 @@ import json
 import os
 import re
 import tempfile
+import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +21,7 @@ from pyarrow import fs
 
 from posttrain.errors import RunFolderError, StepError
 
+_T = TypeVar("_T")
 _TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.tmp$")
 
 
@@ -46,6 +48,22 @@ def resolve(location: str) -> tuple[fs.FileSystem, str]:
         except (pa.ArrowInvalid, OSError) as error:
             raise RunFolderError(f"{location}: {error}; use a local path or an s3://, gs:// or file:// URI") from None
     return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(location))
+
+
+def patiently(read: Callable[[], _T]) -> _T:
+    """What `read` gives; it is asked again where an object store refused and the file system did not ask again itself.
+
+    That is where it wanted fewer bytes than the refusal has: the AWS SDK then has no room for the refusal's text, and
+    takes this for a failure of its own, which it does not repeat (seen with pyarrow 25).
+    """
+    for wait in (0.1, 0.4, 1.6, 6.4):
+        try:
+            return read()
+        except OSError as error:
+            if "Failed to flush response stream" not in str(error):
+                raise
+        time.sleep(wait)
+    return read()
 
 
 @dataclass(frozen=True)
@@ -132,8 +150,11 @@ class RunFolder:
         return all(entry.base_name.startswith(".") for entry in inside)
 
     def read_bytes(self, path: str) -> bytes:
-        with self.files.open_input_stream(path) as stream:
-            return stream.read()
+        def read() -> bytes:
+            with self.files.open_input_stream(path) as stream:
+                return stream.read()
+
+        return patiently(read)
 
     def read_json(self, path: str) -> Any:
         return json.loads(self.read_bytes(path))
@@ -226,11 +247,16 @@ class RunFolder:
 
     def read_table(self, path: str, columns: list[str] | None = None) -> pa.Table:
         with self.files.open_input_file(path) as stream:
-            return pq.read_table(stream, columns=columns)
+            return patiently(lambda: pq.read_table(stream, columns=columns))
+
+    @contextmanager
+    def parquet(self, path: str) -> Iterator[pq.ParquetFile]:
+        """A Parquet file to be read in parts."""
+        with self.files.open_input_file(path) as stream:
+            yield patiently(lambda: pq.ParquetFile(stream))
 
     def row_groups(self, path: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """The row groups of a Parquet file one after another: never the whole of it in memory."""
-        with self.files.open_input_file(path) as stream:
-            file = pq.ParquetFile(stream)
+        with self.parquet(path) as file:
             for group in range(file.num_row_groups):
-                yield file.read_row_group(group, columns=columns)
+                yield patiently(lambda group=group: file.read_row_group(group, columns=columns))

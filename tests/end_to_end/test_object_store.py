@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from pyarrow import fs
 from servers import Between, Server, serving, standing_before
@@ -107,6 +108,28 @@ def test_a_run_in_a_store_that_is_slow_and_refuses_now_and_then_has_the_result_o
     front.moods.clear()
     in_store("whole")
     assert len(front.moods) < 200
+
+
+@pytest.mark.parametrize("refusals", [1, 3])
+@pytest.mark.parametrize("length", [0, 1, 100, 100_000])
+def test_a_refusal_of_what_is_shorter_than_the_refusal_is_borne_too(front: Between, length: int, refusals: int) -> None:
+    folder = RunFolder(uri(front, "short"))
+    content, table = b"a" * length, pa.table({"number": range(length)})
+    folder.write_bytes(folder.path("bytes"), content)
+    folder.write_row_groups(folder.path("table"), [table, table])
+
+    def read(reading: Callable[[], Any]) -> Any:
+        answers = iter(["503"] * refusals)
+        front.mood = lambda method, path: next(answers, "pass") if method == "GET" else "pass"
+        found = reading()
+        assert next(answers, None) is None, "nothing was refused"
+        front.heal()
+        return found
+
+    if length:
+        assert read(lambda: folder.read_bytes(folder.path("bytes"))) == content
+    assert read(lambda: folder.read_table(folder.path("table"))) == pa.concat_tables([table, table])
+    assert read(lambda: list(folder.row_groups(folder.path("table")))) == [table, table]
 
 
 def test_a_store_that_goes_away_in_a_round_ends_the_run_with_one_error_and_it_goes_on_once_it_is_back(
