@@ -22,9 +22,6 @@ from posttrain.store.ledger import Ledger
 # pyarrow makes these functions when it is imported: a type checker sees none of them
 pc = cast(Any, pyarrow.compute)
 
-_MOST_IDENTICAL = 0.05
-"""Share of a held-out set: more than that is no oversight of a few, but the wrong file."""
-
 
 @dataclass(frozen=True)
 class Leaks:
@@ -33,26 +30,26 @@ class Leaks:
     pairs: pa.Table | None
     """Columns of `cluster.leakage`; None: nobody looked."""
     choice: str
+    split_off: frozenset[str] = frozenset()
+    """Held-out sets that were taken from the training data: with choice refuse, those of their images that are the very
+    same as a training one are left out, for there is no file that one could take them out of."""
 
     def excluded(self) -> dict[str, Excluded]:
         """By set, the samples that are left out."""
-        if self.pairs is None:
-            return {}
-        if self.choice == "exclude_training":
+        if self.choice == "exclude_training" and self.pairs is not None:
             return {"train": excluded_rows(self.pairs[BUCKET].to_numpy(), self.pairs[ROW].to_numpy())}
-        if self.choice != "exclude_evaluation":
-            return {}
         return {
             name: excluded_rows(found[OTHER_BUCKET].to_numpy(), found[OTHER_ROW].to_numpy())
-            for name, found in self._by_split().items()
+            for name, found in _by_split(self._not_measured_on()).items()
         }
 
     def quarantined(self) -> pa.Table:
         """What is left out, as rows of `quarantine.parquet`."""
+        training = self.choice == "exclude_training"
+        left_out = self.pairs if training else self._not_measured_on()
         rows = []
         seen = set()
-        training = self.choice == "exclude_training"
-        for pair in self.pairs.to_pylist() if self.pairs is not None and self.excluded() else ():
+        for pair in left_out.to_pylist() if left_out is not None else ():
             mine = ("train", pair[BUCKET], pair[ROW], pair[SAMPLE_ID], pair[FILE])
             other = (pair[SPLIT], pair[OTHER_BUCKET], pair[OTHER_ROW], pair[OTHER_ID], pair[OTHER_FILE])
             (name, bucket, row, identity, file), (of, *_, like, _) = (mine, other) if training else (other, mine)
@@ -64,6 +61,15 @@ class Leaks:
             rows.append((name, bucket, {ROW: row, SAMPLE_ID: identity, FILE: file, "reason": reason}))
         return quarantined_rows(rows)
 
+    def _not_measured_on(self) -> pa.Table | None:
+        """The pairs whose held-out sample is left out."""
+        if self.choice == "exclude_evaluation" or self.pairs is None:
+            return self.pairs
+        if self.choice != "refuse":
+            return None
+        own = pc.is_in(self.pairs[SPLIT], pa.array(sorted(self.split_off), pa.string()))
+        return self.pairs.filter(pc.and_(own, self.pairs[IDENTICAL]))
+
     def counts(self) -> dict[str, dict[str, int]] | None:
         """By held-out set: images that are training images, too, how many are the very same, and have another label."""
         if self.pairs is None:
@@ -74,13 +80,15 @@ class Leaks:
                 "identical": _samples(found.filter(found[IDENTICAL])),
                 "other_label": _samples(found.filter(pc.invert(found[SAME_LABEL]))),
             }
-            for name, found in self._by_split().items()
+            for name, found in _by_split(self.pairs).items()
         }
 
-    def _by_split(self) -> dict[str, pa.Table]:
-        assert self.pairs is not None
-        names = sorted(set(self.pairs[SPLIT].to_pylist()))
-        return {name: self.pairs.filter(pc.equal(self.pairs[SPLIT], name)) for name in names}
+
+def _by_split(pairs: pa.Table | None) -> dict[str, pa.Table]:
+    if pairs is None:
+        return {}
+    names = sorted(set(pairs[SPLIT].to_pylist()))
+    return {name: pairs.filter(pc.equal(pairs[SPLIT], name)) for name in names}
 
 
 def _samples(found: pa.Table) -> int:
@@ -102,34 +110,38 @@ def find(
     choice = config.data.leakage
     if choice == "off":
         return Leaks(None, choice)
+    split_off = frozenset() if config.data.validation else frozenset({"validation"})
     path = ledger.folder.path("leakage.parquet")
     started = ledger.started()
     if started is not None and started.get("data") == fingerprint and ledger.folder.exists(path):
-        return Leaks(ledger.folder.read_table(path), choice)
+        return Leaks(ledger.folder.read_table(path), choice, split_off)
     with progress.step("look for leaks") as tell:
-        leaks = Leaks(leakage.find(splits, shape, tell), choice)
+        leaks = Leaks(leakage.find(splits, shape, tell), choice, split_off)
     refuse(config, splits, leaks)
+    excluded = leaks.excluded()
     for name, count in (leaks.counts() or {}).items():
+        left_out = ", which are left out" if name in excluded and choice == "refuse" else ""
         progress.say(
             f"  {count['samples']:,} of {splits[name].rows:,} {name} images are training images, too, or nearly "
-            f"({count['identical']:,} the very same): see leakage.parquet"
+            f"({count['identical']:,} the very same{left_out}): see leakage.parquet"
         )
     return leaks
 
 
 def refuse(config: RunFile, splits: Mapping[str, Split], leaks: Leaks) -> None:
-    """Raises DataError where more of a held-out set are training images than the run file lets pass, or all are."""
-    choice = config.data.leakage
+    """Raises DataError where a held-out set holds training images and may not, or would be left out as a whole."""
     for name, count in (leaks.counts() or {}).items():
         rows = splits[name].rows
-        most = {"report": _MOST_IDENTICAL * rows, "refuse": 0}.get(choice, rows)
-        if count["identical"] > most or (choice == "exclude_evaluation" and count["samples"] == rows):
+        refused = leaks.choice == "refuse" and name not in leaks.split_off and count["identical"]
+        all_excluded = rows == sum(len(of_bucket) for of_bucket in leaks.excluded().get(name, {}).values())
+        if refused or all_excluded:
             assert leaks.pairs is not None
             found = leaks.pairs.filter(pc.equal(leaks.pairs[SPLIT], name))
-            pair = found.filter(found[IDENTICAL]).slice(0, 1).to_pylist()[0]
+            [pair] = found.sort_by([(IDENTICAL, "descending")]).slice(0, 1).to_pylist()
             where = getattr(config.data, name) or "split off the training set"
+            how = f"{count['identical']:,} of {rows:,} images are" if refused else f"all {rows:,} images (nearly) are"
             raise DataError(
-                f"data.{name} = {where}: {count['identical']:,} of {rows:,} images are in the training set, too (the "
-                f"first: sample_id {pair[OTHER_ID]!r}, there {pair[SAMPLE_ID]!r}); take them out of one of the two, or "
-                "set data.leakage to exclude_evaluation or exclude_training"
+                f"data.{name} = {where}: {how} in the training set, too (the first: sample_id {pair[OTHER_ID]!r}, "
+                f"there {pair[SAMPLE_ID]!r}); take them out of one of the two, or set data.leakage to "
+                "exclude_evaluation, exclude_training or report"
             )

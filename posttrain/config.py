@@ -170,11 +170,11 @@ class Data(Section):
     validation_share: float = Field(default=0.1, gt=0, lt=1)
     """Share of the training data that is split off before posttrain itself pre-trains, where no validation
     set is named."""
-    leakage: Literal["report", "exclude_evaluation", "exclude_training", "refuse", "off"] = "report"
+    leakage: Literal["refuse", "exclude_evaluation", "exclude_training", "report", "off"] = "refuse"
     """What becomes of images that are in the training set and in a held-out one, too, the same or nearly so.
-    report: they are told, and where more than 5 % of a held-out set are the very same, the run is refused.
-    exclude_evaluation, exclude_training: those there are left out. refuse: not even one may be the very same. off:
-    nobody looks."""
+    refuse: a held-out set that is named may hold none of the very same; of one that is split off the training data they
+    are left out; those that are nearly the same are told. exclude_evaluation, exclude_training: those there are left
+    out. report: they are told. off: nobody looks."""
     noise: Noise | None = None
     """Labels flipped on purpose, for measuring. Left out, with source digits: rate 0.2; null: none."""
 

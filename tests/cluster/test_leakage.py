@@ -72,6 +72,11 @@ def test_blank_images_are_paired_by_their_bytes_alone_and_not_all_with_all() -> 
 def test_a_choice_leaves_out_one_side_with_the_reason_or_none(pairs: pa.Table) -> None:
     for choice in ("report", "refuse"):
         assert Leaks(pairs, choice).excluded() == {} and Leaks(pairs, choice).quarantined().num_rows == 0
+    own = Leaks(pairs, "refuse", frozenset({"validation", "test"}))
+    assert {name: {b: rows.tolist() for b, rows in of.items()} for name, of in own.excluded().items()} == {
+        "validation": {0: [3]}
+    }
+    assert own.quarantined()["reason"].to_pylist() == ["the same image as 50 of the train set (data.leakage = refuse)"]
     training = Leaks(pairs, "exclude_training")
     assert {name: {b: rows.tolist() for b, rows in of.items()} for name, of in training.excluded().items()} == {
         "train": {5: [50, 51, 52]}

@@ -58,7 +58,7 @@ def clean(run: Run, leaking: dict[str, str]) -> Run:
 
 
 def test_planted_copies_are_found_and_nothing_else_and_the_run_goes_on(clean: Run, tmp_path: Path, capsys: Any) -> None:
-    summary = clean(tmp_path / "run")
+    summary = clean(tmp_path / "run", {"leakage": "report"})
     pairs = pq.read_table(tmp_path / "run" / "leakage.parquet").to_pandas()
     found = dict(zip(pairs["sample_id"], pairs["other_id"], strict=True))
     assert found == {5000 + i: 1200 + i for i in range(20)} | {5900: 900}
@@ -109,13 +109,34 @@ def test_leaking_samples_are_left_out_of_what_is_measured_on_and_nothing_else_ch
     assert expected["leakage"] is None and not (tmp_path / "without" / "leakage.parquet").exists()
 
 
-def test_the_very_same_images_are_refused_by_choice_and_where_they_are_many(
+def test_the_very_same_images_are_refused_unless_the_run_file_says_otherwise(
     clean: Run, tmp_path: Path, leaking: dict[str, str], large_digits: Digits
 ) -> None:
     with pytest.raises(DataError, match=r"data\.test = .*: 5 of 597 images .*sample_id 120\d, there 500\d.*exclude_e"):
-        clean(tmp_path / "run", {"leakage": "refuse"})
+        clean(tmp_path / "run")
     table = large_digits.table("train").slice(0, 300)
     pq.write_table(table.set_column(0, "id", pa.array(range(7000, 7300))), tmp_path / "validation.parquet")
-    with pytest.raises(DataError, match="300 of 300 images are in the training set, too"):
-        clean(tmp_path / "run", {"validation": str(tmp_path / "validation.parquet")})
+    with pytest.raises(DataError, match=r"all 300 images \(nearly\) are in the training set, too"):
+        held_out = {"validation": str(tmp_path / "validation.parquet"), "leakage": "exclude_evaluation"}
+        clean(tmp_path / "run", held_out)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_validation_set_that_is_split_off_is_measured_on_without_the_very_same_images(
+    run: Run, tmp_path: Path, large_digits: Digits
+) -> None:
+    table = large_digits.table("train")
+    again = table.slice(0, 300)
+    (tmp_path / "train").mkdir()
+    pq.write_table(table, tmp_path / "train" / "0.parquet")
+    pq.write_table(again.set_column(0, "id", pa.array(range(7000, 7300))), tmp_path / "train" / "1.parquet")
+    data = {"train": str(tmp_path / "train"), "validation": None, "test": None}
+    summary = run(
+        tmp_path / "run", data=data, model={"weights": None}, pretrain={"epochs": 5}, removal={"max_rounds": 1}
+    )
+    rows = pq.read_table(tmp_path / "run" / "quarantine.parquet").to_pandas()
+    assert set(rows["split"]) == {"validation"} and len(rows) == summary["leakage"]["validation"]["identical"] > 10
+    # of each: one of the two images is among the first 300 of the training set, the other is its copy
+    for sample_id, reason in zip(rows["sample_id"], rows["reason"], strict=True):
+        other = sample_id - 7000 if sample_id >= 7000 else sample_id + 7000
+        assert reason.startswith(f"the same image as {other} of the train set")
