@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
 from posttrain.cluster import leakage
-from posttrain.cluster.leakage import IDENTICAL, OTHER_BUCKET, OTHER_FILE, OTHER_ID, OTHER_ROW, SAME_LABEL, SPLIT
+from posttrain.cluster.leakage import (
+    IDENTICAL,
+    OTHER_BUCKET,
+    OTHER_FILE,
+    OTHER_ID,
+    OTHER_ROW,
+    SAME_LABEL,
+    SPLIT,
+    FatalRow,
+)
 from posttrain.cluster.reading import Split
 from posttrain.config import RunFile
 from posttrain.errors import DataError
@@ -21,6 +32,8 @@ from posttrain.store.ledger import Ledger
 
 # pyarrow makes these functions when it is imported: a type checker sees none of them
 pc = cast(Any, pyarrow.compute)
+
+_FATAL = b"fatal"
 
 
 @dataclass(frozen=True)
@@ -33,9 +46,32 @@ class Leaks:
     split_off: frozenset[str] = frozenset()
     """Held-out sets that were taken from the training data: with choice refuse, those of their images that are the very
     same as a training one are left out, for there is no file that one could take them out of."""
+    fatal: tuple[FatalRow, ...] = ()
+    """Images that end the process which decodes them: they are left out as well."""
+
+    @classmethod
+    def read(cls, table: pa.Table, choice: str, split_off: frozenset[str]) -> Leaks:
+        """What `table` wrote down."""
+        kept = json.loads((table.schema.metadata or {}).get(_FATAL, b"[]"))
+        return cls(table, choice, split_off, tuple((split, bucket, row) for split, bucket, row in kept))
+
+    def table(self) -> pa.Table | None:
+        """What goes into `leakage.parquet`: the pairs, with the other images in its metadata."""
+        if self.pairs is None:
+            return None
+        return self.pairs.replace_schema_metadata(
+            {**(self.pairs.schema.metadata or {}), _FATAL: json.dumps(self.fatal)}
+        )
 
     def excluded(self) -> dict[str, Excluded]:
         """By set, the samples that are left out."""
+        found = self._leaking()
+        for split, bucket, row in self.fatal:
+            row_in = np.array([row[ROW]], np.int32)
+            found[split] = excluded_rows(np.array([bucket]), row_in, found.get(split))
+        return found
+
+    def _leaking(self) -> dict[str, Excluded]:
         if self.choice == "exclude_training" and self.pairs is not None:
             return {"train": excluded_rows(self.pairs[BUCKET].to_numpy(), self.pairs[ROW].to_numpy())}
         return {
@@ -59,7 +95,7 @@ class Leaks:
             what = "the same image as" if pair[IDENTICAL] else "nearly the same image as"
             reason = f"{what} {like!r} of the {of} set (data.leakage = {self.choice})"
             rows.append((name, bucket, {ROW: row, SAMPLE_ID: identity, FILE: file, "reason": reason}))
-        return quarantined_rows(rows)
+        return quarantined_rows([*rows, *self.fatal])
 
     def _not_measured_on(self) -> pa.Table | None:
         """The pairs whose held-out sample is left out."""
@@ -114,9 +150,12 @@ def find(
     path = ledger.folder.path("leakage.parquet")
     started = ledger.started()
     if started is not None and started.get("data") == fingerprint and ledger.folder.exists(path):
-        return Leaks(ledger.folder.read_table(path), choice, split_off)
+        return Leaks.read(ledger.folder.read_table(path), choice, split_off)
     with progress.step("look for leaks") as tell:
-        leaks = Leaks(leakage.find(splits, shape, tell), choice, split_off)
+        pairs, fatal = leakage.find(splits, shape, tell, progress.say)
+    leaks = Leaks(pairs, choice, split_off, tuple(fatal))
+    for split, _, row in fatal:
+        progress.say(f"  quarantined: {row[FILE]} (sample_id {row[SAMPLE_ID]}) of the {split} set: {row['reason']}")
     refuse(config, splits, leaks)
     excluded = leaks.excluded()
     for name, count in (leaks.counts() or {}).items():

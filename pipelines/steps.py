@@ -472,8 +472,8 @@ class CleaningRun:
         self.left_out = excluded
         if self.ledger.rounds():
             return  # written already
-        if leaks.pairs is not None:
-            self.folder.write_table(self.folder.path("leakage.parquet"), leaks.pairs)
+        if (table := leaks.table()) is not None:
+            self.folder.write_table(self.folder.path("leakage.parquet"), table)
         rows = leaks.quarantined()
         if rows.num_rows:
             self.folder.write_table(path, rows)

@@ -6,15 +6,18 @@ training bucket is compared with them where it is read. Of the training set noth
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 import ray
 
-from posttrain.cluster.reading import Progress, Split
-from posttrain.cluster.tasks import results
+from posttrain.cluster import isolating
+from posttrain.cluster.reading import Progress, Split, explain
+from posttrain.cluster.tasks import LOST, ended, results
 from posttrain.schema import BUCKET, FILE, IMAGE, LABEL, ROW, SAMPLE_ID
 from posttrain.store.features import image_digests
 from posttrain.vision import duplicates
@@ -43,13 +46,24 @@ class Known:
     """As they are, and mirrored."""
 
 
+_NONE = np.empty(0, np.int32)
+
+FatalRow = tuple[str, int, dict[str, object]]
+"""Split, bucket, and a row of the quarantine of an image that ends the process which decodes it: {row, sample_id, file,
+reason}."""
+
+
 def find(
-    splits: Mapping[str, Split], shape: tuple[int, ...] | None, progress: Progress = lambda done, total: None
-) -> pa.Table:
+    splits: Mapping[str, Split],
+    shape: tuple[int, ...] | None,
+    progress: Progress = lambda done, total: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[pa.Table, list[FatalRow]]:
     """Pairs of a training image and a held-out one that are the same or alike, in the order of buckets and rows.
 
     Of each image's pairs the closest is kept (of a held-out image's, the closest in each training bucket): all that
-    are concerned appear, without all their pairs. `shape`: of raw cells.
+    are concerned appear, without all their pairs. `shape`: of raw cells. Second, the images that end the process which
+    decodes them; `say` is told that they are looked for. Raises StepError where processes end without such an image.
     """
     train = splits["train"]
     held_out = [
@@ -58,27 +72,73 @@ def find(
         if name in splits
         for bucket in splits[name].buckets
     ]
-    known = [_printed.remote(block, shape, name, number) for name, number, block in held_out]
+    fatal: list[FatalRow] = []
+
+    def without_fatal(block: ray.ObjectRef, split: str, bucket: int) -> np.ndarray:
+        say(f"  processes ended at the images of bucket {bucket} of {split}; looking for the one that does it")
+        found = ray.get(_fatal.options(num_cpus=0).remote(block, shape))
+        fatal.extend((split, bucket, row) for row in found)
+        return np.array([row[ROW] for row in found], np.int32)
+
+    def prints_of(block: ray.ObjectRef, split: str, bucket: int, skip: np.ndarray = _NONE) -> list[ray.ObjectRef]:
+        # the second says whether it is done: the first is not wanted here
+        return cast(Any, _printed.remote(block, shape, split, bucket, skip))
+
+    known = [prints_of(block, name, number) for name, number, block in held_out]
     # those that compare reserve no CPU: started earlier, they would only wait, each in a process of its own
-    ray.wait(known, num_returns=len(known), fetch_local=False)
+    ray.wait([done for _, done in known], num_returns=len(known), fetch_local=False)
+    printed = []
+    try:
+        for (name, number, block), (prints, done) in zip(held_out, known, strict=True):
+            try:
+                ray.get(done)
+            except LOST:
+                prints, done = prints_of(block, name, number, without_fatal(block, name, number))
+                ray.get(done)
+            printed.append(prints)
+    except LOST as error:
+        raise ended(error) from error
+    except Exception as error:
+        explain(error)
     tables = []
     seen = 0
-    calls = [(bucket.block, bucket.index, shape, known) for bucket in train.buckets]
-    for bucket, found in zip(train.buckets, results(_compared, calls), strict=True):
+    calls = [(bucket.block, bucket.index, shape, printed, _NONE) for bucket in train.buckets]
+
+    def instead(call: tuple[Any, ...]) -> tuple[Any, ...]:
+        block, bucket, *same, _ = call
+        return (block, bucket, *same, without_fatal(block, "train", bucket))
+
+    for bucket, found in zip(train.buckets, results(_compared, calls, instead=instead), strict=True):
         tables.append(found)
         seen += bucket.rows
         progress(seen, train.rows)
-    return pa.concat_tables(tables)
+    return pa.concat_tables(tables), fatal
+
+
+@ray.remote(num_returns=2)
+def _printed(
+    block: pa.Table, shape: tuple[int, ...] | None, split: str, bucket: int, skip: np.ndarray
+) -> tuple[Known, None]:
+    return described(block, shape, split, bucket, skip), None
 
 
 @ray.remote
-def _printed(block: pa.Table, shape: tuple[int, ...] | None, split: str, bucket: int) -> Known:
-    return described(block, shape, split, bucket)
+def _fatal(block: pa.Table, shape: tuple[int, ...] | None) -> list[dict[str, object]]:
+    """The quarantine's rows of the images that end the process which decodes them."""
+    ends = isolating.fatal(
+        lambda rows: functools.partial(_readable, block.take(pa.array(rows)).select([IMAGE]), shape),
+        np.arange(block.num_rows, dtype=np.int32),
+        what="decoded",
+        preload=[__name__],
+    )
+    return isolating.fatal_rows(block, ends)
 
 
-def described(block: pa.Table, shape: tuple[int, ...] | None, split: str, bucket: int) -> Known:
-    """What training buckets are compared with, of a held-out bucket's readable images."""
-    rows, digests, pixels = _readable(block, shape)
+def described(
+    block: pa.Table, shape: tuple[int, ...] | None, split: str, bucket: int, skip: np.ndarray = _NONE
+) -> Known:
+    """What training buckets are compared with, of a held-out bucket's readable images but those of the rows `skip`."""
+    rows, digests, pixels = _readable(block, shape, skip)
     taken = block.take(pa.array(rows, pa.int64()))
     table = pa.table(
         {
@@ -93,15 +153,21 @@ def described(block: pa.Table, shape: tuple[int, ...] | None, split: str, bucket
     return Known(table, digests, (duplicates.prints(pixels), duplicates.prints(pixels[:, :, ::-1])))
 
 
-def _readable(block: pa.Table, shape: tuple[int, ...] | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    pixels, readable = duplicates.grey((cell.as_py() for chunk in block[IMAGE].chunks for cell in chunk), shape)
-    rows = np.flatnonzero(readable)
+def _readable(
+    block: pa.Table, shape: tuple[int, ...] | None, skip: np.ndarray = _NONE
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    tried = np.setdiff1d(np.arange(block.num_rows), skip)
+    images = block[IMAGE].take(pa.array(tried)) if len(skip) else block[IMAGE]
+    pixels, readable = duplicates.grey((cell.as_py() for chunk in images.chunks for cell in chunk), shape)
+    rows = tried[readable]
     return rows, image_digests(block[IMAGE].take(pa.array(rows, pa.int64()))), pixels
 
 
 @ray.remote
-def _compared(block: pa.Table, bucket: int, shape: tuple[int, ...] | None, known: list[ray.ObjectRef]) -> pa.Table:
-    return compare(block, bucket, shape, ray.get(known))
+def _compared(
+    block: pa.Table, bucket: int, shape: tuple[int, ...] | None, known: list[ray.ObjectRef], skip: np.ndarray
+) -> pa.Table:
+    return compare(block, bucket, shape, ray.get(known), skip)
 
 
 def compare(
@@ -109,9 +175,10 @@ def compare(
     bucket: int,
     shape: tuple[int, ...] | None,
     known: Sequence[Known],
+    skip: np.ndarray = _NONE,
 ) -> pa.Table:
-    """The pairs of one training bucket with all held-out images."""
-    rows, digests, pixels = _readable(block, shape)
+    """The pairs of one training bucket, but for the rows `skip`, with all held-out images."""
+    rows, digests, pixels = _readable(block, shape, skip)
     others = pa.concat_tables([held_out.samples for held_out in known]).combine_chunks()
     other_digests = np.concatenate([held_out.digests for held_out in known])
     mine = duplicates.prints(pixels)

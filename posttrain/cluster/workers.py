@@ -27,6 +27,7 @@ from torch import Tensor
 import posttrain
 from posttrain.cluster import isolating
 from posttrain.cluster.devices import BatchSize, computing_in, moved, own_device
+from posttrain.cluster.isolating import Fatal, fatal_rows
 from posttrain.cluster.pool import Died, Pool
 from posttrain.cluster.reading import Bucket, Progress
 from posttrain.errors import ConfigError
@@ -119,14 +120,6 @@ class Network:
         if self.precision != "float32":
             kept += f":{self.precision}"
         return hashlib.sha256(kept.encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class Fatal:
-    """A row of a bucket whose image ends the process that decodes or embeds it."""
-
-    row: int
-    reason: str
 
 
 def load_network(network: Network) -> torch.nn.Module:
@@ -235,12 +228,12 @@ class _Worker:
 
     def fatal(self, network_in: list[Any], block: pa.Table, rows: np.ndarray) -> list[Fatal]:
         network: Network = ray.get(network_in[0])
-        found = isolating.fatal(
+        return isolating.fatal(
             lambda some: functools.partial(_embed_alone, network, block.take(pa.array(some)), self.device),
             rows,
+            what="decoded and embedded",
             preload=[__name__],
         )
-        return [Fatal(row, how) for row, how in found]
 
     def _model(self, network: Network) -> torch.nn.Module:
         if self.network is None or self.network[0] != network.key:
@@ -408,15 +401,6 @@ def _embed_alone(network: Network, block: pa.Table, device: torch.device) -> Non
     torch.set_num_threads(1)
     model = _for_inference(network, device)
     embed_block(model, network.spec, block, np.empty(0, np.int32), device, precision=network.precision)
-
-
-def fatal_rows(block: pa.Table, fatal: Sequence[Fatal]) -> list[dict[str, object]]:
-    """The quarantine's rows for images that end their process."""
-    found: list[dict[str, object]] = []
-    for one in fatal:
-        where = {ROW: one.row, SAMPLE_ID: block[SAMPLE_ID][one.row].as_py(), FILE: block[FILE][one.row].as_py()}
-        found.append({**where, "reason": one.reason})
-    return found
 
 
 def known_rows(

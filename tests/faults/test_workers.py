@@ -45,10 +45,11 @@ class Adder:
 
     def memory_runs_out(self, log: str) -> int:
         """The first time, as Ray tells of an actor that it ended for the memory of its node."""
-        if not Path(log).exists():
-            Path(log).touch()
-            raise OutOfMemoryError("1 worker(s) were killed due to the node running low on memory")
-        return -1
+        try:
+            Path(log).touch(exist_ok=False)
+        except FileExistsError:
+            return -1
+        raise OutOfMemoryError("1 worker(s) were killed due to the node running low on memory")
 
     def dies(self, log: str, times: int) -> int:
         with Path(log).open("a") as stream:
@@ -187,7 +188,7 @@ def test_images_that_end_their_process_are_quarantined_one_by_one_and_the_rest_i
         "row": 150,
         "sample_id": 450,
         "file": "450.png",
-        "reason": "each of 3 processes that decoded and embedded it ended by SIGSEGV",
+        "reason": "each of 3 processes where it was decoded and embedded ended by SIGSEGV",
     }
     assert any("2 worker processes ended at the images of bucket 0 of train" in line for line in told)
     embed(workers, tmp_path / "without", fatal=set(), excluded={0: 17, 1: 150})
