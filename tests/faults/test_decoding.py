@@ -1,0 +1,62 @@
+"""Images that crash the decoder, in real runs in processes of their own."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from pipelines.benchmarks.faults import environment
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+
+FATAL = {"train": [3, 700], "validation": [1003], "test": [1400]}
+
+
+def write_digits(folder: Path) -> dict[str, str]:
+    """The digits in Parquet, of which some crash the decoder."""
+    digits = load_digits()
+    fatal = {i for ids in FATAL.values() for i in ids}
+    images = []
+    for i, pixels in enumerate(digits.images):
+        Image.fromarray((pixels * 15).astype(np.uint8)).save(stream := io.BytesIO(), "PNG")
+        images.append(b"FATAL" + stream.getvalue() if i in fatal else stream.getvalue())
+    table = pa.table({"id": np.arange(len(images)), "image": images, "label": digits.target.astype(np.int32)})
+    for split, rows in {"train": (0, 1000), "validation": (1000, 1300), "test": (1300, len(images))}.items():
+        pq.write_table(table.slice(rows[0], rows[1] - rows[0]), folder / f"{split}.parquet")
+    return {split: str(folder / f"{split}.parquet") for split in FATAL}
+
+
+def test_images_that_crash_the_decoder_are_quarantined_before_they_can_end_the_training(tmp_path: Path) -> None:
+    raw = {
+        "run": {"path": str(tmp_path / "run")},
+        "data": {"source": "parquet", **write_digits(tmp_path)},
+        "model": {"factory": "posttrain.vision.models:mlp", "channels": 1, "image_size": 8},
+        "pretrain": {"epochs": 10},
+        "removal": {"max_rounds": 1},
+        "ray": {"workers": 2},
+        "tracking": {"log_model": False},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
+    with tempfile.TemporaryDirectory(prefix="pt", dir="/tmp") as short:
+        env = environment(short) | {"PYTHONPATH": str(Path(__file__).parent / "fatal_decoder")}
+        command = [sys.executable, "-m", "pipelines.cli", "clean", str(tmp_path / "run.yaml")]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = pq.read_table(tmp_path / "run" / "quarantine.parquet").to_pylist()
+    assert {split: [row["sample_id"] for row in rows if row["split"] == split] for split in FATAL} == FATAL
+    assert {row["reason"] for row in rows} == {"each of 3 processes where it was decoded ended by SIGSEGV"}
+    assert "processes ended at the images of bucket 0 of train; looking for the one that does it" in done.stderr
+    manifest = pq.read_table(tmp_path / "run" / "cleaned" / "manifest.parquet")["sample_id"].to_pylist()
+    removed = pq.read_table(tmp_path / "run" / "removed.parquet")["sample_id"].to_pylist()
+    assert sorted([*manifest, *removed, *FATAL["train"]]) == list(range(1000))
