@@ -1,12 +1,14 @@
 """Reading a data set into buckets: canonical blocks that depend on the samples alone, not on their files.
 
 Ray Data reads and normalises every split, sorts all rows by `split * 2^60 + hash(sample_id)` with fixed
-boundaries, and keeps the blocks in the object store (which spills to disk). From here on a sample is
-(bucket, row), and nothing can depend on how files, blocks or workers were laid out.
+boundaries, and keeps the blocks in the object store (which spills to disk); small data are brought into the same
+blocks by the driver itself. From here on a sample is (bucket, row), and nothing can depend on how files, blocks or
+workers were laid out.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -60,6 +62,12 @@ _NOT_READABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
 _HELD_OUT_DRAW = 1
 _NOISE_DRAW = 2
 
+_TRIES = 4
+"""Of a task of Ray Data whose process ends, where that may be the fault of an image."""
+
+SMALL_BYTES = 64 * 2**20
+"""Data of so many bytes at most, once they are unpacked, are read and sorted in the driver's own process."""
+
 
 @dataclass(frozen=True)
 class ParquetSource:
@@ -105,6 +113,8 @@ class Listing:
     """(path, size in bytes) of every file."""
     images: pa.DataType | None = None
     """Type of the image column; None: no column, or one that posttrain made."""
+    bytes: int = 0
+    """Of all that is read, once it is unpacked."""
 
 
 @dataclass(frozen=True)
@@ -143,11 +153,12 @@ def list_source(source: Source) -> Listing:
             _class_names(metadata, source.name),
             _declared_shape(metadata, source.name),
             ((source.name, source.table.nbytes),),
+            bytes=source.table.nbytes,
         )
     if isinstance(source, FolderSource):
         return _list_folder(source)
     dataset = _dataset(source)
-    rows = _refuse_unfit(dataset, source)
+    rows, unpacked = _refuse_unfit(dataset, source)
     if rows == 0:
         raise DataError(f"{source.locations[0]}: holds no samples; name a location with at least one row")
     metadata = dataset.schema.metadata or {}
@@ -157,17 +168,19 @@ def list_source(source: Source) -> Listing:
         _declared_shape(metadata, source.locations[0]),
         _sizes(dataset),
         dataset.schema.field(source.image).type,
+        unpacked,
     )
 
 
-def _refuse_unfit(dataset: pads.FileSystemDataset, source: ParquetSource) -> int:
-    """The number of rows. Raises DataError for the first file that is cut short or has not the columns that it needs.
+def _refuse_unfit(dataset: pads.FileSystemDataset, source: ParquetSource) -> tuple[int, int]:
+    """Rows, and bytes once unpacked.
 
+    Raises DataError for the first file that is cut short or has not the columns that it needs.
     Looks into every footer: Arrow itself would fill a column that a file lacks with nulls.
     """
     first: dict[str, tuple[str, pa.DataType]] = {}
-    rows = 0
-    for path, schema, of_file in _footers(dataset):
+    rows = unpacked = 0
+    for path, schema, of_file, size in _footers(dataset):
         for key, name in _columns(source):
             times = schema.names.count(name)
             if times != 1:
@@ -191,15 +204,21 @@ def _refuse_unfit(dataset: pads.FileSystemDataset, source: ParquetSource) -> int
                     f"in all files ({key})"
                 )
         rows += of_file
-    return rows
+        unpacked += size
+    return rows, unpacked
 
 
-def _footers(dataset: pads.FileSystemDataset) -> Iterator[tuple[str, pa.Schema, int]]:
-    """(path, schema, number of rows) of every file. Raises DataError for the first that is no whole Parquet file."""
+def _footers(dataset: pads.FileSystemDataset) -> Iterator[tuple[str, pa.Schema, int, int]]:
+    """(path, schema, number of rows, bytes once unpacked) of every file.
 
-    def look(fragment: Any) -> tuple[str, pa.Schema, int]:
+    Raises DataError for the first that is no whole Parquet file.
+    """
+
+    def look(fragment: Any) -> tuple[str, pa.Schema, int, int]:
         try:
-            return patiently(lambda: (fragment.path, fragment.physical_schema, fragment.metadata.num_rows))
+            schema, footer = patiently(lambda: (fragment.physical_schema, fragment.metadata))
+            groups = range(footer.num_row_groups)
+            return fragment.path, schema, footer.num_rows, sum(footer.row_group(i).total_byte_size for i in groups)
         except _NOT_READABLE as error:
             raise _no_parquet(fragment.path, error) from None
 
@@ -219,6 +238,10 @@ def _columns(source: ParquetSource) -> Iterator[tuple[str, str]]:
     yield from (("data.id", source.id), ("data.image", source.image), ("data.label", source.label))
     if source.true_label is not None:
         yield "data.true_label", source.true_label
+
+
+def _columns_read(source: ParquetSource) -> list[str]:
+    return list(dict.fromkeys(name for _, name in _columns(source)))
 
 
 def _kinds_within(field: pa.Field) -> str:
@@ -341,7 +364,8 @@ def _list_folder(source: FolderSource) -> Listing:
     if loose is not None:
         raise DataError(f"{source.location}/{loose}: lies in no class folder; expected <class>/<image>")
     classes = tuple(sorted({path.parts[0] for path in relative}))
-    return Listing(len(images), classes, None, tuple((f.path, f.size) for f in images))
+    files = tuple((f.path, f.size) for f in images)
+    return Listing(len(images), classes, None, files, bytes=sum(size for _, size in files))
 
 
 def _refuse_vanished(location: str, wanted: frozenset[str] | None, found: Sequence[str]) -> None:
@@ -418,62 +442,160 @@ def read(
     `ids_span_sets`: an id names the same sample in every source, so that one in two of them is refused.
     Raises DataError, LabelRangeError or DuplicateIdError, naming file and value.
     """
+    listings = {name: list_source(source) for name, source in sources.items()}
+    rows = {name: listing.rows for name, listing in listings.items()}
+    total_rows = sum(rows.values())
+    if held_out_share is not None:
+        rows["validation"] = max(1, round(rows["train"] * held_out_share))
+    layout = _Layout.of(rows)
+    # of an image that ends the process which decodes it, this one would die
+    decodes = noise is not None and noise.kind == "instance"
+    here = not decodes and sum(listing.bytes for listing in listings.values()) <= SMALL_BYTES
+
+    def normalising(name: str) -> dict[str, Any]:
+        return {
+            "split": name,
+            "source": _without_data(sources[name]),
+            "classes": tuple(classes),
+            "held_out": (held_out_share, seed) if name == "train" else None,
+            "noise": noise if name != "test" else None,
+        }
+
+    inspections: list[Inspection] = []
+    try:
+        if here:
+            blocks = []
+            for block in _sorted_here(sources, normalising, layout):
+                blocks.append(ray.put(block))
+                inspections.append(inspect(block, len(classes)))
+                progress(sum(i.rows for i in inspections), total_rows)
+        else:
+            blocks = _sorted_by_ray_data(sources, normalising, layout, tries=_TRIES if decodes else None)
+            for reference in [_inspect.remote(block, len(classes)) for block in blocks]:
+                inspections.append(ray.get(reference))
+                progress(sum(i.rows for i in inspections), total_rows)
+    except Exception as error:
+        if any(isinstance(cause, ray.exceptions.WorkerCrashedError) for cause in _causes(error)):
+            raise StepError(
+                f"{_TRIES} processes ended one after another while they read the data; if it is an image that ends "
+                "the process which decodes it, a run without data.noise quarantines it and names it: take it out"
+            ) from None
+        if not isinstance(told := _told(error), PosttrainError):
+            # neither Ray nor Arrow says which file it was
+            for source in sources.values():
+                _refuse_unreadable(source)
+        raise told from None
+    if len(blocks) != len(layout.owners):
+        raise PosttrainError(f"Ray Data sorted into {len(blocks)} blocks where {len(layout.owners)} were asked for")
+    splits = {}
+    for name in layout.names:
+        mine = [i for i, owner in enumerate(layout.owners) if owner == name]
+        splits[name] = _split(name, [blocks[i] for i in mine], [inspections[i] for i in mine], classes)
+    if ids_span_sets:
+        _refuse_shared_ids(splits, sources, here=here)
+    total = sum(split.rows for split in splits.values())
+    if total != total_rows:
+        raise PosttrainError(f"{total_rows} samples were listed but {total} were read; did the files change meanwhile?")
+    return splits
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The buckets of all splits one behind the other, by the order key: the number of the split above the id's hash."""
+
+    names: tuple[str, ...]
+    owners: tuple[str, ...]
+    """Of each bucket, its split."""
+    boundaries: tuple[int, ...]
+    """The order key with which each bucket but the first begins."""
+
+    @classmethod
+    def of(cls, rows: Mapping[str, int]) -> _Layout:
+        """`rows`: how many each split has, or is thought to get."""
+        names = tuple(name for name in SPLITS if name in rows)
+        boundaries: list[int] = []
+        owners: list[str] = []
+        for name in names:
+            base = SPLITS.index(name) << ORDER_BITS
+            boundaries += [base] if owners else []
+            boundaries += [base + edge for edge in bucket_boundaries(bucket_count(rows[name]))]
+            owners += [name] * bucket_count(rows[name])
+        return cls(names, tuple(owners), tuple(boundaries))
+
+
+def _sorted_by_ray_data(
+    sources: Mapping[str, Source],
+    normalising: Callable[[str], dict[str, Any]],
+    layout: _Layout,
+    *,
+    tries: int | None,
+) -> Sequence[Any]:
+    """The buckets, read, normalised and sorted by the cluster.
+
+    `tries`: of a task whose process ends; None: no bound.
+    """
     context = ray.data.DataContext.get_current()
     # reader V2 packs small data into one block and costs four times the CPU
     context.use_datasource_v2 = False
-    rows = {name: list_source(source).rows for name, source in sources.items()}
-    if held_out_share is not None:
-        rows["validation"] = max(1, round(rows["train"] * held_out_share))
-    total_rows = sum(rows[name] for name in sources)
-    names = [name for name in SPLITS if name in rows]
-    boundaries: list[int | float] = []
-    owners: list[str] = []
-    for name in names:
-        base = SPLITS.index(name) << ORDER_BITS
-        boundaries += [base] if owners else []
-        boundaries += [base + edge for edge in bucket_boundaries(bucket_count(rows[name]))]
-        owners += [name] * bucket_count(rows[name])
+    options: Any = {} if tries is None else {"max_retries": tries - 1}
     parts = [
         _dataset_of(source).map_batches(
             cast(Any, normalise),  # the annotation of `map_batches` does not know `fn_kwargs`
             batch_format="pyarrow",
             batch_size=None,
-            fn_kwargs={
-                "split": name,
-                "source": _without_data(source),
-                "classes": tuple(classes),
-                "held_out": (held_out_share, seed) if name == "train" else None,
-                "noise": noise if name != "test" else None,
-            },
+            fn_kwargs=normalising(name),
+            **options,
         )
         for name, source in sources.items()
     ]
     whole = parts[0].union(*parts[1:]) if len(parts) > 1 else parts[0]
-    try:
-        blocks = whole.sort(ORDER, boundaries=boundaries).materialize().to_arrow_refs()
-        inspections: list[Inspection] = []
-        pending = [_inspect.remote(block, len(classes)) for block in blocks]
-        for reference in pending:
-            inspections.append(ray.get(reference))
-            progress(sum(i.rows for i in inspections), total_rows)
-    except Exception as error:
-        if not isinstance(told := _told(error), PosttrainError):
-            # Ray does not say which file it was
-            for source in sources.values():
-                _refuse_unreadable(source)
-        raise told from None
-    if len(blocks) != len(owners):
-        raise PosttrainError(f"Ray Data sorted into {len(blocks)} blocks where {len(owners)} were asked for")
-    splits = {}
-    for name in names:
-        mine = [i for i, owner in enumerate(owners) if owner == name]
-        splits[name] = _split(name, [blocks[i] for i in mine], [inspections[i] for i in mine], classes)
-    if ids_span_sets:
-        _refuse_shared_ids(splits, sources)
-    total = sum(split.rows for split in splits.values())
-    if total != total_rows:
-        raise PosttrainError(f"{total_rows} samples were listed but {total} were read; did the files change meanwhile?")
-    return splits
+    boundaries: list[int | float] = list(layout.boundaries)
+    return whole.sort(ORDER, boundaries=boundaries).materialize().to_arrow_refs()
+
+
+def _sorted_here(
+    sources: Mapping[str, Source], normalising: Callable[[str], dict[str, Any]], layout: _Layout
+) -> Iterator[pa.Table]:
+    """The same buckets of small data, made in this process: Ray Data takes ten seconds to begin."""
+    tables: dict[str, pa.Table] = {}
+    for name, source in sources.items():
+        parts = [normalise(table, **normalising(name)) for table in _tables_of(source)]
+        tables[name] = pa.concat_tables(parts)
+    for split, name in enumerate(layout.owners):
+        of_split = tables[name if name in tables else "train"]
+        first = layout.boundaries[split - 1] if split else None
+        end = layout.boundaries[split] if split < len(layout.boundaries) else None
+        keys = of_split[ORDER].to_numpy()
+        inside = np.flatnonzero(((keys >= first) if first is not None else True) & ((keys < end) if end else True))
+        ordered = inside[np.argsort(keys[inside], kind="stable")]
+        yield of_split.take(pa.array(ordered)).combine_chunks()
+
+
+def _tables_of(source: Source) -> Iterator[pa.Table]:
+    """The files of a source, one by one, or some of its images, as Ray Data gives them to `normalise`."""
+    if isinstance(source, TableSource):
+        yield source.table
+        return
+    if isinstance(source, FolderSource):
+        files, _ = resolve(source.location)
+        paths = [path for path, _ in _list_folder(source).files]
+
+        def content(path: str) -> bytes:
+            with files.open_input_file(path) as stream:
+                return patiently(stream.readall)
+
+        # an object store answers one question in 50 ms, and many of them in the same time
+        with ThreadPoolExecutor(16) as pool:
+            yield pa.table({"bytes": pa.array(pool.map(content, paths), pa.binary()), "path": pa.array(paths)})
+        return
+    dataset = _dataset(source)
+    for fragment in cast(Any, dataset.get_fragments()):
+        read = functools.partial(fragment.to_table, columns=_columns_read(source))
+        try:
+            table = patiently(read)
+        except _NOT_READABLE as error:
+            raise _no_parquet(fragment.path, error) from None
+        yield table.append_column("path", pa.array([fragment.path] * table.num_rows, pa.string()))
 
 
 def _refuse_unreadable(source: Source) -> None:
@@ -481,7 +603,7 @@ def _refuse_unreadable(source: Source) -> None:
     if not isinstance(source, ParquetSource):
         return
     dataset = _dataset(source)
-    columns = list(dict.fromkeys(name for _, name in _columns(source)))
+    columns = _columns_read(source)
     for fragment in cast(Any, dataset.get_fragments()):
         try:
             for _ in fragment.to_batches(schema=dataset.schema, columns=columns):
@@ -511,9 +633,8 @@ def _dataset_of(source: Source) -> ray.data.Dataset:
         paths = [path for path, _ in _list_folder(source).files]
         return ray.data.read_binary_files(paths, filesystem=files, include_paths=True)
     dataset = _dataset(source)
-    columns = [c for c in (source.id, source.image, source.label, source.true_label) if c]
     read = ray.data.read_parquet(list(dataset.files), filesystem=dataset.filesystem, include_paths=True)
-    return read.select_columns([*dict.fromkeys(columns), "path"])
+    return read.select_columns([*_columns_read(source), "path"])
 
 
 def normalise(
@@ -729,7 +850,6 @@ def _ids_alone(block: pa.Table) -> pa.Table:
     return block.select([SAMPLE_ID])
 
 
-@ray.remote
 def _shared_ids(
     mine: pa.Table, others: list[list[ray.ObjectRef[pa.Table]]], other_names: list[str]
 ) -> tuple[Any, str] | None:
@@ -745,8 +865,8 @@ def _shared_ids(
     return None
 
 
-def _refuse_shared_ids(splits: Mapping[str, Split], sources: Mapping[str, Source]) -> None:
-    """The training data must share no id with what it is measured on.
+def _refuse_shared_ids(splits: Mapping[str, Split], sources: Mapping[str, Source], *, here: bool) -> None:
+    """`here`: looked for in this process. The training data must share no id with what it is measured on.
 
     The ids of class folders are relative to each folder, so that there the folders have to differ instead.
     """
@@ -763,15 +883,17 @@ def _refuse_shared_ids(splits: Mapping[str, Split], sources: Mapping[str, Source
                     "not be trained on"
                 )
             continue
-        held_back[name] = [_ids_alone.remote(bucket.block) for bucket in split.buckets]
+        held_back[name] = [bucket.block if here else _ids_alone.remote(bucket.block) for bucket in split.buckets]
     if not held_back:
         return
-    names = list(held_back)
-    pending = [
-        _shared_ids.remote(bucket.block, [held_back[name] for name in names], names)
-        for bucket in splits["train"].buckets
-    ]
-    for shared in ray.get(pending):
+    names, others = list(held_back), list(held_back.values())
+    blocks = [bucket.block for bucket in splits["train"].buckets]
+    if here:
+        found = [_shared_ids(ray.get(block), others, names) for block in blocks]
+    else:
+        look = ray.remote(_shared_ids)
+        found = ray.get([look.remote(block, others, names) for block in blocks])
+    for shared in found:
         if shared is not None:
             identity, name = shared
             raise DuplicateIdError(

@@ -33,9 +33,8 @@ from small_data import (
 
 from pipelines.boundary import Boundaries
 from pipelines.steps import CleaningRun
-from posttrain.cluster.reading import ParquetSource, read
+from posttrain.cluster import reading
 from posttrain.errors import RunFolderError
-from posttrain.schema import SPLITS
 
 pytestmark = pytest.mark.ray
 
@@ -105,9 +104,10 @@ def test_the_removed_ids_are_the_same_for_any_number_of_workers(
     assert_same_result(tmp_path / "other", undisturbed()["run"])
 
 
-def test_the_removed_ids_are_the_same_for_another_file_layout(
-    run: Run, undisturbed: Undisturbed, digits: Digits, tmp_path: Path
+def test_the_removed_ids_are_the_same_for_another_file_layout_and_where_ray_data_reads_it(
+    run: Run, undisturbed: Undisturbed, digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(reading, "SMALL_BYTES", 0)
     table = digits.table("train")
     shuffled = table.take(np.random.default_rng(1).permutation(table.num_rows))
     (tmp_path / "layout").mkdir()
@@ -115,14 +115,6 @@ def test_the_removed_ids_are_the_same_for_another_file_layout(
         pq.write_table(shuffled.slice(start, stop - start), tmp_path / "layout" / f"{part}.parquet", row_group_size=50)
     run(tmp_path / "other", data={"train": str(tmp_path / "layout")})
     assert_same_result(tmp_path / "other", undisturbed()["run"])
-
-
-def test_reading_parquet_writes_nothing_to_the_console(
-    ray_session: None, digits_parquet: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    sources = {split: ParquetSource((str(digits_parquet / split),), "id", "image", "label") for split in SPLITS}
-    read(sources, classes=[str(digit) for digit in range(10)], held_out_share=None, noise=None, seed=0)
-    assert capfd.readouterr() == ("", "")
 
 
 STEPS = ("embed", "fit", "score", "select", "refine", "evaluate", "commit", "tell_round")

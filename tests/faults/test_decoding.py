@@ -38,21 +38,26 @@ def write_digits(folder: Path) -> dict[str, str]:
     return {split: str(folder / f"{split}.parquet") for split in FATAL}
 
 
-def test_images_that_crash_the_decoder_are_quarantined_before_they_can_end_the_training(tmp_path: Path) -> None:
+def clean(folder: Path, **data: object) -> subprocess.CompletedProcess[str]:
+    """A run on this data with a first network of its own."""
     raw = {
-        "run": {"path": str(tmp_path / "run")},
-        "data": {"source": "parquet", **write_digits(tmp_path)},
+        "run": {"path": str(folder / "run")},
+        "data": {"source": "parquet", **write_digits(folder), **data},
         "model": {"factory": "posttrain.vision.models:mlp", "channels": 1, "image_size": 8},
         "pretrain": {"epochs": 10},
         "removal": {"max_rounds": 1},
         "ray": {"workers": 2},
         "tracking": {"log_model": False},
     }
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
+    (folder / "run.yaml").write_text(yaml.safe_dump(raw))
     with tempfile.TemporaryDirectory(prefix="pt", dir="/tmp") as short:
         env = environment(short) | {"PYTHONPATH": str(Path(__file__).parent / "fatal_decoder")}
-        command = [sys.executable, "-m", "pipelines.cli", "clean", str(tmp_path / "run.yaml")]
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        command = [sys.executable, "-m", "pipelines.cli", "clean", str(folder / "run.yaml")]
+        return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
+def test_images_that_crash_the_decoder_are_quarantined_before_they_can_end_the_training(tmp_path: Path) -> None:
+    done = clean(tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = pq.read_table(tmp_path / "run" / "quarantine.parquet").to_pylist()
     assert {split: [row["sample_id"] for row in rows if row["split"] == split] for split in FATAL} == FATAL
@@ -61,3 +66,12 @@ def test_images_that_crash_the_decoder_are_quarantined_before_they_can_end_the_t
     manifest = pq.read_table(tmp_path / "run" / "cleaned" / "manifest.parquet")["sample_id"].to_pylist()
     removed = pq.read_table(tmp_path / "run" / "removed.parquet")["sample_id"].to_pylist()
     assert sorted([*manifest, *removed, *FATAL["train"]]) == list(range(1000))
+
+
+def test_an_image_that_crashes_the_reading_ends_the_run_with_what_to_do(tmp_path: Path) -> None:
+    done = clean(tmp_path, noise={"kind": "instance", "rate": 0.2})
+    assert done.returncode == 1
+    [line] = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert "4 processes ended one after another while they read the data" in line
+    assert "a run without data.noise quarantines it and names it" in line
+    assert not (tmp_path / "run" / "run.yaml").exists()

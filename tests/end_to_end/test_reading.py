@@ -1,0 +1,135 @@
+"""Small data are read by the driver, larger ones by Ray Data: into the same buckets, with the same refusals."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+from small_data import Digits
+
+from posttrain.cluster import reading
+from posttrain.cluster.reading import FolderSource, Noise, ParquetSource, Source, Split, TableSource
+from posttrain.errors import DataError, DuplicateIdError, PosttrainError
+from posttrain.schema import ORDER, SPLITS, ImageSpec
+from posttrain.vision import datasets
+
+pytestmark = pytest.mark.ray
+
+CLASSES = tuple(map(str, range(10)))
+FLIPS = Noise("symmetric", 0.2, 0, None, ImageSpec(1, (8, 8), (0.0,), (1.0,)))
+
+
+@pytest.fixture
+def read_both(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Reads by the driver, then by Ray Data."""
+
+    def read(sources: dict[str, Source], **options: Any) -> tuple[Any, Any]:
+        found = []
+        for most in (2**40, 0):
+            monkeypatch.setattr(reading, "SMALL_BYTES", most)
+            with_defaults = {"classes": CLASSES, "held_out_share": None, "noise": None, "seed": 0, **options}
+            try:
+                found.append(reading.read(sources, **with_defaults))
+            except PosttrainError as error:
+                found.append(error)
+        return found[0], found[1]
+
+    return read
+
+
+def assert_same(one: dict[str, Split], other: dict[str, Split]) -> None:
+    assert one.keys() == other.keys()
+    for name, split in one.items():
+        twin = other[name]
+        assert (split.digest, split.class_counts.tolist()) == (twin.digest, twin.class_counts.tolist())
+        assert [bucket.rows for bucket in split.buckets] == [bucket.rows for bucket in twin.buckets]
+        for bucket, its_twin in zip(split.buckets, twin.buckets, strict=True):
+            block, its_block = ray.get(bucket.block), ray.get(its_twin.block)
+            assert block.schema.remove_metadata() == its_block.schema.remove_metadata()
+            assert block.equals(its_block)
+            keys = block[ORDER].to_numpy()
+            assert (np.diff(keys) > 0).all()
+
+
+def write_many(table: pa.Table, folder: Path, files: int = 3) -> str:
+    folder.mkdir(parents=True)
+    shuffled = table.take(np.random.default_rng(1).permutation(table.num_rows))
+    edges = np.linspace(0, table.num_rows, files + 1).astype(int)
+    for part, (start, stop) in enumerate(itertools.pairwise(edges)):
+        pq.write_table(shuffled.slice(start, stop - start), folder / f"{part}.parquet", row_group_size=70)
+    return str(folder)
+
+
+@pytest.mark.parametrize("options", [{}, {"held_out_share": 0.2, "noise": FLIPS, "seed": 5}], ids=["plain", "split"])
+def test_files_of_parquet(read_both: Any, digits: Digits, tmp_path: Path, options: dict[str, Any]) -> None:
+    named = ("train", "test") if options else SPLITS
+    locations = {split: write_many(digits.table(split), tmp_path / split) for split in named}
+    sources = {split: ParquetSource((at,), "id", "image", "label", "true") for split, at in locations.items()}
+    one, other = read_both(sources, **options)
+    assert_same(one, other)
+    assert set(one) == set(SPLITS) and sum(split.rows for split in one.values()) > 1000
+
+
+def test_many_buckets(read_both: Any, tmp_path: Path) -> None:
+    rows = 9000
+    images = pa.array([np.full(4, i % 256, np.uint8).tobytes() for i in range(rows)], pa.binary())
+    table = pa.table({"id": [f"sample {i}" for i in range(rows)], "image": images, "label": np.arange(rows) % 10})
+    at = write_many(table, tmp_path / "train")
+    one, other = read_both({"train": ParquetSource((at,), "id", "image", "label")}, held_out_share=0.1)
+    assert_same(one, other)
+    assert len(one["train"].buckets) > 2
+
+
+def test_class_folders(read_both: Any, digits: Digits, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for row in digits.table(split).slice(0, 60).to_pylist():
+            path = tmp_path / split / str(row["label"]) / "inner" / f"{row['id']}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(row["image"])
+    sources = {split: FolderSource(str(tmp_path / split)) for split in ("train", "test")}
+    assert_same(*read_both(sources, held_out_share=0.3))
+
+
+def test_the_embedded_data(read_both: Any) -> None:
+    sources = {name: TableSource(table, f"digits/{name}") for name, table in datasets.digits(0).items()}
+    assert_same(*read_both(sources, held_out_share=0.1, noise=FLIPS))
+
+
+def test_refusals_name_the_same_file_and_value(read_both: Any, digits: Digits, tmp_path: Path) -> None:
+    table = digits.table("train")
+    labels = table["label"].to_numpy().copy()
+    labels[100] = 77
+    again = table["id"].to_numpy().copy()
+    again[100] = again[0]
+    at = {split: write_many(digits.table(split), tmp_path / split, 1) for split in SPLITS}
+    columns = {"label": labels, "id": again}
+    for name, (values, expected) in {
+        "label": (labels, "0.parquet: label 77 at sample_id"),
+        "id": (again, "occurs twice in the train data"),
+        "test": (None, "is in both the train and the test set"),
+    }.items():
+        folder = tmp_path / f"wrong {name}"
+        if name in columns:
+            wrong = table.set_column(table.schema.get_field_index(name), name, pa.array(values))
+            locations = {**at, "train": write_many(wrong, folder, 1)}
+        else:
+            locations = {**at, "test": write_many(table.slice(7, 20), folder, 1)}
+        errors = read_both(
+            {split: ParquetSource((where,), "id", "image", "label") for split, where in locations.items()}
+        )
+        for error in errors:
+            assert isinstance(error, DataError | DuplicateIdError) and expected in str(error)
+        assert str(errors[0]) == str(errors[1])
+
+
+def test_reading_writes_nothing_to_the_console(
+    read_both: Any, digits_parquet: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    read_both({split: ParquetSource((str(digits_parquet / split),), "id", "image", "label") for split in SPLITS})
+    assert capfd.readouterr() == ("", "")
