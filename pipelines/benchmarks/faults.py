@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections import Counter
@@ -67,6 +68,9 @@ SAMPLES = 1203
 """Of the digits' training set."""
 
 _COMING_BACK_S = 20.0
+
+_AWAY_S = (2.0, 20.0)
+"""For how long an MLflow server that was killed is not started again."""
 
 PATIENCE_S = 600.0
 """A start that takes longer hangs."""
@@ -273,9 +277,10 @@ class Server:
             *(str(folder / "mlartifacts"), "--workers", "1"),
         ]
         self._env = dict(env)
-        self.start()
+        self._returning: threading.Thread | None = None
+        self._start()
 
-    def start(self) -> None:
+    def _start(self) -> None:
         """Start it, and wait until it answers."""
         self._process = subprocess.Popen(
             self._command, env=self._env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -297,7 +302,27 @@ class Server:
         self._process.wait()
         _end(family)
 
-    close = kill
+    def come_back(self, after_s: float) -> None:
+        """Start it once so many seconds are over, while the caller goes on."""
+
+        def start() -> None:
+            time.sleep(after_s)
+            self._start()
+
+        self._returning = threading.Thread(target=start)
+        self._returning.start()
+
+    def mend(self) -> None:
+        """Wait until it is back; start it where it has died."""
+        if self._returning is not None:
+            self._returning.join()
+            self._returning = None
+        if self._process.poll() is not None:
+            self._start()
+
+    def close(self) -> None:
+        self.mend()
+        self.kill()
 
 
 def _family(pid: int) -> list[psutil.Process]:
@@ -358,6 +383,7 @@ class Arena:
             raw["ray"] |= {"address": self._nodes.address, "workers": 3, "train_workers": 0}
         if setting == "server":
             self._server = self._server or Server(self.folder, self.env)
+            self._server.mend()
             raw["tracking"]["uri"] = self._server.uri
         path = self.folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(raw))
@@ -420,6 +446,8 @@ class Arena:
         lengths = [after.began - moment.began for moment, after in itertools.pairwise(undisturbed)]
         lengths.append(end - undisturbed[-1].began)
         made: list[tuple[Kill, Moment, float]] = []
+        # what a server was not told while it was away, the next start of the finished run tells it
+        undelivered = outcome.setting == "server"
         process = self._started(runfile, journal)
         outcome.starts, started = 1, time.time()
         seen = 0
@@ -444,16 +472,17 @@ class Arena:
             seen = len(moments)
             code = process.poll()
             if code is not None:
-                if code == 0:
+                if code == 0 and not undelivered:
                     break
-                if made and made[-1][2] > started:
+                if code == 0:
+                    undelivered = False
+                elif made and made[-1][2] > started:
                     made[-1] = (replace(made[-1][0], again=True), *made[-1][1:])
                 else:
                     self._log(f"  ended by itself ({code}): see {runfile.with_suffix('.log')}")
                     outcome.by_itself += 1
                 if self._server is not None and outcome.setting == "server":
-                    self._server.kill()
-                    self._server.start()
+                    self._server.mend()
                 if outcome.starts > len(strikes) + 3:
                     outcome.different.append(f"does not come to its end; see {runfile.with_suffix('.log')}")
                     break
@@ -486,7 +515,9 @@ class Arena:
             return True
         if target == "MLflow server":
             assert self._server is not None
+            self._server.mend()
             self._server.kill()
+            self._server.come_back(draw.uniform(*_AWAY_S))
             return True
         # one that was lost just now may still be on its way back
         deadline = time.monotonic() + _COMING_BACK_S
@@ -638,8 +669,8 @@ def report(outcomes: Sequence[Outcome], command: str, remark: str) -> str:
             [
                 "*head*: `refine.scope: head`, two workers; *workers*: the same, and only workers are killed;",
                 "*network*: `refine.scope: network` by one worker of Ray Train; *cluster*: three nodes of one CPU",
-                "each, of which a lost one comes back only for the next run; *server*: an MLflow server, started",
-                "again once the run has ended.",
+                "each, of which a lost one comes back only for the next run; *server*: an MLflow server, back after",
+                f"{_AWAY_S[0]:.0f} to {_AWAY_S[1]:.0f} s; the finished run is started once more, to tell it the rest.",
                 "",
                 *markdown(["setting", "runs", "kills", "starts"], by_setting),
             ],
