@@ -96,9 +96,15 @@ def opened(config: RunFile, progress: StepLog, *, verbose: bool) -> Iterator[Cle
             from pipelines.inputs import prepare
 
             inputs = prepare(config)
+        tell_remarks(inputs, progress)
         run = _opened(config, inputs, folder, progress, stack, verbose=verbose)
         run.assert_held = held.assert_held
         yield run
+
+
+def tell_remarks(inputs: Inputs, progress: StepLog) -> None:
+    for remark in inputs.remarks:
+        progress.say(remark)
 
 
 def join_ray(config: RunFile, progress: StepLog, stack: ExitStack, *, verbose: bool) -> str | None:

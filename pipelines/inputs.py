@@ -36,6 +36,8 @@ class Inputs:
     """Samples that each source holds."""
     listing: str
     """SHA-256 over names and sizes of all files, 16 hexadecimal digits."""
+    remarks: tuple[str, ...] = ()
+    """What the user should know of the data before the run begins."""
 
 
 def prepare(config: RunFile, *, only: Mapping[str, frozenset[str]] | None = None) -> Inputs:
@@ -125,6 +127,12 @@ def prepare(config: RunFile, *, only: Mapping[str, frozenset[str]] | None = None
         reading.Noise(noise.kind, noise.rate, noise.seed, noise.matrix, image) if noise else None,
         {name: listing.rows for name, listing in listings.items()},
         _digest(listings),
+        tuple(
+            f"data.{name}: {listing.passed_over[0]:,} files are passed over, which are not named as images; the first: "
+            f"{listing.passed_over[1]}"
+            for name, listing in listings.items()
+            if listing.passed_over is not None
+        ),
     )
 
 

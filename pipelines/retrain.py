@@ -281,6 +281,7 @@ def _made(
         base = _base(config, job, registry, attempt.champion)
         run_config = _run_config(config, attempt, base)
         inputs = _inputs(run_config, stock, base)
+    clean.tell_remarks(inputs, progress)
     with ExitStack() as stack:
         address = clean.join_ray(run_config, progress, stack, verbose=verbose)
         from pipelines import leakage

@@ -16,7 +16,7 @@ import yaml
 from pydantic import JsonValue
 from rich.console import Console
 
-from pipelines.clean import claim, crew, finished_already, first_model, join_ray, open_outbox, read
+from pipelines.clean import claim, crew, finished_already, first_model, join_ray, open_outbox, read, tell_remarks
 from posttrain.config import RunFile, Search, Tracking, dump, without_credentials, without_secrets
 from posttrain.errors import StepError
 from posttrain.report.progress import StepLog
@@ -64,6 +64,7 @@ def _searched(
         inputs = prepare(config)
         values = _values(config, folder)
         trials = _trials(config, inputs, values)
+    tell_remarks(inputs, progress)
     address = join_ray(config, progress, stack, verbose=verbose)
     import torch
 

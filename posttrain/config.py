@@ -593,12 +593,13 @@ class RunFile(Section):
     @model_validator(mode="after")
     def _model_fits_the_data(self) -> Self:
         if self.data.source != "digits":
-            for key in ("factory", "channels", "image_size"):
-                if key not in self.model.model_fields_set:
-                    raise ValueError(
-                        f"model.{key} has to be set where data.source is {self.data.source}: "
-                        f"its default ({getattr(self.model, key)}) is made for digits"
-                    )
+            missing = [key for key in ("factory", "channels", "image_size") if key not in self.model.model_fields_set]
+            if missing:
+                keys = ", ".join(f"model.{key}" for key in missing)
+                raise ValueError(
+                    f"{keys} {'has' if len(missing) == 1 else 'have'} to be set "
+                    f"where data.source is {self.data.source}: the defaults are made for digits"
+                )
         if (
             self.model.weights is not None
             and self.data.source in ("parquet", "folder")

@@ -115,6 +115,8 @@ class Listing:
     """Type of the image column; None: no column, or one that posttrain made."""
     bytes: int = 0
     """Of all that is read, once it is unpacked."""
+    passed_over: tuple[int, str] | None = None
+    """How many files of a class folder are not named as images, and the first of them."""
 
 
 @dataclass(frozen=True)
@@ -180,15 +182,14 @@ def _refuse_unfit(dataset: pads.FileSystemDataset, source: ParquetSource) -> tup
     """
     first: dict[str, tuple[str, pa.DataType]] = {}
     rows = unpacked = 0
+    several = len(dataset.files) > 1
+    elsewhere = f", or keep files of another kind out of {_briefly(source.locations)}" if several else ""
     for path, schema, of_file, size in _footers(dataset):
         for key, name in _columns(source):
             times = schema.names.count(name)
             if times != 1:
                 what = f"no column {name!r}" if not times else f"{times} columns {name!r}"
-                raise DataError(
-                    f"{path}: {what}; the file has {_briefly(schema.names)}; set {key}, or keep files of another kind "
-                    f"out of {_briefly(source.locations)}"
-                )
+                raise DataError(f"{path}: {what}; the file has {_briefly(schema.names)}; set {key}{elsewhere}")
             field = schema.field(name)
             if "arrow_pickled_object" in _kinds_within(field):
                 raise DataError(
@@ -355,7 +356,7 @@ def _sizes(dataset: pads.FileSystemDataset) -> tuple[tuple[str, int], ...]:
 
 
 def _list_folder(source: FolderSource) -> Listing:
-    _, found = image_files(source.location)
+    _, found, others = image_files(source.location)
     images = [info for info in found if source.only is None or info.path in source.only]
     _refuse_vanished(source.location, source.only, [info.path for info in images])
     _, root = resolve(source.location)
@@ -365,7 +366,9 @@ def _list_folder(source: FolderSource) -> Listing:
         raise DataError(f"{source.location}/{loose}: lies in no class folder; expected <class>/<image>")
     classes = tuple(sorted({path.parts[0] for path in relative}))
     files = tuple((f.path, f.size) for f in images)
-    return Listing(len(images), classes, None, files, bytes=sum(size for _, size in files))
+    unpacked = sum(size for _, size in files)
+    passed_over = (len(others), others[0]) if others else None
+    return Listing(len(images), classes, None, files, bytes=unpacked, passed_over=passed_over)
 
 
 def _refuse_vanished(location: str, wanted: frozenset[str] | None, found: Sequence[str]) -> None:
@@ -779,9 +782,12 @@ def _labels(column: pa.ChunkedArray, classes: tuple[str, ...], where: str, name:
     outside = ~absent & ((values < 0) | (values >= len(classes)))
     if outside.any():
         at = int(np.argmax(outside))
+        hint = (
+            ", or data.classes too small?" if values[at] >= 0 else "? Where a label is not known, leave it empty (null)"
+        )
         raise LabelRangeError(
             f"{where}: label {values[at]:.0f} at sample_id {ids[at].as_py()!r}, but there are {len(classes)} classes "
-            f"(0..{len(classes) - 1}); is data.label = {name!r} the right column, or data.classes too small?"
+            f"(0..{len(classes) - 1}); is data.label = {name!r} the right column{hint}"
         )
     return np.where(absent, -1, values).astype(np.int32)
 

@@ -13,7 +13,11 @@ from pyarrow import fs
 from posttrain.errors import DataError
 from posttrain.store.folder import resolve
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".tga"),
+)
+"""Of the formats in `vision.images`."""
 
 _READ_WHOLE = 64 * 2**20
 """Largest local file, in bytes, whose content is compared where its time alone has changed."""
@@ -47,8 +51,11 @@ def parquet_files(location: str) -> tuple[fs.FileSystem, list[fs.FileInfo]]:
     return files, inside
 
 
-def image_files(location: str) -> tuple[fs.FileSystem, list[fs.FileInfo]]:
-    """The images in a folder, sorted. Raises DataError where there are none."""
+def image_files(location: str) -> tuple[fs.FileSystem, list[fs.FileInfo], list[str]]:
+    """The images in a folder, sorted, and the paths of other files that are not hidden.
+
+    Raises DataError where there is no image.
+    """
     files, root = resolve(location)
     if files.get_file_info(root).type != fs.FileType.Directory:
         raise DataError(f"{location}: no such folder; check data.train, data.validation, data.test")
@@ -64,7 +71,12 @@ def image_files(location: str) -> tuple[fs.FileSystem, list[fs.FileInfo]]:
             raise DataError(f"{image.path}: is named as an image and is no file; take it out")
     if not images:
         raise DataError(f"{location}: holds no image; expected <class>/<image> with one of {', '.join(IMAGE_SUFFIXES)}")
-    return files, images
+    others = sorted(
+        f.path
+        for f in found
+        if f.is_file and not f.path.lower().endswith(IMAGE_SUFFIXES) and not f.base_name.startswith(".")
+    )
+    return files, images, others
 
 
 def _refuse_bad_links(folder: str) -> None:

@@ -108,7 +108,7 @@ def test_links_to_images_and_folders_are_followed_unless_they_lead_back(tmp_path
     cat.mkdir(parents=True)
     (cat / "linked.png").symlink_to(tmp_path / "store" / "a.png")
     (cat / "folder").symlink_to(tmp_path / "store" / "more")
-    _, found = image_files(str(tmp_path / "classes"))
+    _, found, _ = image_files(str(tmp_path / "classes"))
     assert [Path(info.path).relative_to(cat).as_posix() for info in found] == ["folder/b.png", "linked.png"]
     # behind a link, too
     (tmp_path / "store" / "more" / "again").symlink_to(tmp_path / "store")
@@ -127,3 +127,12 @@ def test_what_is_named_as_an_image_and_is_none_is_not_left_out_in_silence(tmp_pa
     os.mkfifo(tmp_path / "cat" / "c.png")
     with pytest.raises(DataError, match=r"cat/c\.png: is named as an image and is no file"):
         image_files(str(tmp_path))
+
+
+def test_all_formats_count_by_their_names_and_other_files_are_told(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    for name in ("a.PNG", "b.avif", "c.jp2", "d.tga", "notes.txt", ".hidden", "e.heic"):
+        (tmp_path / "cat" / name).write_bytes(b"x")
+    _, images, others = image_files(str(tmp_path))
+    assert [info.base_name for info in images] == ["a.PNG", "b.avif", "c.jp2", "d.tga"]
+    assert [Path(path).name for path in others] == ["e.heic", "notes.txt"]
