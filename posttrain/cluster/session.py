@@ -126,7 +126,14 @@ def session(
                     stack.enter_context(_silent_stderr())
                 if not address:
                     stack.enter_context(_on_loopback())
-                ray.init(**options)
+                try:
+                    ray.init(**options)
+                except Exception:
+                    if address:
+                        raise
+                    # it gives its processes half a minute, which a busy machine may need for other things
+                    ray.shutdown()
+                    ray.init(**options)
         except Exception as error:  # where a process of its own does not come up, Ray raises no subclass
             if not address:
                 raise StepError(
