@@ -327,6 +327,7 @@ def first_model(run: CleaningRun) -> Network:
 def finish(run: CleaningRun, outcome: rounds.Outcome[Network], began: float) -> dict[str, Any]:
     """Write what the run leaves behind; return its summary, which is written last."""
     from posttrain.store import results
+    from posttrain.store.outbox import Outbox
     from posttrain.store.scores import forget_scores
 
     folder, state, classes = run.folder, outcome.state, run.inputs.classes
@@ -410,6 +411,9 @@ def finish(run: CleaningRun, outcome: rounds.Outcome[Network], began: float) -> 
     # those of the last look, which was no round
     forget_scores(folder, scored)
     folder.clear_half_written()
+    if isinstance(run.tracking, Outbox):
+        # before the summary: a run that has one is gone on with by nobody
+        run.tracking.finish()
     run.ledger.finish(summary)
     return summary
 

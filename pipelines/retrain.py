@@ -107,9 +107,10 @@ def _with_the_lease(
         progress.say(f"{attempt.folder.location}: decided already; going on from there")
     else:
         progress.say(_what_is_new(stock))
-        # a start that was killed may have left no more than half a file there
-        attempt.folder.clear_half_written()
-        record = _made(config, job, registry, stock, attempt, progress, verbose=verbose)
+        # a start that was killed may have left no more than half a file
+        job.folder.clear_half_written()
+        record = _made(config, job, registry, stock, attempt, held, progress, verbose=verbose)
+        held.assert_held()
         attempt.folder.write_json(path, record)
     return _concluded(config, job, registry, stock, attempt, held)
 
@@ -129,6 +130,8 @@ class _Stock:
     held_back: list[File]
     judged: list[File]
     """The new training files, which may raise an alarm: all but those that the user let in."""
+    excused: list[File]
+    """Other training files that no champion was made with: let in by the user, or of runs that were not promoted."""
     gone: int
     """Files that the last run still saw."""
     seen: dict[tuple[str, str], File]
@@ -154,13 +157,15 @@ def _stock(config: JobFile, job: JobFolder) -> _Stock:
     now, local = _files(config.data)
     changed = {(file.split, file.path) for file in listing.changed(now, seen, local=local)}
     waiting = {("train", path) for path in state.held_back} - changed
-    let_in = {("train", path) for path in state.accepted}
+    let_in = {("train", path) for path in state.accepted} - waiting
+    excused = (let_in | {("train", path) for path in state.unused}) - changed - waiting
     return _Stock(
         state,
         [file for file in now if (file.split, file.path) not in waiting],
         [file for file in now if (file.split, file.path) in changed | let_in],
         [file for file in now if (file.split, file.path) in waiting],
         [file for file in now if file.split == "train" and (file.split, file.path) in changed],
+        [file for file in now if (file.split, file.path) in excused],
         len(seen.keys() - {(file.split, file.path) for file in now}),
         seen,
     )
@@ -254,7 +259,7 @@ def _deciding(config: JobFile) -> dict[str, Any]:
     """The settings that decide the result of a run."""
     record = settings(config)
     return {
-        **{section: record[section] for section in ("data", "model", "pretrain", "probe", "removal", "refine")},
+        **{section: record[section] for section in ("data", "model", "pretrain", "probe", "removal", "refine", "gate")},
         "seed": record["run"]["seed"],
         "precision": record["ray"].get("precision"),
     }
@@ -266,6 +271,7 @@ def _made(
     registry: Registry,
     stock: _Stock,
     attempt: _Attempt,
+    held: Lease,
     progress: StepLog,
     *,
     verbose: bool,
@@ -299,6 +305,7 @@ def _made(
             tracking = stack.enter_context(clean.open_tracking(run_config, attempt.folder, home=job.folder))
             clean.log_data(tracking, run_config, inputs, fingerprint)
         run = CleaningRun(run_config, inputs, splits, attempt.folder, workers, train_workers, tracking, progress)
+        run.assert_held = held.assert_held
         run.leave_out(leaks)
         earlier, before = _earlier(job, attempt, run, fingerprint)
         run.take_over(earlier, [job.run(name) for name in reversed(stock.state.runs)], before)
@@ -311,12 +318,15 @@ def _made(
         summary = clean.finish(run, outcome, began)
         with progress.step("compare"):
             challenger = gate.HeldOut(*run.by_class(outcome.state.model))
-            arrivals = _arrivals(config, stock, run)
+            arrivals = _arrivals(config, stock.judged, run)
+            excused = gate.together(_arrivals(config, stock.excused, run).values())
         judged = gate.together(arrivals.values())
         taken_now = sum(done.removed + done.relabelled for done in outcome.state.history)
         # without a champion nothing has been cleaned yet
         older = gate.Arrivals(
-            outcome.state.history[0].live - judged.samples if champion else 0, 0, taken_now - judged.taken
+            outcome.state.history[0].live - judged.samples - excused.samples if champion else 0,
+            0,
+            taken_now - judged.taken - excused.taken,
         )
         decision = gate.decide(
             champion, challenger, arrivals, older, classes=inputs.classes, **config.gate.model_dump()
@@ -325,6 +335,7 @@ def _made(
         for line in _embedded_in_words(embedded):
             progress.say(line)
         next_base = run.base_of(outcome.state)
+        held.assert_held()
         with progress.step("keep"):
             job.keep_base(Base(next_base.key, recipe_of(next_base.spec), inputs.classes, next_base.weights))
             support = pa.concat_tables([before.support, run.ledger.support(outcome.state.history)])
@@ -332,6 +343,7 @@ def _made(
             attempt.folder.write_table(attempt.folder.path("taken.parquet"), taken)
         model_uri = None
         if decision.verdict != "alarm":
+            held.assert_held()
             with progress.step("log the model"):
                 model_uri = _logged(run, outcome.state.model)
         record = {
@@ -495,14 +507,14 @@ def _all_removed(run: CleaningRun) -> Any:
     return merged(run.earlier.excluded, run.removed)
 
 
-def _arrivals(config: JobFile, stock: _Stock, run: CleaningRun) -> dict[str, gate.Arrivals]:
-    """By shipment: how many new samples looked wrong, by the scores of the first round and by what was taken out."""
+def _arrivals(config: JobFile, given: list[File], run: CleaningRun) -> dict[str, gate.Arrivals]:
+    """By shipment of these files: how many samples looked wrong by the first round's scores, and were taken out."""
     import numpy as np
 
     from posttrain.cluster import matching
     from posttrain.schema import BUCKET, ROW, merged
 
-    files = _as_read(config.data, stock.judged)
+    files = _as_read(config.data, given)
     shipments = _shipments(config.data, files)
     names = sorted(set(shipments))
     place = {name: at for at, name in enumerate(names)}
@@ -546,7 +558,9 @@ def _shipments(data: Data, files: list[str]) -> list[str]:
     """By what the files are judged: each by itself, but the images of a class folder together."""
     if data.source != "folder":
         return files
-    return [f"{str(data.train).rstrip('/')}/{file.split('/', 1)[0]}" for file in files]
+    # a URI may hold a key and its secret
+    root = resolve(str(data.train))[1] if "://" in str(data.train) else str(data.train)
+    return [f"{root.rstrip('/')}/{file.split('/', 1)[0]}" for file in files]
 
 
 def _embedded(run: CleaningRun) -> dict[str, dict[str, int]]:
@@ -638,7 +652,8 @@ def _concluded(
         champion=champion.number if champion else None,
         verdict=verdict,
         held_back=tuple(sorted(waiting)),
-        accepted=stock.state.accepted if verdict == "alarm" else (),
+        accepted=tuple(path for path in stock.state.accepted if path not in waiting) if verdict == "alarm" else (),
+        unused=_unused(stock, verdict),
     )
     _, local = _files(config.data)
     # after an alarm the other new files are as new as before: no champion was made with them
@@ -650,8 +665,21 @@ def _concluded(
     held.assert_held()
     job.write_state(state, seen)
     serving_runs = {found.tags.get("posttrain.run") for found in (champion, previous) if found}
-    job.drop_features([name for name in state.runs[:-_FEATURES_KEPT] if name not in serving_runs])
+    job.drop_features({*state.runs[-_FEATURES_KEPT:], *filter(None, serving_runs)})
+    serving_bases = {found.tags.get(_BASE) for found in (champion, previous) if found}
+    job.drop_bases({record["base"], *filter(None, serving_bases)})
     return _summary(config, verdict, record["reason"], state, attempt=attempt, record=record, version=version)
+
+
+def _unused(stock: _Stock, verdict: str) -> tuple[str, ...]:
+    """What `State.unused` is after a run."""
+    if verdict == "promoted":
+        return ()
+    there = {file.path for file in stock.files if file.split == "train"}
+    used = set(stock.state.unused)
+    if verdict == "not promoted":
+        used |= {file.path for file in stock.new if file.split == "train"}
+    return tuple(sorted(used & there))
 
 
 def _tags(attempt: _Attempt, record: dict[str, Any]) -> dict[str, str]:

@@ -434,6 +434,7 @@ class CleaningRun:
         metrics = last | {name: first[name] for name in first if name.startswith(("validation_", "test_"))}
         self._write_checkpoint(number, self.first)
         done = Round(number, self._live(), 0, 0, 0, metrics, self.progress.seconds_of_round(), reason)
+        self.assert_held()
         self.ledger.commit(done)
         self.tell_round(done, {})
         self.progress.say(f"the model as it came: {self._line(done)}")

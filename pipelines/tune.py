@@ -22,7 +22,7 @@ from posttrain.errors import StepError
 from posttrain.report.progress import StepLog
 from posttrain.report.search import print_search
 from posttrain.store import lease
-from posttrain.store.folder import RunFolder
+from posttrain.store.folder import RunFolder, beneath
 from posttrain.store.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -167,12 +167,12 @@ def _trials(config: RunFile, inputs: Inputs, values: Sequence[Mapping[str, JsonV
     from posttrain.cluster.reading import FolderSource
 
     folder = RunFolder(config.run.path)
-    root = folder.path() if folder.is_local else config.run.path.rstrip("/")
+    root = folder.path() if folder.is_local else config.run.path
     # without the data, and without true labels to measure by: no trial may know of them
     blind = replace(inputs, sources={"train": FolderSource("")}, noise=None, weights=None)
     trials = []
     for number, own in enumerate(values):
-        run = config.run.model_copy(update={"path": f"{root}/trials/{number:04d}"})
+        run = config.run.model_copy(update={"path": beneath(root, "trials", f"{number:04d}")})
         # credentials of the tracking server stay here
         apart = {"run": run, "tracking": Tracking(), "search": Search()}
         recipe = config.with_values(own).model_copy(update=apart)
@@ -301,6 +301,7 @@ def _finish(
         "steps": {name: round(seconds, 2) for name, seconds in progress.seconds.items()},
         "files": files,
     }
+    told.search.finish()
     ledger.finish(summary)
     return summary
 
@@ -329,7 +330,7 @@ def _write_best(
     fingerprint: dict[str, str],
 ) -> str:
     """`best.yaml`: the run file with the trial's values, which `posttrain clean` takes as it is; its path."""
-    run_path = f"{folder.path() if folder.is_local else config.run.path.rstrip('/')}/best"
+    run_path = beneath(folder.path() if folder.is_local else config.run.path, "best")
     recipe = config.with_values(values)
     rays = recipe.ray
     if recipe.refine.scope != "head" and (rays.train_workers or 0) > 1:

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -25,11 +26,12 @@ from pipelines.retrain import (
     _inputs,
     _registry,
     _run_config,
+    _shipments,
     _stock,
     retrain,
     rollback,
 )
-from posttrain.config import JobFile, Tracking
+from posttrain.config import Data, JobFile, Tracking
 from posttrain.errors import DataError, InputError, RunFolderError, StepError
 from posttrain.store.folder import RunFolder
 from posttrain.store.job import JobFolder, State
@@ -87,8 +89,12 @@ class Job:
 
     def alarm(self, *alarming: str) -> None:
         """The run that was due has ended with an alarm."""
+        self.conclude("alarm", alarming=alarming)
+
+    def conclude(self, verdict: str, **more: Any) -> None:
+        """The run that was due has ended with this verdict."""
         attempt = _Attempt("attempt", self.folder.run("attempt"), None)
-        self.decided(attempt, "alarm", alarming=alarming)
+        self.decided(attempt, verdict, **more)
         stock = _stock(self.config, self.folder)
         _concluded(self.config, self.folder, cast(Registry, _Nothing()), stock, attempt, cast(Lease, _Nothing()))
 
@@ -100,6 +106,14 @@ class _Nothing:
 
     def version(self, alias: str) -> None:
         return None
+
+    def register(self, model: str, **given: Any) -> SimpleNamespace:
+        return SimpleNamespace(number="1", tags={})
+
+    def point(self, *given: object) -> None:
+        pass
+
+    promote = point
 
     def assert_held(self) -> None:
         pass
@@ -164,6 +178,47 @@ def test_after_an_alarm_the_alarming_file_alone_is_held_back_and_the_others_are_
     assert (job.names("held_back"), job.names("new")) == (["bad.parquet"], new)
     assert job.names("judged") == ["changed.parquet", "good.parquet"]
     assert job.names("files") == ["changed.parquet", "good.parquet", "let_in.parquet", "old.parquet"]
+
+
+def test_a_file_held_back_again_is_let_in_no_more(make: Callable[..., Job]) -> None:
+    job = make()
+    job.write("a.parquet", "a")
+    bad = job.write("bad.parquet", "bad")
+    job.seen(held_back=(), accepted=(bad,))
+    job.write("bad.parquet", "bad in another way")
+    job.alarm(bad)
+    assert (job.folder.state().held_back, job.folder.state().accepted) == ((bad,), ())
+    assert (job.names("new"), job.names("files"), job.names("held_back")) == ([], ["a.parquet"], ["bad.parquet"])
+
+
+def test_samples_that_no_champion_was_made_with_are_not_counted_as_let_pass(make: Callable[..., Job]) -> None:
+    job = make()
+    job.write("old.parquet", "old")
+    job.seen()
+    job.write("new.parquet", "new")
+    job.write("let_in.parquet", "let in")
+    job.conclude("not promoted")
+    assert (job.names("new"), job.names("judged"), job.names("excused")) == ([], [], ["let_in.parquet", "new.parquet"])
+    job.write("new.parquet", "corrected")
+    assert (job.names("judged"), job.names("excused")) == (["new.parquet"], ["let_in.parquet"])
+    job.conclude("promoted")
+    assert (job.folder.state().unused, job.names("excused")) == ((), [])
+
+
+def test_another_gate_is_another_run(make: Callable[..., Job]) -> None:
+    job = make()
+    job.write("a.parquet", "a")
+    wider = job.config.model_copy(update={"gate": job.config.gate.model_copy(update={"alarm_older_share": 0.9})})
+    names = {
+        _attempt(config, job.folder, cast(Registry, _Nothing()), _stock(config, job.folder)).name
+        for config in (job.config, wider, job.config)
+    }
+    assert len(names) == 2
+
+
+def test_what_judges_class_folders_names_no_key_of_their_uri() -> None:
+    data = Data.model_validate({"source": "folder", "train": "s3://KEY:SECRET@bucket/train?region=us-east-1"})
+    assert _shipments(data, ["cat/1.png", "cat/inner/2.png"]) == ["bucket/train/cat"] * 2
 
 
 def test_class_folders_are_held_back_as_a_whole_with_what_is_new_in_them(make: Callable[..., Job]) -> None:

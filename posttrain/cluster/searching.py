@@ -225,8 +225,9 @@ class _Halving(ASHAScheduler):
             time_attr=ROUND,
             metric=rule.metric,
             mode="max" if rule.highest_is_best else "min",
-            # a trial ends by itself: at its last round it has a boundary to put on still
-            max_t=max(rule.longest, rule.grace) + 2,
+            # a trial ends by itself: behind its last round there may be one in which a boundary is put on, and one in
+            # which the model is taken back
+            max_t=max(rule.longest, rule.grace) + 3,
             grace_period=rule.grace,
             reduction_factor=rule.reduction,
         )

@@ -66,6 +66,12 @@ def patiently(read: Callable[[], _T]) -> _T:
     return read()
 
 
+def beneath(location: str, *parts: str) -> str:
+    """The location of what lies beneath another one; in a URI, the options behind its `?` stay behind."""
+    path, mark, options = location.partition("?") if "://" in location else (location, "", "")
+    return "/".join((path.rstrip("/"), *parts)) + mark + options
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """A run folder by its location. Picklable: workers open it for themselves."""

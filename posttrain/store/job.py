@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
+from pyarrow import fs
 
 from posttrain.errors import RunFolderError
-from posttrain.store.folder import RunFolder
+from posttrain.store.folder import RunFolder, beneath
 from posttrain.store.listing import File
 
 _FORMAT = 1
@@ -52,6 +53,8 @@ class State:
     """Paths of training files that take no part until they change or are accepted."""
     accepted: tuple[str, ...] = ()
     """Paths of training files that were held back and are let in by the user: they raise no alarm."""
+    unused: tuple[str, ...] = ()
+    """Paths of training files that have been seen, and that no champion has been made with yet."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class JobFolder:
 
     def run(self, name: str) -> RunFolder:
         """The folder of a run. Raises RunFolderError for a name that leads out of the job's folder."""
-        return RunFolder(f"{self.folder.location.rstrip('/')}/runs/{self._inside(name)}")
+        return RunFolder(beneath(self.folder.location, "runs", self._inside(name)))
 
     def _inside(self, name: str) -> str:
         # names come back from tags in MLflow, where others may write, too
@@ -106,6 +109,7 @@ class JobFolder:
             if record.pop("format") != _FORMAT:
                 raise KeyError("format")
             lists = {key: tuple(record.pop(key)) for key in ("runs", "held_back", "accepted")}
+            lists["unused"] = tuple(record.pop("unused", ()))
             return replace(State(**record), **lists)
         except (KeyError, TypeError, AttributeError):
             raise RunFolderError(
@@ -151,10 +155,20 @@ class JobFolder:
         name = self._inside(key)
         return self.folder.path("base", f"{name}.json"), self.folder.path("base", f"{name}.safetensors")
 
-    def drop_features(self, runs: Sequence[str]) -> None:
-        """Delete the feature stores of these runs."""
-        for name in runs:
-            self.run(name).keep_only_features("")
+    def drop_features(self, kept: Set[str]) -> None:
+        """Delete the feature stores of all runs but these, also of runs that were begun and never ended."""
+        for info in self._in("runs"):
+            if info.base_name not in kept:
+                RunFolder(beneath(self.folder.location, "runs", info.base_name)).keep_only_features("")
+
+    def drop_bases(self, kept: Set[str]) -> None:
+        """Delete all base networks but these."""
+        for info in self._in("base"):
+            if info.base_name.rpartition(".")[0] not in kept:
+                self.folder.delete(info.path)
+
+    def _in(self, name: str) -> list[fs.FileInfo]:
+        return self.folder.files.get_file_info(fs.FileSelector(self.folder.path(name), allow_not_found=True))
 
 
 def listing_digest(files: Iterable[File], *more: object) -> str:

@@ -48,6 +48,7 @@ class Outbox:
         self._queue = queue
         self._beneath = beneath
         self._running = True
+        self._finished = False
 
     @classmethod
     def of(cls, tracking: Tracking, folder: RunFolder, say: Callable[[str], None]) -> Outbox:
@@ -62,7 +63,7 @@ class Outbox:
     ) -> None:
         if self._running:
             self._running = False
-            if error is None:
+            if error is None or self._finished:
                 self.finish()
                 self.deliver(_AT_THE_END_S)
             else:
@@ -122,8 +123,10 @@ class Outbox:
         self._tell("log_model", artifacts=self._named([weights]), **recipe)
 
     def finish(self, status: Status = "FINISHED") -> None:
-        """As `Tracking.finish`."""
-        self._tell("finish", status=status)
+        """As `Tracking.finish`; a second time it does nothing."""
+        if not self._finished:
+            self._finished = True
+            self._tell("finish", status=status)
 
     def _tell(self, call: str, **given: Any) -> None:
         self._queue.add({"beneath": self._beneath, "call": call, "given": given})

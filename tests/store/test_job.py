@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from posttrain.errors import RunFolderError
-from posttrain.store.folder import RunFolder
+from posttrain.store.folder import RunFolder, beneath
 from posttrain.store.job import Base, JobFolder, State, listing_digest
 from posttrain.store.listing import File
 
@@ -57,14 +57,38 @@ def test_a_base_network_is_kept_once_and_only_whole(job: JobFolder) -> None:
     assert job.base("k") == base
 
 
-def test_features_of_old_runs_are_dropped_and_nothing_else(job: JobFolder) -> None:
-    for name in ("old", "new"):
+def test_features_of_all_runs_but_those_kept_are_dropped_and_nothing_else(job: JobFolder) -> None:
+    for name in ("old", "never ended", "new"):
         run = job.run(name)
         run.write_bytes(run.features("b", "train", 0), b"x")
         run.write_bytes(run.path("summary.json"), b"{}")
-    job.drop_features(["old", "never there"])
+    for key in ("used", "unused"):
+        job.keep_base(Base(key, {}, None, b"weights"))
+    job.drop_features({"new", "never there"})
+    job.drop_bases({"used"})
     there = {str(path.relative_to(job.folder.local)) for path in job.folder.local.rglob("*") if path.is_file()}
-    assert there == {"runs/old/summary.json", "runs/new/summary.json", "runs/new/features/b/train/00000.parquet"}
+    assert there == {
+        *(f"runs/{name}/summary.json" for name in ("old", "never ended", "new")),
+        "runs/new/features/b/train/00000.parquet",
+        "base/used.json",
+        "base/used.safetensors",
+    }
+
+
+def test_a_run_of_a_job_lies_beneath_it_where_its_uri_has_options() -> None:
+    job = JobFolder(RunFolder("s3://bucket/job/?endpoint_override=127.0.0.1%3A1&scheme=http&region=us-east-1"))
+    assert job.run("r-v0").path("run.yaml") == "bucket/job/runs/r-v0/run.yaml"
+    assert job.run("r-v0").files.region == "us-east-1"
+    assert beneath("/a/b?c/", "runs") == "/a/b?c/runs"
+
+
+def test_a_state_of_before_files_could_be_unused_is_read(job: JobFolder) -> None:
+    job.write_state(State(("r",)))
+    path = job.folder.path("state.json")
+    record = job.folder.read_json(path)
+    assert record.pop("unused") == []
+    job.folder.write_json(path, record)
+    assert job.state() == State(("r",))
 
 
 def test_the_digest_depends_on_every_file_and_not_on_their_order() -> None:
@@ -78,6 +102,6 @@ def test_the_digest_depends_on_every_file_and_not_on_their_order() -> None:
 @pytest.mark.parametrize("name", ["../../elsewhere", "/etc", "a/b", "..", ".", "", "a\0b", "a\nb"])
 def test_a_name_from_the_registry_cannot_lead_out_of_the_jobs_folder(tmp_path: Path, name: str) -> None:
     job = JobFolder(RunFolder(str(tmp_path / "job")))
-    for use in (job.run, job.base, lambda name: job.drop_features([name])):
+    for use in (job.run, job.base):
         with pytest.raises(RunFolderError, match="is no name of a run or network in"):
             use(name)
