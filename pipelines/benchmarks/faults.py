@@ -662,7 +662,8 @@ def report(outcomes: Sequence[Outcome], command: str, remark: str) -> str:
             ],
             [
                 "*Went on*: without a start by hand. *Seconds lost*: how much later than undisturbed the next step",
-                "began, the start of the program included where it had to be started again.",
+                "began, the start of the program included where it had to be started again; behind a killed driver its",
+                "processes are waited for first, half a minute at most, which counts as well.",
                 "",
                 *markdown(["killed", "kills", "went on", "started again", "lost s, median", "worst"], rows),
             ],
