@@ -924,13 +924,14 @@ def _known(section: type[Section], prefix: str = "") -> Iterator[str]:
 
 def _unknown(key: str, known: Sequence[str]) -> str:
     """That a key is unknown, with the nearest known one: first in its own section, then anywhere."""
+    shown = key if key.isprintable() and key.strip() else json.dumps(key)
     parent, _, name = key.rpartition(".")
     siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == parent}
     anywhere = {k.rpartition(".")[2]: k for k in reversed(known)}
     for names in (anywhere if name in anywhere else siblings, anywhere):
         if near := difflib.get_close_matches(name, names, n=1):
-            return f"{key} is not a key of a run file; did you mean {names[near[0]]}?"
-    return f"{key} is not a key of a run file; there are {', '.join(siblings.values() or known)}"
+            return f"{shown} is not a key of a run file; did you mean {names[near[0]]}?"
+    return f"{shown} is not a key of a run file; there are {', '.join(siblings.values() or known)}"
 
 
 def _at(raw: Any, parts: Sequence[str]) -> object:

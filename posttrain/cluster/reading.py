@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -541,16 +542,19 @@ def _sorted_by_ray_data(
     # reader V2 packs small data into one block and costs four times the CPU
     context.use_datasource_v2 = False
     options: Any = {} if tries is None else {"max_retries": tries - 1}
-    parts = [
-        _dataset_of(source).map_batches(
-            cast(Any, normalise),  # the annotation of `map_batches` does not know `fn_kwargs`
-            batch_format="pyarrow",
-            batch_size=None,
-            fn_kwargs=normalising(name),
-            **options,
-        )
-        for name, source in sources.items()
-    ]
+    with warnings.catch_warnings():
+        # deprecated in 2.60, which has no other way to say it: a later Ray, another line here
+        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
+        parts = [
+            _dataset_of(source).map_batches(
+                cast(Any, normalise),  # the annotation of `map_batches` does not know `fn_kwargs`
+                batch_format="pyarrow",
+                batch_size=None,
+                fn_kwargs=normalising(name),
+                **options,
+            )
+            for name, source in sources.items()
+        ]
     whole = parts[0].union(*parts[1:]) if len(parts) > 1 else parts[0]
     boundaries: list[int | float] = list(layout.boundaries)
     return whole.sort(ORDER, boundaries=boundaries).materialize().to_arrow_refs()
