@@ -88,6 +88,7 @@ def measured(folder: Path, samples: int, repeats: int) -> list[dict[str, dict[st
             "image_shape": [8, 8],
             **{split: str(folder / split) for split in ("train", "validation", "test")},
         },
+        "model": {"factory": "posttrain.vision.models:mlp", "channels": 1, "image_size": 8},
         "pretrain": {"epochs": 2},
         "removal": {"max_rounds": 3},
         "ray": {"workers": 2},
