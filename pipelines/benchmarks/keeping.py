@@ -52,19 +52,18 @@ def write_digits(folder: Path, samples: int) -> None:
 
 
 @contextlib.contextmanager
-def careless() -> Iterator[None]:
+def careless(pool: type[Any]) -> Iterator[None]:
     """Runs in here keep no scores but those of finished rounds, wait for no disk, and hold no lease on their folder."""
-    from posttrain.cluster.workers import Workers
     from posttrain.store import folder, lease
 
-    real = Workers.score
+    real = pool.score
 
     @contextlib.contextmanager
     def alone(folder: object) -> Iterator[Any]:
         yield types.SimpleNamespace(assert_held=lambda: None)
 
     with (
-        unittest.mock.patch.object(Workers, "score", lambda self, view, verdict, kept: real(self, view, verdict)),
+        unittest.mock.patch.object(pool, "score", lambda self, view, verdict, kept: real(self, view, verdict)),
         unittest.mock.patch.object(folder, "_make_last", lambda path: None),
         unittest.mock.patch.object(lease, "alone", alone),
     ):
@@ -96,15 +95,16 @@ def measured(folder: Path, samples: int, repeats: int) -> list[dict[str, dict[st
         "results": {"cleaned": "manifest"},
     }
 
+    real = workers.Workers
+
     def one(kind: str) -> dict[str, float]:
         data = {**raw["data"], "leakage": "off"} if kind == KINDS[2] else raw["data"]
         config = RunFile.model_validate({**raw, "data": data, "run": {"path": str(folder / "run")}})
-        with contextlib.nullcontext() if kind == KINDS[0] else careless():
+        with contextlib.nullcontext() if kind == KINDS[0] else careless(real):
             summary = clean(config, quiet=True)
         shutil.rmtree(folder / "run")
         return {"score": summary["steps"]["score"], "run": summary["seconds"]}
 
-    real = workers.Workers
     turns = []
     with session(num_cpus=2), contextlib.ExitStack() as stack:
         pool = real(count=2, cpus=1, gpus=0, on_cluster=False)
