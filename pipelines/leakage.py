@@ -169,10 +169,11 @@ def find(
 
 def refuse(config: RunFile, splits: Mapping[str, Split], leaks: Leaks) -> None:
     """Raises DataError where a held-out set holds training images and may not, or would be left out as a whole."""
+    excluded = leaks.excluded()
     for name, count in (leaks.counts() or {}).items():
         rows = splits[name].rows
         refused = leaks.choice == "refuse" and name not in leaks.split_off and count["identical"]
-        all_excluded = rows == sum(len(of_bucket) for of_bucket in leaks.excluded().get(name, {}).values())
+        all_excluded = rows == sum(len(of_bucket) for of_bucket in excluded.get(name, {}).values())
         if refused or all_excluded:
             assert leaks.pairs is not None
             found = leaks.pairs.filter(pc.equal(leaks.pairs[SPLIT], name))

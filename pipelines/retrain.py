@@ -685,7 +685,7 @@ def _unused(stock: _Stock, verdict: str) -> tuple[str, ...]:
 def _tags(attempt: _Attempt, record: dict[str, Any]) -> dict[str, str]:
     """What a version tells of where it comes from."""
     tags = {
-        _FOLDER: without_credentials(str(attempt.folder.local) if attempt.folder.is_local else attempt.folder.location),
+        _FOLDER: without_credentials(attempt.folder.absolute.location),
         _BASE: record["base"],
         "posttrain.data": ", ".join(f"{name} {digest}" for name, digest in record["data"].items()),
         "posttrain.removed": f"{record['taken']} samples taken out so far, in {attempt.folder.path('taken.parquet')}",

@@ -17,12 +17,12 @@ from pydantic import JsonValue
 from rich.console import Console
 
 from pipelines.clean import claim, crew, finished_already, first_model, join_ray, open_outbox, read, tell_remarks
-from posttrain.config import RunFile, Search, Tracking, dump, without_credentials, without_secrets
+from posttrain.config import RunFile, Search, Tracking, dump, without_credentials, without_marks, without_secrets
 from posttrain.errors import StepError
 from posttrain.report.progress import StepLog
 from posttrain.report.search import print_search
 from posttrain.store import lease
-from posttrain.store.folder import RunFolder, beneath
+from posttrain.store.folder import RunFolder
 from posttrain.store.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -167,12 +167,11 @@ def _trials(config: RunFile, inputs: Inputs, values: Sequence[Mapping[str, JsonV
     from posttrain.cluster.reading import FolderSource
 
     folder = RunFolder(config.run.path)
-    root = folder.path() if folder.is_local else config.run.path
     # without the data, and without true labels to measure by: no trial may know of them
     blind = replace(inputs, sources={"train": FolderSource("")}, noise=None, weights=None)
     trials = []
     for number, own in enumerate(values):
-        run = config.run.model_copy(update={"path": beneath(root, "trials", f"{number:04d}")})
+        run = config.run.model_copy(update={"path": folder.absolute.beneath("trials", f"{number:04d}").location})
         # credentials of the tracking server stay here
         apart = {"run": run, "tracking": Tracking(), "search": Search()}
         recipe = config.with_values(own).model_copy(update=apart)
@@ -330,7 +329,7 @@ def _write_best(
     fingerprint: dict[str, str],
 ) -> str:
     """`best.yaml`: the run file with the trial's values, which `posttrain clean` takes as it is; its path."""
-    run_path = beneath(folder.path() if folder.is_local else config.run.path, "best")
+    run_path = folder.absolute.beneath("best").location
     recipe = config.with_values(values)
     rays = recipe.ray
     if recipe.refine.scope != "head" and (rays.train_workers or 0) > 1:
@@ -344,7 +343,7 @@ def _write_best(
     record = yaml.safe_load(dump(recipe))
     del record["search"]
     if without_secrets(record) != record:
-        record = yaml.safe_load(yaml.safe_dump(without_secrets(record)).replace("//***@", "//"))
+        record = without_marks(without_secrets(record))
         said += "# Users, passwords and keys of its URIs are left out: add them, or leave them to the environment\n"
         said += "# (MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, AWS_ACCESS_KEY_ID and the like).\n"
     if config.model.weights is None:

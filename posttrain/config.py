@@ -723,6 +723,11 @@ def without_credentials(text: str) -> str:
     return re.sub(r"(?<=[?&;])[^\s'\"]+", lambda query: _SECRET.sub(r"\1***", query[0]), text)
 
 
+def without_marks(record: Any) -> Any:
+    """What `without_secrets` gave, as if no user and password had ever stood there."""
+    return json.loads(json.dumps(record, default=str).replace("//***@", "//"))
+
+
 def without_secrets(record: Any) -> Any:
     """Nested mappings and lists, as a run file is written down, with `without_credentials` of all their texts."""
     if isinstance(record, Mapping):
@@ -924,7 +929,7 @@ def _known(section: type[Section], prefix: str = "") -> Iterator[str]:
 
 def _unknown(key: str, known: Sequence[str]) -> str:
     """That a key is unknown, with the nearest known one: first in its own section, then anywhere."""
-    shown = key if key.isprintable() and key.strip() else json.dumps(key)
+    shown = key if key.isprintable() and key.strip() else _shown(key)
     parent, _, name = key.rpartition(".")
     siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == parent}
     anywhere = {k.rpartition(".")[2]: k for k in reversed(known)}

@@ -469,12 +469,13 @@ def read(
     try:
         if here:
             blocks = []
-            for block in _sorted_here(sources, normalising, layout):
+            for block in _sorted_here(sources, listings, normalising, layout):
                 blocks.append(ray.put(block))
                 inspections.append(inspect(block, len(classes)))
                 progress(sum(i.rows for i in inspections), total_rows)
         else:
-            blocks = _sorted_by_ray_data(sources, normalising, layout, tries=_TRIES if decodes else None)
+            tries = _TRIES if decodes else None
+            blocks = _sorted_by_ray_data(sources, listings, normalising, layout, tries=tries)
             for reference in [_inspect.remote(block, len(classes)) for block in blocks]:
                 inspections.append(ray.get(reference))
                 progress(sum(i.rows for i in inspections), total_rows)
@@ -529,6 +530,7 @@ class _Layout:
 
 def _sorted_by_ray_data(
     sources: Mapping[str, Source],
+    listings: Mapping[str, Listing],
     normalising: Callable[[str], dict[str, Any]],
     layout: _Layout,
     *,
@@ -546,7 +548,7 @@ def _sorted_by_ray_data(
         # deprecated in 2.60, which has no other way to say it: a later Ray, another line here
         warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
         parts = [
-            _dataset_of(source).map_batches(
+            _dataset_of(source, listings[name]).map_batches(
                 cast(Any, normalise),  # the annotation of `map_batches` does not know `fn_kwargs`
                 batch_format="pyarrow",
                 batch_size=None,
@@ -561,31 +563,37 @@ def _sorted_by_ray_data(
 
 
 def _sorted_here(
-    sources: Mapping[str, Source], normalising: Callable[[str], dict[str, Any]], layout: _Layout
+    sources: Mapping[str, Source],
+    listings: Mapping[str, Listing],
+    normalising: Callable[[str], dict[str, Any]],
+    layout: _Layout,
 ) -> Iterator[pa.Table]:
     """The same buckets of small data, made in this process: Ray Data takes ten seconds to begin."""
     tables: dict[str, pa.Table] = {}
+    edges: dict[str, np.ndarray] = {}
     for name, source in sources.items():
-        parts = [normalise(table, **normalising(name)) for table in _tables_of(source)]
-        tables[name] = pa.concat_tables(parts)
-    for split, name in enumerate(layout.owners):
-        of_split = tables[name if name in tables else "train"]
-        first = layout.boundaries[split - 1] if split else None
-        end = layout.boundaries[split] if split < len(layout.boundaries) else None
-        keys = of_split[ORDER].to_numpy()
-        inside = np.flatnonzero(((keys >= first) if first is not None else True) & ((keys < end) if end else True))
-        ordered = inside[np.argsort(keys[inside], kind="stable")]
-        yield of_split.take(pa.array(ordered)).combine_chunks()
+        parts = [normalise(table, **normalising(name)) for table in _tables_of(source, listings[name])]
+        whole = pa.concat_tables(parts)
+        keys = whole[ORDER].to_numpy()
+        order = np.argsort(keys, kind="stable")
+        tables[name] = whole.take(pa.array(order))
+        edges[name] = np.array([0, *np.searchsorted(keys[order], layout.boundaries), len(keys)])
+    for bucket, owner in enumerate(layout.owners):
+        # a set that is not read from a source of its own is split off the training set
+        name = owner if owner in tables else "train"
+        first, end = edges[name][bucket : bucket + 2]
+        # a copy: a slice would hold on to all of them
+        yield tables[name].take(pa.array(np.arange(first, end))).combine_chunks()
 
 
-def _tables_of(source: Source) -> Iterator[pa.Table]:
+def _tables_of(source: Source, listing: Listing) -> Iterator[pa.Table]:
     """The files of a source, one by one, or some of its images, as Ray Data gives them to `normalise`."""
     if isinstance(source, TableSource):
         yield source.table
         return
     if isinstance(source, FolderSource):
         files, _ = resolve(source.location)
-        paths = [path for path, _ in _list_folder(source).files]
+        paths = [path for path, _ in listing.files]
 
         def content(path: str) -> bytes:
             with files.open_input_file(path) as stream:
@@ -632,12 +640,12 @@ def _without_data(source: Source) -> Source:
     return replace(source, only=None)
 
 
-def _dataset_of(source: Source) -> ray.data.Dataset:
+def _dataset_of(source: Source, listing: Listing) -> ray.data.Dataset:
     if isinstance(source, TableSource):
         return ray.data.from_arrow(source.table)
     if isinstance(source, FolderSource):
         files, _ = resolve(source.location)
-        paths = [path for path, _ in _list_folder(source).files]
+        paths = [path for path, _ in listing.files]
         return ray.data.read_binary_files(paths, filesystem=files, include_paths=True)
     dataset = _dataset(source)
     read = ray.data.read_parquet(list(dataset.files), filesystem=dataset.filesystem, include_paths=True)

@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -66,12 +66,6 @@ def patiently(read: Callable[[], _T]) -> _T:
     return read()
 
 
-def beneath(location: str, *parts: str) -> str:
-    """The location of what lies beneath another one; in a URI, the options behind its `?` stay behind."""
-    path, mark, options = location.partition("?") if "://" in location else (location, "", "")
-    return "/".join((path.rstrip("/"), *parts)) + mark + options
-
-
 @dataclass(frozen=True)
 class RunFolder:
     """A run folder by its location. Picklable: workers open it for themselves."""
@@ -96,6 +90,17 @@ class RunFolder:
     def local(self) -> Path:
         """The folder as a local path; only where `is_local`."""
         return Path(self.path())
+
+    @property
+    def absolute(self) -> RunFolder:
+        """The same folder for processes that work elsewhere."""
+        return replace(self, location=self.path()) if self.is_local else self
+
+    def beneath(self, *parts: str) -> RunFolder:
+        """A folder in this one; in a URI, the options behind its `?` stay behind."""
+        is_uri = "://" in self.location
+        path, mark, options = self.location.partition("?") if is_uri else (self.location, "", "")
+        return RunFolder("/".join((path.rstrip("/"), *parts)) + mark + options)
 
     # -- the paths -------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from posttrain.errors import RunFolderError
-from posttrain.store.folder import RunFolder, beneath
+from posttrain.store.folder import RunFolder
 from posttrain.store.listing import File
 
 _FORMAT = 1
@@ -86,7 +86,7 @@ class JobFolder:
 
     def run(self, name: str) -> RunFolder:
         """The folder of a run. Raises RunFolderError for a name that leads out of the job's folder."""
-        return RunFolder(beneath(self.folder.location, "runs", self._inside(name)))
+        return self.folder.beneath("runs", self._inside(name))
 
     def _inside(self, name: str) -> str:
         # names come back from tags in MLflow, where others may write, too
@@ -159,7 +159,7 @@ class JobFolder:
         """Delete the feature stores of all runs but these, also of runs that were begun and never ended."""
         for info in self._in("runs"):
             if info.base_name not in kept:
-                RunFolder(beneath(self.folder.location, "runs", info.base_name)).keep_only_features("")
+                self.folder.beneath("runs", info.base_name).keep_only_features("")
 
     def drop_bases(self, kept: Set[str]) -> None:
         """Delete all base networks but these."""

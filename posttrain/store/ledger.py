@@ -7,7 +7,6 @@ half-done work and is written again.
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -16,7 +15,7 @@ import pyarrow as pa
 import yaml
 from pydantic import ValidationError
 
-from posttrain.config import RunFile, differences, dump, without_secrets
+from posttrain.config import RunFile, differences, dump, without_marks, without_secrets
 from posttrain.errors import RunFolderError
 from posttrain.schema import (
     BUCKET,
@@ -112,14 +111,14 @@ class Ledger:
     def refuse_other_settings(self, started: dict[str, Any], config: RunFile) -> None:
         """Raises RunFolderError where the run in the folder was made with other settings."""
         try:
-            before = RunFile.model_validate(_unmarked(started["config"]))
+            before = RunFile.model_validate(without_marks(started["config"]))
         except (ValidationError, KeyError, TypeError):
             raise RunFolderError(
                 f"{self._record} is not one that this version of posttrain wrote; name another run.path"
             ) from None
         changed = [
             line
-            for line in differences(before, RunFile.model_validate(_unmarked(settings(config))))
+            for line in differences(before, RunFile.model_validate(without_marks(settings(config))))
             if line.startswith(_MAY_NOT_DIFFER) or not line.startswith(_MAY_DIFFER[self.kind])
         ]
         if changed:
@@ -201,8 +200,3 @@ class Ledger:
 
     def finish(self, summary: dict[str, Any]) -> None:
         self.folder.write_json(self.folder.path("summary.json"), summary)
-
-
-def _unmarked(record: Any) -> Any:
-    """Settings without the marks of user and password that were left out: who writes none means the same place."""
-    return json.loads(json.dumps(record, default=str).replace("//***@", "//"))

@@ -62,20 +62,18 @@ def image_files(location: str) -> tuple[fs.FileSystem, list[fs.FileInfo], list[s
     if isinstance(files, fs.LocalFileSystem):
         _refuse_bad_links(root)
     found = files.get_file_info(fs.FileSelector(root, recursive=True))
-    images = sorted(
-        (f for f in found if f.type != fs.FileType.Directory and f.path.lower().endswith(IMAGE_SUFFIXES)),
-        key=lambda f: f.path,
-    )
+    images: list[fs.FileInfo] = []
+    others: list[str] = []
+    for info in sorted((f for f in found if f.type != fs.FileType.Directory), key=lambda f: f.path):
+        if info.path.lower().endswith(IMAGE_SUFFIXES):
+            images.append(info)
+        elif info.is_file and not info.base_name.startswith("."):
+            others.append(info.path)
     for image in images:
         if image.type != fs.FileType.File:
             raise DataError(f"{image.path}: is named as an image and is no file; take it out")
     if not images:
         raise DataError(f"{location}: holds no image; expected <class>/<image> with one of {', '.join(IMAGE_SUFFIXES)}")
-    others = sorted(
-        f.path
-        for f in found
-        if f.is_file and not f.path.lower().endswith(IMAGE_SUFFIXES) and not f.base_name.startswith(".")
-    )
     return files, images, others
 
 

@@ -131,5 +131,8 @@ def test_refusals_name_the_same_file_and_value(read_both: Any, digits: Digits, t
 def test_reading_writes_nothing_to_the_console(
     read_both: Any, digits_parquet: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    read_both({split: ParquetSource((str(digits_parquet / split),), "id", "image", "label") for split in SPLITS})
+    found = read_both(
+        {split: ParquetSource((str(digits_parquet / split),), "id", "image", "label") for split in SPLITS}
+    )
+    assert [set(splits) for splits in found] == [set(SPLITS)] * 2
     assert capfd.readouterr() == ("", "")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from posttrain.errors import RunFolderError
-from posttrain.store.folder import RunFolder, beneath
+from posttrain.store.folder import RunFolder
 from posttrain.store.job import Base, JobFolder, State, listing_digest
 from posttrain.store.listing import File
 
@@ -79,7 +79,7 @@ def test_a_run_of_a_job_lies_beneath_it_where_its_uri_has_options() -> None:
     job = JobFolder(RunFolder("s3://bucket/job/?endpoint_override=127.0.0.1%3A1&scheme=http&region=us-east-1"))
     assert job.run("r-v0").path("run.yaml") == "bucket/job/runs/r-v0/run.yaml"
     assert job.run("r-v0").files.region == "us-east-1"
-    assert beneath("/a/b?c/", "runs") == "/a/b?c/runs"
+    assert RunFolder("/a/b?c/").beneath("runs").location == "/a/b?c/runs"
 
 
 def test_a_state_of_before_files_could_be_unused_is_read(job: JobFolder) -> None:
