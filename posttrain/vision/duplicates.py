@@ -16,7 +16,7 @@ from PIL import Image
 
 SIDE = 32
 """Pixels a side of the grey images that are compared."""
-_THUMBNAIL = 16
+_THUMBNAIL = SIDE // 2
 RADIUS = 7
 """Bits in which the hashes of two images that may be alike differ at most."""
 _BANDS, _BAND_BITS = 4, 16
@@ -49,14 +49,12 @@ def grey(cells: Iterable[object], shape: tuple[int, ...] | None) -> tuple[np.nda
     for cell in cells:
         try:
             image = _opened(cell, shape)
-            pixels.append(
-                np.asarray(image.convert("L").resize((SIDE, SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0))
-            )
+            light = image if image.mode == "L" else image.convert("L")
+            pixels.append(light.resize((SIDE, SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0).tobytes())
             readable.append(True)
         except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError):
             readable.append(False)  # to be quarantined, with the reason, where it is embedded
-    whole = np.stack(pixels) if pixels else np.empty((0, SIDE, SIDE), np.uint8)
-    return whole, np.array(readable, bool)
+    return np.frombuffer(b"".join(pixels), np.uint8).reshape(-1, SIDE, SIDE), np.array(readable, bool)
 
 
 def _opened(cell: object, shape: tuple[int, ...] | None) -> Image.Image:
@@ -75,15 +73,18 @@ def _opened(cell: object, shape: tuple[int, ...] | None) -> Image.Image:
 
 def prints(pixels: np.ndarray) -> Prints:
     """Of grey images, uint8 [n, 32, 32]."""
-    spectrum = np.asarray(scipy.fft.dctn(pixels.astype(np.float32), axes=(1, 2), norm="ortho"))
-    spectrum = spectrum[:, :8, :8].reshape(-1, 64)
+    # only 64 of the 1,024 coefficients are asked for: two small products take a tenth of the whole transform's time
+    waves = np.asarray(scipy.fft.dct(np.eye(SIDE, dtype=np.float32), axis=0, norm="ortho"))[:8]
+    spectrum = (waves @ pixels.astype(np.float32) @ waves.T).reshape(-1, 64)
     # the first coefficient is the brightness: of no account here, as in pHash (Zauner 2010)
     above = spectrum > np.median(spectrum[:, 1:], axis=1, keepdims=True)
     above[:, 0] = False
     hashes = np.packbits(above, axis=1).view(">u8").astype(np.uint64)[:, 0]
-    half = SIDE // _THUMBNAIL
-    cells = pixels.reshape(-1, _THUMBNAIL, half, _THUMBNAIL, half).astype(np.float32)
-    return Prints(hashes, cells.mean(axis=(2, 4)).round().astype(np.uint8))
+    # sums of two by two pixels; a mean over two axes of a view takes seven times as long
+    sums = pixels.astype(np.uint16)
+    sums = sums[:, ::2] + sums[:, 1::2]
+    sums = sums[:, :, ::2] + sums[:, :, 1::2]
+    return Prints(hashes, (sums / np.float32(4)).round().astype(np.uint8))
 
 
 def together(parts: Sequence[Prints]) -> Prints:
