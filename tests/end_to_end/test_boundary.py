@@ -137,6 +137,7 @@ def test_all_layers_are_embedded_in_one_pass_and_never_again_while_the_backbone_
     assert len(list((tmp_path / "run" / "features").iterdir())) == 1
 
 
+@pytest.mark.long
 def test_a_trained_network_is_embedded_once_and_its_layers_are_chosen_anew_in_each_round(
     run: Run, resnet: Sections, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -158,6 +159,7 @@ def test_a_trained_network_is_embedded_once_and_its_layers_are_chosen_anew_in_ea
     assert [m["layer"] for m in summary["boundary"]["members"]] == [m[0] for m in choices["0003"]["members"]]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("workers", [1, 4])
 def test_a_boundary_on_early_layers_is_the_same_for_any_number_of_workers(
     run: Run, memorised: dict[str, Any], resnet: Sections, tmp_path: Path, workers: int
@@ -166,6 +168,7 @@ def test_a_boundary_on_early_layers_is_the_same_for_any_number_of_workers(
     assert_same_result(tmp_path / "run", memorised["run"])
 
 
+@pytest.mark.long
 def test_the_last_layer_alone_keeps_the_network_as_it_is_built(run: Run, resnet: Sections, tmp_path: Path) -> None:
     summary = run(tmp_path / "run", **resnet, probe={"layers": "last"}, removal={"max_rounds": 1})
     assert {row["layer"] for row in summary["boundary"]["tried"]} == {"head"}

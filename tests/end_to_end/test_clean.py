@@ -96,7 +96,7 @@ def test_removed_samples_say_why_and_what_instead(undisturbed: Undisturbed, digi
     assert table["reason"].str.contains("the others label it").all()
 
 
-@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("workers", [1, pytest.param(4, marks=pytest.mark.long)])
 def test_the_removed_ids_are_the_same_for_any_number_of_workers(
     run: Run, undisturbed: Undisturbed, tmp_path: Path, workers: int
 ) -> None:
@@ -123,9 +123,16 @@ STEPS = ("embed", "fit", "score", "select", "refine", "evaluate", "commit", "tel
 @pytest.mark.parametrize(
     ("scope", "step"),
     [
-        *[("head", step) for step in STEPS],
-        *[("network", step) for step in ("embed", "fit", "refine")],
-        *[("both", step) for step in ("refine", "commit")],
+        *[("head", "score"), ("head", "commit"), ("network", "refine"), ("both", "commit")],
+        *[
+            pytest.param(scope, step, marks=pytest.mark.long)
+            for scope, steps in {
+                "head": [step for step in STEPS if step not in ("score", "commit")],
+                "network": ["embed", "fit"],
+                "both": ["refine"],
+            }.items()
+            for step in steps
+        ],
     ],
 )
 def test_a_run_interrupted_after_a_step_and_continued_ends_the_same(
@@ -140,7 +147,7 @@ def test_a_run_interrupted_after_a_step_and_continued_ends_the_same(
     assert_same_result(tmp_path / "run", undisturbed(scope)["run"])
 
 
-@pytest.mark.parametrize(("scope", "committed"), [("head", 0), ("network", 2)])
+@pytest.mark.parametrize(("scope", "committed"), [("head", 0), pytest.param("network", 2, marks=pytest.mark.long)])
 def test_a_run_interrupted_once_its_layers_are_chosen_chooses_the_same_again(
     run: Run, undisturbed: Undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scope: str, committed: int
 ) -> None:
@@ -374,6 +381,7 @@ def test_on_clean_labels_next_to_nothing_is_removed(run: Run, digits: Digits, tm
     assert summary["test_accuracy_after"] >= summary["test_accuracy_before"] - 0.01
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_process_killed_outright_and_started_again_ends_the_same(
     runfile: Callable[..., dict[str, Any]], tmp_path: Path
@@ -402,6 +410,7 @@ def test_a_process_killed_outright_and_started_again_ends_the_same(
     assert_same_result(killed, whole)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_network_trains_with_two_workers_of_ray_train(run: Run, tmp_path: Path) -> None:
     summary = run(

@@ -77,6 +77,7 @@ def dashboard(environment: dict[str, str], tmp_path_factory: pytest.TempPathFact
         head.wait(timeout=60)
 
 
+@pytest.mark.long
 def test_a_submitted_job_cleans_and_its_id_keeps_a_second_one_away(
     dashboard: str, environment: dict[str, str], runfile: RunFile, tmp_path: Path
 ) -> None:

@@ -74,6 +74,7 @@ def test_planted_copies_are_found_and_nothing_else_and_the_run_goes_on(clean: Ru
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["leakage"] == summary["leakage"]
 
 
+@pytest.mark.long
 def test_leaking_samples_are_left_out_of_the_training_set_with_their_reason(clean: Run, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with interrupted_after("commit", call=1):

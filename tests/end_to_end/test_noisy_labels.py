@@ -115,6 +115,7 @@ def test_an_unreadable_image_keeps_its_label_and_the_others_flip_as_if_it_were_n
             assert found == whole["label"][at].as_py()
 
 
+@pytest.mark.long
 @pytest.mark.ray
 def test_instance_noise_on_files_of_any_layout_reads_the_same_data(
     ray_session: None, runfile: Callable[..., dict[str, Any]], digits: Digits, tmp_path: Path

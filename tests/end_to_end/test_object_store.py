@@ -85,6 +85,7 @@ def fetched(front: Between, name: str, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_a_run_in_a_store_that_is_slow_and_refuses_now_and_then_has_the_result_of_one_on_a_disk(
     in_store: Run, undisturbed: Undisturbed, front: Between, tmp_path: Path
 ) -> None:
@@ -132,6 +133,7 @@ def test_a_refusal_of_what_is_shorter_than_the_refusal_is_borne_too(front: Betwe
     assert read(lambda: list(folder.row_groups(folder.path("table")))) == [table, table]
 
 
+@pytest.mark.long
 def test_a_store_that_goes_away_in_a_round_ends_the_run_with_one_error_and_it_goes_on_once_it_is_back(
     in_store: Run, undisturbed: Undisturbed, front: Between, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -116,6 +116,7 @@ def test_what_was_relabelled_is_scored_under_its_new_label_and_not_touched_again
     assert earlier == relabelled(folder)
 
 
+@pytest.mark.long
 def test_the_network_is_trained_on_the_new_labels(
     run: Run, digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,7 +150,11 @@ def test_the_network_is_trained_on_the_new_labels(
 
 @pytest.mark.parametrize(
     ("scope", "step"),
-    [*[("head", step) for step in ("fit", "select", "refine", "commit")], ("network", "refine")],
+    [
+        ("head", "commit"),
+        *[pytest.param("head", step, marks=pytest.mark.long) for step in ("fit", "select", "refine")],
+        pytest.param("network", "refine", marks=pytest.mark.long),
+    ],
 )
 def test_a_run_that_relabels_keeps_the_new_labels_over_an_interruption(
     run: Run,

@@ -113,6 +113,7 @@ def memorisation(run: str) -> float:
     return json.loads(Path(run, "rounds", "0001", "round.json").read_text())["metrics"]["memorisation"]
 
 
+@pytest.mark.long
 def test_a_week_in_the_life(
     server_uri: str,
     shards: Shards,

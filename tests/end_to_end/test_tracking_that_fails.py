@@ -174,6 +174,7 @@ def killed_in_round(server: Server, number: int) -> Iterator[None]:
         yield
 
 
+@pytest.mark.long
 def test_a_run_whose_server_is_killed_goes_on_and_delivers_at_its_next_start(
     server: Server,
     run: Callable[..., dict[str, Any]],

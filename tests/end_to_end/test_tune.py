@@ -212,6 +212,7 @@ def test_a_process_by_itself_gives_bitwise_the_sums_of_a_pool(undisturbed: Any) 
     assert all(torch.equal(alone, pooled) for alone, pooled in zip(*found, strict=True))
 
 
+@pytest.mark.long
 def test_a_search_that_is_killed_and_started_again_loses_and_repeats_nothing(
     shared_workers: None, runfile: Runfile, tmp_path: Path
 ) -> None:

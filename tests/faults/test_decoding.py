@@ -56,6 +56,7 @@ def clean(folder: Path, **data: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, env=env, capture_output=True, text=True)
 
 
+@pytest.mark.long
 def test_images_that_crash_the_decoder_are_quarantined_before_they_can_end_the_training(tmp_path: Path) -> None:
     done = clean(tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -68,6 +69,7 @@ def test_images_that_crash_the_decoder_are_quarantined_before_they_can_end_the_t
     assert sorted([*manifest, *removed, *FATAL["train"]]) == list(range(1000))
 
 
+@pytest.mark.long
 def test_an_image_that_crashes_the_reading_ends_the_run_with_what_to_do(tmp_path: Path) -> None:
     done = clean(tmp_path, noise={"kind": "instance", "rate": 0.2})
     assert done.returncode == 1

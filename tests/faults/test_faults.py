@@ -21,10 +21,13 @@ def arena(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
     arena.close()
 
 
-def test_three_rounds_with_ten_workers_killed_end_the_same_and_without_another_start(arena: Arena) -> None:
-    outcome = arena.struck("workers", 0)
+@pytest.mark.parametrize("kills", [6, pytest.param(10, marks=pytest.mark.long)])
+def test_three_rounds_with_so_many_workers_killed_end_the_same_and_without_another_start(
+    arena: Arena, kills: int
+) -> None:
+    outcome = arena.struck("workers", 0, kills)
     assert (outcome.different, outcome.lost, outcome.left_behind) == ([], 0, 0)
-    assert [kill.target for kill in outcome.kills] == ["worker"] * 10
+    assert [kill.target for kill in outcome.kills] == ["worker"] * kills
     assert outcome.starts == 1
     assert len({kill.step for kill in outcome.kills}) >= 4
 
