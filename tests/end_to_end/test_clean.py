@@ -54,7 +54,9 @@ def test_wrong_labels_go_and_the_model_gets_better(run: Run, digits: Digits, tmp
     assert summary["test_accuracy_after"] >= summary["test_accuracy_before"] + 0.08
 
 
-@pytest.mark.parametrize("scope", ["head", "network", "both"])
+@pytest.mark.parametrize(
+    "scope", ["head", *(pytest.param(scope, marks=pytest.mark.long) for scope in ("network", "both"))]
+)
 def test_the_refined_model_classifies_as_the_summary_says(undisturbed: Undisturbed, digits: Digits, scope: str) -> None:
     import torch
 
@@ -123,13 +125,13 @@ STEPS = ("embed", "fit", "score", "select", "refine", "evaluate", "commit", "tel
 @pytest.mark.parametrize(
     ("scope", "step"),
     [
-        *[("head", "score"), ("head", "commit"), ("network", "refine"), ("both", "commit")],
+        *[("head", "score"), ("head", "commit"), ("network", "refine")],
         *[
             pytest.param(scope, step, marks=pytest.mark.long)
             for scope, steps in {
                 "head": [step for step in STEPS if step not in ("score", "commit")],
                 "network": ["embed", "fit"],
-                "both": ["refine"],
+                "both": ["refine", "commit"],
             }.items()
             for step in steps
         ],
@@ -147,7 +149,8 @@ def test_a_run_interrupted_after_a_step_and_continued_ends_the_same(
     assert_same_result(tmp_path / "run", undisturbed(scope)["run"])
 
 
-@pytest.mark.parametrize(("scope", "committed"), [("head", 0), pytest.param("network", 2, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize(("scope", "committed"), [("head", 0), ("network", 2)])
 def test_a_run_interrupted_once_its_layers_are_chosen_chooses_the_same_again(
     run: Run, undisturbed: Undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scope: str, committed: int
 ) -> None:
@@ -175,7 +178,7 @@ def test_a_run_interrupted_once_its_layers_are_chosen_chooses_the_same_again(
     assert_same_result(folder, undisturbed(scope)["run"])
 
 
-@pytest.mark.parametrize("moment", ["_write_checkpoint", "tell_round"])
+@pytest.mark.parametrize("moment", [pytest.param("_write_checkpoint", marks=pytest.mark.long), "tell_round"])
 def test_a_run_interrupted_while_it_puts_the_last_boundary_on_ends_the_same(
     run: Run, tmp_path: Path, moment: str
 ) -> None:

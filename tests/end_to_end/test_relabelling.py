@@ -175,6 +175,7 @@ def test_a_run_that_relabels_keeps_the_new_labels_over_an_interruption(
     assert manifests[0].equals(manifests[1])
 
 
+@pytest.mark.long
 def test_where_all_selected_are_certain_none_goes(run: Run, digits: Digits, tmp_path: Path) -> None:
     summary = run(tmp_path / "run", removal={**RELABEL, "relabel_above": 1e-6, "max_rounds": 2})
     assert summary["removed"] == 0 and summary["live"] == 900

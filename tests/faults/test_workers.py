@@ -176,6 +176,7 @@ def embed(
     )
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_images_that_end_their_process_are_quarantined_one_by_one_and_the_rest_is_as_without_them(
     workers: Workers, tmp_path: Path
