@@ -3,8 +3,8 @@
 `python -m pipelines.benchmarks.keeping --samples 50000 --repeats 5` runs `clean` on that many digits (each of the
 1,797 many times over, with a little noise) in one process, on one Ray and one pool of workers, in turn with everything,
 without what keeps a run from losing anything, and without the search for images in two sets as well; the order changes
-from turn to turn. With `--run-file pipelines/configs/cifar10n.yaml --set pretrain.epochs=1 --set refine.epochs=1`,
-the same with real images and a network that is trained on.
+from turn to turn. `--run-file pipelines/configs/cifar10n.yaml --set pretrain.epochs=1 --set refine.epochs=1 --set
+removal.max_rounds=1 --output ...` does the same with real images and a network that is trained on.
 """
 
 from __future__ import annotations
@@ -104,10 +104,11 @@ def measured(folder: Path, settings: RunFile, repeats: int) -> list[dict[str, di
     real = workers.Workers
 
     def one(kind: str) -> dict[str, float]:
-        overrides: dict[str, Any] = {"run": {"path": str(folder / "run"), "seed": settings.run.seed}}
+        raw = settings.model_dump(exclude_unset=True)
+        raw["run"] = {**raw.get("run", {}), "path": str(folder / "run")}
         if kind == KINDS[2]:
-            overrides["data"] = {**settings.data.model_dump(exclude_unset=True), "leakage": "off"}
-        config = RunFile.model_validate({**settings.model_dump(exclude_unset=True), **overrides})
+            raw["data"] = {**raw["data"], "leakage": "off"}
+        config = RunFile.model_validate(raw)
         with contextlib.nullcontext() if kind == KINDS[0] else careless(real):
             summary = clean(config, quiet=True)
         shutil.rmtree(folder / "run")
@@ -169,8 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.run_file:
             tracking = f"tracking.uri=sqlite:///{folder / 'mlflow.db'}"
             settings = load(options.run_file, [*options.set, tracking])
-            what = shlex.join([str(options.run_file), *(word for one in options.set for word in ("--set", one))])
-            what = f"--run-file {what}"
+            words = [word for one in options.set for word in ("--set", one)]
+            what = shlex.join(["--run-file", str(options.run_file), *words])
         else:
             settings = digits_run(folder, options.samples)
             what = f"--samples {options.samples}"
