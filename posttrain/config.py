@@ -382,7 +382,8 @@ class Ray(Section):
     workers: int | None = Field(default=None, ge=1)
     """Workers that embed and score. null: one per GPU, or one per CPU where there is none."""
     gpus_per_worker: float | None = Field(default=None, ge=0)
-    """GPUs of each such worker; a fraction shares one. null: 1 where there is a GPU."""
+    """GPUs of each such worker; a fraction shares one. null: 1 where there is a GPU; on one machine with fewer GPUs
+    than workers, an equal share of one."""
     cpus_per_worker: float = Field(default=1, gt=0)
     """CPUs of each such worker."""
     train_workers: int | None = Field(default=None, ge=0)

@@ -256,6 +256,19 @@ def _whole(dataset: str, split: str) -> tuple[Tensor, dict[str, np.ndarray]]:
 
 # -- networks ----------------------------------------------------------------------------------------------
 
+_device = torch.device("cpu")
+
+
+def train_on(device: str) -> None:
+    """From now on, networks are trained on this device, "cpu" or "cuda"; everything else computes on the CPU.
+
+    Raises ValueError where torch sees no GPU.
+    """
+    global _device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("torch sees no GPU; leave --device out to train on the CPU")
+    _device = torch.device(device)
+
 
 class Images:
     """Batches of a part in seeded random order, as `fit_network` takes them; `last` are their positions."""
@@ -306,15 +319,15 @@ def train(
     dataset = DATASETS[case.dataset]
     settings = settings or dataset.training[case.network]
     model = network(case, seed) if weights is None else loaded(case, weights)
-    model.to(memory_format=torch.channels_last).train()
+    model.to(_device).to(memory_format=torch.channels_last).train()
     margins, seen = np.zeros(len(part)), np.zeros(len(part))
     snapshots: list[bytes] = []
 
     def remember(module: nn.Module, inputs: Any, logits: Tensor) -> None:
         at = images.last
-        given = torch.from_numpy(part.given[at])
-        own = logits.detach().gather(1, given[:, None])[:, 0]
-        others = logits.detach().scatter(1, given[:, None], -torch.inf).max(dim=1).values
+        given, logits = torch.from_numpy(part.given[at]), logits.detach().cpu()
+        own = logits.gather(1, given[:, None])[:, 0]
+        others = logits.scatter(1, given[:, None], -torch.inf).max(dim=1).values
         margins[at] += (own - others).numpy()
         seen[at] += 1
 
@@ -336,7 +349,7 @@ def train(
             spec=dataset.image,
             live=len(part),
             world=1,
-            device=torch.device("cpu"),
+            device=_device,
             seed=seed,
             progress=lambda done, total: None,
         )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,6 +34,8 @@ def parser(
     found.add_argument("--folder", type=Path, default=Path("runs/detection"), help="networks and findings")
     found.add_argument("--out", type=Path, default=Path("pipelines/benchmarks/results"), help="the tables")
     found.add_argument("--threads", type=int, default=1)
+    found.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the networks are trained")
+    found.add_argument("--processes", type=int, default=1, help="so many cases are measured at a time")
     found.add_argument("--report", action="store_true", help="measure nothing, write the tables of what is there")
     found.add_argument("--readme", action="store_true", help="measure nothing, print the README's table")
     return found
@@ -51,15 +55,17 @@ def run(
 ) -> None:
     """Measures the cases, unless only a report is asked for; writes and prints what is told of those that are kept.
 
-    `report` is handed the command, with those of the `flags` that are set. Exits with an error where nothing is kept.
+    `measure` is pickled where there are several processes. `report` is handed the command, with those of the `flags`
+    that are set. Exits with an error where nothing is kept, or the device is not there.
     """
     chosen = list(cases.cases(options.datasets, options.noises, options.networks, options.seeds))
     if not (options.report or options.readme):
-        torch.set_num_threads(options.threads)
-        with threadpool_limits(limits=options.threads):
-            for number, case in enumerate(chosen, start=1):
-                print(f"[{number}/{len(chosen)}] {case}", file=sys.stderr)
-                measure(case)
+        try:
+            cases.train_on(options.device)
+        except ValueError as error:
+            parser.error(str(error))
+        for number, case in enumerate(_measured(chosen, measure, options), start=1):
+            print(f"[{number}/{len(chosen)}] {case}", file=sys.stderr)
     findings = [found for case in chosen if (found := kept(case)) is not None]
     if not findings:
         parser.error(f"{options.folder} holds nothing of these {len(chosen)} cases; measure them first")
@@ -73,6 +79,38 @@ def run(
     print(text)
 
 
+def _measured(chosen: Sequence[Case], measure: Callable[[Case], object], options: argparse.Namespace) -> Iterator[Case]:
+    """Each case, before it is measured; with several processes, when it has been."""
+    if options.processes == 1:
+        torch.set_num_threads(options.threads)
+        with threadpool_limits(limits=options.threads):
+            for case in chosen:
+                yield case
+                measure(case)
+        return
+    with ProcessPoolExecutor(
+        options.processes,
+        # a process that was forked could not use a GPU that its parent has used
+        multiprocessing.get_context("spawn"),
+        _settle,
+        (options.threads, options.device),
+    ) as pool:
+        running = {pool.submit(measure, case): case for case in chosen}
+        try:
+            for done in as_completed(running):
+                done.result()
+                yield running[done]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _settle(threads: int, device: str) -> None:
+    torch.set_num_threads(threads)
+    threadpool_limits(limits=threads)
+    cases.train_on(device)
+
+
 def _line(name: str, parser: argparse.ArgumentParser, options: argparse.Namespace, flags: Sequence[str]) -> str:
     """What was asked for, without the folders, which are of one machine."""
     parts = ["python", "-m", f"pipelines.benchmarks.{name}"]
@@ -81,4 +119,7 @@ def _line(name: str, parser: argparse.ArgumentParser, options: argparse.Namespac
         parts += [] if given == parser.get_default(own) else [f"--{own}", *given]
     parts += ["--seeds", *(str(seed) for seed in options.seeds)]
     parts += [f"--{flag}" for flag in flags if getattr(options, flag.replace("-", "_"))]
-    return shlex.join([*parts, *(["--threads", str(options.threads)] if options.threads != 1 else [])])
+    for own in ("threads", "device", "processes"):
+        given = getattr(options, own)
+        parts += [] if given == parser.get_default(own) else [f"--{own}", str(given)]
+    return shlex.join(parts)

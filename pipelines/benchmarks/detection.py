@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -132,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "detection",
         parser,
         options,
-        measure=lambda case: measure(case, options.folder, folds),
+        measure=partial(measure, folder=options.folder, folds=folds),
         kept=lambda case: kept(case, options.folder),
         report=report,
         short=short,

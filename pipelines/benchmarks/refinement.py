@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -259,9 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "refinement",
         parser,
         options,
-        measure=lambda case: measure(
-            case, options.folder, cleanlab=options.cleanlab, scratch=not options.without_scratch
-        ),
+        measure=partial(measure, folder=options.folder, cleanlab=options.cleanlab, scratch=not options.without_scratch),
         kept=lambda case: kept(case, options.folder),
         report=report,
         short=short,

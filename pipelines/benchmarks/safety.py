@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "safety",
         parser,
         options,
-        measure=lambda case: measured(case, options.folder),
+        measure=partial(measured, folder=options.folder),
         kept=lambda case: kept(case, options.folder),
         report=report,
         short=short,

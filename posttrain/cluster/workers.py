@@ -11,6 +11,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -481,6 +482,17 @@ class _Method:
             return ray.put(self.call(*values))
 
 
+def _places(gpus: float, available: float) -> int:
+    """Workers that can have so many GPUs each at a time, more than 0: Ray takes a fraction from a single one."""
+    # 1 / (1 / 49) is a little less than 49
+    return int(available) * int(1 / gpus + 1e-6) if gpus < 1 else int(available / gpus)
+
+
+def _gpus_of_each(workers: int, available: float) -> float:
+    """One GPU for each worker, or an equal share of one where there are fewer; 0 where there is none."""
+    return 1.0 / max(1, math.ceil(workers / int(available))) if available >= 1 else 0.0
+
+
 class Workers:
     """The pool, seen from the driver. Actors start at the first call.
 
@@ -490,17 +502,18 @@ class Workers:
     def __init__(self, *, count: int | None, cpus: float, gpus: float | None, on_cluster: bool) -> None:
         resources = ray.cluster_resources()
         available_gpus = resources.get("GPU", 0.0)
-        self.gpus_per_worker = (1.0 if available_gpus >= 1 else 0.0) if gpus is None else gpus
-        if self.gpus_per_worker > available_gpus and not on_cluster:
-            raise ConfigError(
-                f"ray.gpus_per_worker = {self.gpus_per_worker:g}, but this machine shows {available_gpus:g} "
-                "GPUs; leave it out"
-            )
-        by_default = (
-            int(available_gpus / self.gpus_per_worker)
-            if self.gpus_per_worker
-            else int(resources.get("CPU", 1) / max(cpus, 1))
-        )
+        # on a cluster, which may grow, the run file says how many GPUs are meant
+        known = count if count and not on_cluster else 1
+        self.gpus_per_worker = _gpus_of_each(known, available_gpus) if gpus is None else gpus
+        by_default = int(resources.get("CPU", 1) / max(cpus, 1))
+        if self.gpus_per_worker:
+            by_default = _places(self.gpus_per_worker, available_gpus)
+            if not on_cluster and known > by_default:
+                # an actor whose GPU never comes would be waited for
+                raise ConfigError(
+                    f"ray.gpus_per_worker = {self.gpus_per_worker:g} is too much for {known} "
+                    f"worker{'s' * (known > 1)}: this machine shows {available_gpus:g} GPUs; leave it out"
+                )
         self.count = 0 if count == 0 else max(1, count or by_default)
         # On one machine the steps never overlap, so that actors which reserve no CPU cannot starve Ray Data or
         # Ray Train; on a cluster the reservation is what places them.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from pipelines.benchmarks import command, detection, refinement, safety
 from pipelines.benchmarks.cases import Case
@@ -59,6 +61,7 @@ def test_every_case_is_measured_and_told_of_if_it_is_kept(
         ([], "--seeds 0"),
         (["--noises", "clean", "human aggre"], "--noises clean 'human aggre' --seeds 0"),
         (["--threads", "2", "--some-flag", "--folder", "elsewhere"], "--seeds 0 --some-flag --threads 2"),
+        (["--processes", "3", "--device", "cuda"], "--seeds 0 --device cuda --processes 3"),
     ],
 )
 def test_the_command_is_told_without_what_is_usual_and_without_folders(
@@ -84,3 +87,54 @@ def test_a_report_of_nothing_is_refused(
         main(["--report", "--folder", str(tmp_path), "--out", str(tmp_path / "out")])
     assert "measure them first" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def noted(case: Case, folder: Path) -> None:
+    """Stands for a measurement: the threads that it could have used."""
+    if case.noise == "human aggre":
+        raise ValueError("cannot be measured")
+    (folder / case.key).write_text(str(torch.get_num_threads()))
+
+
+def in_processes(folder: Path, *arguments: str) -> None:
+    parser = command.parser("", NOISES, default=NOISES[:2], seeds=[0])
+    command.run(
+        "any",
+        parser,
+        parser.parse_args(["--processes", "2", "--out", str(folder / "out"), *arguments]),
+        measure=partial(noted, folder=folder),
+        kept=lambda case: case if (folder / case.key).exists() else None,
+        report=lambda found, line: str(len(found)),
+        short=lambda found: "",
+        table=lambda found: pa.table({"noise": [case.noise for case in found]}),
+    )
+
+
+@pytest.mark.slow
+def test_several_processes_measure_every_case_with_their_threads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    in_processes(tmp_path, "--datasets", "digits", "--threads", "3")
+    wanted = [Case("digits", noise, network, 0) for noise in NOISES[:2] for network in ("memorised", "augmented")]
+    assert {case.key: (tmp_path / case.key).read_text() for case in wanted} == {case.key: "3" for case in wanted}
+    printed = capsys.readouterr()
+    assert printed.out == "4\n"
+    counted, told = zip(*(line.split(" ", 1) for line in printed.err.splitlines()), strict=True)
+    assert counted == ("[1/4]", "[2/4]", "[3/4]", "[4/4]")
+    assert sorted(told) == sorted(map(str, wanted))
+
+
+@pytest.mark.slow
+def test_a_case_that_fails_in_a_process_of_its_own_ends_the_benchmark(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be measured"):
+        in_processes(tmp_path, "--datasets", "cifar10n", "--noises", "human aggre")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("main", MAINS)
+def test_a_gpu_that_is_not_there_is_refused(
+    main: Callable[[Sequence[str]], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--device", "cuda", "--folder", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert "torch sees no GPU; leave --device out to train on the CPU" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from posttrain.cluster.devices import BatchSize, computing_in, moved
 from posttrain.cluster.refining import Training, fit_network
-from posttrain.cluster.workers import Network, embed_block
+from posttrain.cluster.workers import Network, Workers, embed_block
 from posttrain.config import RunFile, load
 from posttrain.errors import ConfigError, StepError
 from posttrain.schema import FILE, IMAGE, LABEL, SAMPLE_ID, ImageSpec, ModelSpec, Precision
@@ -353,6 +353,56 @@ def test_gpus_are_a_share_of_one_or_whole_ones(key: str) -> None:
     assert [getattr(load(None, [f"ray.{key}={gpus}"]).ray, key) for gpus in (0, 0.25, 1, 2)] == [0, 0.25, 1, 2]
     with pytest.raises(ConfigError, match=rf"ray\.{key} = 1\.5: should be a whole number, or a fraction below 1"):
         load(None, [f"ray.{key}=1.5"])
+
+
+def workers(monkeypatch: pytest.MonkeyPatch, there: float, **options: Any) -> Workers:
+    """The pool where Ray shows so many GPUs, and 8 CPUs; no actor is started."""
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0, **({"GPU": there} if there else {})})
+    monkeypatch.setattr("ray.nodes", list)
+    return Workers(**{"count": None, "cpus": 1, "gpus": None, "on_cluster": False, **options})
+
+
+@pytest.mark.parametrize(
+    ("there", "options", "count", "each"),
+    [
+        (0, {}, 8, 0),
+        (0, {"count": 2}, 2, 0),
+        (1, {}, 1, 1),
+        (4, {}, 4, 1),
+        (4, {"count": 2}, 2, 1),
+        (1, {"count": 2}, 2, 1 / 2),
+        # two on each of two GPUs: of 2/3 of a GPU each, one would wait for ever
+        (2, {"count": 3}, 3, 1 / 2),
+        (1, {"count": 49}, 49, 1 / 49),
+        (1, {"gpus": 0.25}, 4, 0.25),
+        (2, {"gpus": 0.4}, 4, 0.4),
+        (4, {"gpus": 2}, 2, 2),
+        (1, {"gpus": 0}, 8, 0),
+        # a cluster may grow
+        (1, {"count": 4, "on_cluster": True}, 4, 1),
+        (0, {"count": 4, "gpus": 1, "on_cluster": True}, 4, 1),
+    ],
+)
+def test_workers_share_the_gpus_that_there_are(
+    monkeypatch: pytest.MonkeyPatch, there: float, options: dict[str, Any], count: int, each: float
+) -> None:
+    found = workers(monkeypatch, there, **options)
+    assert (found.count, found.gpus_per_worker) == (count, pytest.approx(each))
+
+
+@pytest.mark.parametrize(
+    ("there", "options", "named"),
+    [
+        (0, {"gpus": 1}, "= 1 is too much for 1 worker: this machine shows 0 GPUs"),
+        (1, {"gpus": 1, "count": 2}, "= 1 is too much for 2 workers: this machine shows 1 GPUs"),
+        (2, {"gpus": 0.6, "count": 3}, "= 0.6 is too much for 3 workers: this machine shows 2 GPUs"),
+    ],
+)
+def test_workers_whose_gpus_would_never_come_are_refused(
+    monkeypatch: pytest.MonkeyPatch, there: float, options: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"ray\.gpus_per_worker {named}; leave it out"):
+        workers(monkeypatch, there, **options)
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------

@@ -27,7 +27,8 @@ def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def shared_workers(ray_session: None) -> Iterator[None]:
-    """The real pools, one per number of workers, kept over the tests: a new process takes seconds to import torch.
+    """The real pools, one per number of workers and GPUs, kept over the tests: a new process takes seconds to import
+    torch.
 
     The processes of one at a time: each takes half a gigabyte.
     """
@@ -35,13 +36,14 @@ def shared_workers(ray_session: None) -> Iterator[None]:
 
     real, pools = workers.Workers, {}
 
-    def kept(*, count: int | None, **options: Any) -> Any:
-        if count not in pools:
-            pools[count] = real(count=count, **options)
+    def kept(*, count: int | None, gpus: float | None, **options: Any) -> Any:
+        own = (count, gpus)
+        if own not in pools:
+            pools[own] = real(count=count, gpus=gpus, **options)
         for other, pool in pools.items():
-            if other != count:
+            if other != own:
                 pool.release()
-        return pools[count]
+        return pools[own]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workers, "Workers", kept)
