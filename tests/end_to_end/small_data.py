@@ -73,13 +73,19 @@ class Digits:
 
 
 def memorise(digits: Digits, model: nn.Module, path: Path, *, epochs: int) -> None:
-    """Trains the model until it knows the given labels, wrong ones included, and writes its weights."""
+    """Trains the model until it knows the given labels, wrong ones included, and writes its weights.
+
+    `epochs` are enough here; another machine, whose sums round otherwise, may take more.
+    """
     import torch
 
     inputs = digits.inputs("train")
     labels = torch.from_numpy(digits.given[list(digits.splits["train"])])
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    for _ in range(epochs):
+    for epoch in range(3 * epochs):
+        if epoch >= epochs and accuracy(model.eval(), inputs, labels) >= 0.98:
+            break
+        model.train()
         for batch in torch.randperm(len(labels)).split(64):
             optimizer.zero_grad()
             torch.nn.functional.cross_entropy(model(inputs[batch]), labels[batch]).backward()
