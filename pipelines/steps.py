@@ -7,6 +7,7 @@ the tracking. Each method is one step.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -126,6 +127,7 @@ class CleaningRun:
     _found: dict[str, float] = field(default_factory=dict)
     """What the steps of the round found out, for its metrics."""
     _at_once: int | None = None
+    _gpus_told: bool = False
     """Images that were last said to be embedded at a time, for want of memory."""
     earlier: Live = field(default_factory=lambda: Live({}, {}))
     """What former runs of the same job removed and relabelled; see `take_over`."""
@@ -616,8 +618,9 @@ class CleaningRun:
                 run_name=f"{name}-{seed}",
                 progress=tell,
             )
+        where = f" on {trained.gpu}" if trained.gpu else ""
         self.progress.say(
-            f"  {name}: {_counted(trained.epochs, 'epoch')}, {_counted(trained.steps, 'step')}, "
+            f"  {name}: {_counted(trained.epochs, 'epoch')}, {_counted(trained.steps, 'step')}{where}, "
             f"accuracy on the given labels {100 * trained.train_accuracy:.1f} %"
         )
         if trained.part is not None:
@@ -653,12 +656,22 @@ class CleaningRun:
             if self.former is not None:
                 asked = split.rows - sum(len(rows) for rows in excluded.values())
                 self._note_embedded(backbone, name, sum(found.embedded for found in summaries[name]), asked)
+        self._tell_gpus()
         at_once = self.workers.reduced_batch()
         if at_once is not None and at_once != self._at_once:
             self._at_once = at_once
             self.progress.say(f"  embed: memory did not suffice; going on with {at_once} images at a time")
         self._quarantine(summaries)
         return backbone
+
+    def _tell_gpus(self) -> None:
+        if self._gpus_told or not self.workers.gpus_per_worker:
+            return
+        found = self.workers.gpus()
+        self._gpus_told = bool(found)
+        for name, count in Counter(found).items():
+            what = f"on {name}" if name else "without a GPU, although Ray sees one: is this a torch for the CPU?"
+            self.progress.say(f"  embed: {_counted(count, 'worker')} {what}")
 
     def _quarantine(self, summaries: dict[str, list[ShardSummary]]) -> None:
         path = self.folder.path("quarantine.parquet")

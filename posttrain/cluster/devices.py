@@ -29,6 +29,11 @@ def own_device() -> torch.device:
     return torch.device("cuda" if given and torch.cuda.is_available() else "cpu")
 
 
+def name_of(device: torch.device) -> str | None:
+    """What a GPU is called, None for the CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
+
+
 def computing_in(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
     """A context in which matrix products and convolutions are carried out in `precision`; weights stay as they are."""
     return torch.autocast(device.type, dtype=_DTYPES[precision], enabled=precision != "float32")

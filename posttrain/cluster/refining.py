@@ -26,7 +26,7 @@ from ray.train.torch import TorchTrainer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from posttrain.cluster.devices import BatchSize, computing_in, moved
+from posttrain.cluster.devices import BatchSize, computing_in, moved, name_of
 from posttrain.cluster.reading import Bucket, Progress, Split, explain
 from posttrain.cluster.workers import Network, load_network
 from posttrain.errors import ConfigError, RecipeError, StepError
@@ -73,6 +73,8 @@ class Trained:
     seconds: float
     part: int | None = None
     """Samples per forward pass, where memory did not suffice for a whole step at a time."""
+    gpu: str | None = None
+    """What the GPU of the first training worker is called, None where it trained on a CPU."""
 
 
 def refuse_missing_gpus(workers: int, gpus_per_worker: float) -> None:
@@ -160,6 +162,7 @@ def train(
         found["loss"],
         time.perf_counter() - started,
         found["part"],
+        found["gpu"],
     )
 
 
@@ -210,7 +213,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
                 raise
             # Ray Train would take it for the loss of a worker, and begin again
             return {"failed": str(error)}
-    return {"weights": models.to_bytes(model), **outcome}
+    return {"weights": models.to_bytes(model), "gpu": name_of(device), **outcome}
 
 
 def fit_network(

@@ -27,7 +27,7 @@ from torch import Tensor
 
 import posttrain
 from posttrain.cluster import isolating
-from posttrain.cluster.devices import BatchSize, computing_in, moved, own_device
+from posttrain.cluster.devices import BatchSize, computing_in, moved, name_of, own_device
 from posttrain.cluster.isolating import Fatal, fatal_rows
 from posttrain.cluster.pool import Died, Pool
 from posttrain.cluster.reading import Bucket, Progress
@@ -197,6 +197,9 @@ class _Worker:
 
     def pid(self) -> int:
         return os.getpid()
+
+    def gpu(self) -> str | None:
+        return name_of(self.device)
 
     def reduced_batch(self) -> int | None:
         return self.batch.reduced
@@ -624,6 +627,10 @@ class Workers:
     def pids(self) -> list[int]:
         """The processes of the actors that are ready."""
         return self._pool.ask(lambda actor: actor.pid.remote())
+
+    def gpus(self) -> list[str | None]:
+        """What the GPUs of the actors that are ready are called, None for one that computes on a CPU."""
+        return self._pool.ask(lambda actor: actor.gpu.remote())
 
     def reduced_batch(self) -> int | None:
         """Images per forward pass of the worker with the fewest, where memory did not suffice for all; else None."""
