@@ -68,6 +68,7 @@ class Found:
     test_after: float
     rounds: int
     reason: str
+    hardware: str = "hardware not noted"
 
     @property
     def truth(self) -> float:
@@ -113,6 +114,7 @@ def measured(case: Case, folder: Path) -> Found:
         metrics["test_accuracy"],
         sum(1 for done in outcome.state.history if done.removed),
         outcome.reason,
+        hardware(),
     )
     findings.keep(found, findings.file("safety", case, folder))
     return found
@@ -123,7 +125,7 @@ def report(found: Sequence[Found], command: str) -> str:
     lines = [
         "# Stop and safety",
         "",
-        f"`{command}`; {hardware()}",
+        f"`{command}`; {'; '.join(sorted({one.hardware for one in found}))}",
         "",
         "posttrain with its default settings and `refine.scope: head`. *Estimate*: the share of wrong labels, as",
         "the run saw it in its first round, with its 95 % interval; *no sign*: not more than a clean set shows.",
