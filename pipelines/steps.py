@@ -453,7 +453,7 @@ class CleaningRun:
         with self.progress.step("fit"):
             drawn = self.boundaries.draw(backbone, self.live, number=number)
         before, after = last.metrics["validation_accuracy"], drawn.boundary.accuracy
-        if not policy.boundary_is_taken(scope, before, after, state.validation_samples):
+        if not policy.boundary_is_taken(scope, state.number, before, after, state.validation_samples):
             return state
         with self.progress.step("refine"):
             model = self.redrawn(state.model, drawn.boundary.members, self.live)

@@ -300,7 +300,8 @@ class Refine(Training):
     scope: Literal["head", "network", "both"] = "head"
     """head: the boundary fitted on what is left becomes the new head, and the other keys of this section have no
     effect. network: the whole network is trained on the images that are left. both: the network in every round,
-    and in the end the boundary becomes its new head, unless the held-out labels speak against it."""
+    and in the end the boundary becomes its new head, unless the held-out labels speak against it. Where nothing was
+    removed, head and both take it only if it is clearly better."""
     augment: Augment | None = None
     """Random change of the training images: none, crop (shifted crops), crop_flip (and mirrored). null: as in
     pre-training, where posttrain does that; else crop_flip."""

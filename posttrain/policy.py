@@ -58,18 +58,19 @@ def caps(live: np.ndarray, samples: np.ndarray, class_floor: float) -> np.ndarra
 def boundary_is_due(scope: Scope, rounds: int) -> bool:
     """Whether the boundary may become the head after the last of so many rounds.
 
-    Of `both` after a removal; of `head`, which has drawn it in every round, where nothing was removed.
+    Of `both` always; of `head`, which has drawn it in every round, where there was none.
     """
-    return rounds > 0 if scope == "both" else scope == "head" and rounds == 0
+    return scope == "both" or (scope == "head" and rounds == 0)
 
 
-def boundary_is_taken(scope: Scope, before: float, after: float, samples: int) -> bool:
+def boundary_is_taken(scope: Scope, rounds: int, before: float, after: float, samples: int) -> bool:
     """Whether the boundary becomes the head, by the validation accuracies `before` (the model's) and `after`.
 
-    Of `both` unless the accuracy falls: its network has been trained on, and is another one anyway. Of `head` only
-    if it rises by more than two standard errors of a difference: a network that is not known to be worse stays.
+    Of `both`, after any round, unless the accuracy falls: its network has been trained on, and is another one anyway.
+    Without a round only if it rises by more than two standard errors of a difference: a network that is not known to
+    be worse stays.
     """
-    if scope == "both":
+    if scope == "both" and rounds:
         return after >= before
     return _exceeds(after, before, samples)
 

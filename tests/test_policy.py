@@ -45,15 +45,22 @@ def test_every_class_keeps_its_share_of_all_its_samples():
 
 @pytest.mark.parametrize(
     ("scope", "rounds", "due"),
-    [("head", 0, True), ("head", 3, False), ("network", 0, False), ("network", 3, False), ("both", 3, True)],
+    [
+        ("head", 0, True),
+        ("head", 3, False),
+        ("network", 0, False),
+        ("network", 3, False),
+        ("both", 0, True),
+        ("both", 3, True),
+    ],
 )
 def test_when_a_boundary_may_become_the_head(scope: policy.Scope, rounds: int, due: bool):
     assert policy.boundary_is_due(scope, rounds) == due
 
 
 def test_with_both_the_boundary_is_taken_unless_the_accuracy_falls():
-    assert policy.boundary_is_taken("both", 0.8, 0.8, 500)
-    assert not policy.boundary_is_taken("both", 0.8, 0.798, 500)
+    assert policy.boundary_is_taken("both", 1, 0.8, 0.8, 500)
+    assert not policy.boundary_is_taken("both", 1, 0.8, 0.798, 500)
 
 
 @pytest.mark.parametrize(("last", "taken_back"), [(0.85, False), (0.842, False), (0.83, True), (0.95, False)])
@@ -62,9 +69,10 @@ def test_the_first_model_is_taken_back_only_if_it_is_clearly_better(last: float,
     assert policy.first_is_taken_back(0.88, last, 500) == taken_back
 
 
-def test_with_head_chance_alone_hardly_ever_replaces_the_head():
+@pytest.mark.parametrize("scope", ["head", "both"])
+def test_without_a_round_chance_alone_hardly_ever_replaces_the_head(scope: policy.Scope):
     draws = np.random.default_rng(0).binomial(500, 0.8, (20_000, 2)) / 500
-    taken = np.mean([policy.boundary_is_taken("head", before, after, 500) for before, after in draws])
+    taken = np.mean([policy.boundary_is_taken(scope, 0, before, after, 500) for before, after in draws])
     # beyond two standard errors on one side: 2.3 % of normal differences
     assert taken == pytest.approx(0.023, abs=0.006)
-    assert not policy.boundary_is_taken("head", 1.0, 1.0, 500)
+    assert not policy.boundary_is_taken(scope, 0, 1.0, 1.0, 500)

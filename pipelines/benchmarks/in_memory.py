@@ -266,7 +266,7 @@ class CleaningInMemory:
             return state
         boundary = self.fit(state, self.embed(state))
         before = state.history[-1].metrics["validation_accuracy"]
-        if not policy.boundary_is_taken(mode, before, boundary.accuracy, state.validation_samples):
+        if not policy.boundary_is_taken(mode, state.number, before, boundary.accuracy, state.validation_samples):
             return state
         model = Model(state.model.weights, boundary)
         done = Round(state.number + 1, state.live, 0, 0, 0, self.evaluate(state, model))

@@ -316,8 +316,8 @@ def _removals(findings: Sequence[Finding]) -> list[str]:
         "the interval's ends are means over seeds. Stopped by: no sign of wrong labels; the estimate, once as many are",
         f"out as labels are estimated to be wrong; nothing left that looks wrong; rounds, after {REMOVAL.max_rounds};",
         "the validation accuracy, once it falls; floors of the classes. The boundary becomes the head in the end:",
-        "of the head where nothing was removed and it is clearly better, of both where the validation accuracy",
-        "does not fall.",
+        "where nothing was removed, of head and both if it is clearly better; else of both where the validation",
+        "accuracy does not fall.",
         "",
         *markdown(columns, lines),
     ]

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from small_data import NETWORK, Digits, accuracy, as_built, assert_same_result, png, removed_ids, rounds
+from small_data import BOTH, NETWORK, Digits, accuracy, as_built, assert_same_result, png, removed_ids, rounds
 
 from posttrain.config import RunFile
 
@@ -200,6 +200,16 @@ def test_where_removal_share_is_0_nothing_goes(run: Run, tmp_path: Path) -> None
     assert (summary["removed"], summary["live"]) == (0, 900)
     assert summary["ended"].startswith("no sample goes: removal.share = 0;")
     assert summary["validation_accuracy_after"] >= summary["validation_accuracy_before"]
+
+
+@pytest.mark.parametrize(("refine", "committed"), [({}, 1), (BOTH, 1), (NETWORK, 0)], ids=["head", "both", "network"])
+def test_where_nothing_goes_a_boundary_that_is_clearly_better_becomes_the_head(
+    run: Run, resnet: Sections, tmp_path: Path, refine: dict[str, Any], committed: int
+) -> None:
+    summary = run(tmp_path / "run", **resnet, removal={"share": 0.0}, refine=refine)
+    assert (summary["removed"], summary["rounds"]) == (0, committed)
+    gained = summary["test_accuracy_after"] - summary["test_accuracy_before"]
+    assert gained > 0.1 if committed else gained == 0
 
 
 def test_wrong_labels_are_found_where_somebody_has_looked_through_the_validation_set(
