@@ -7,7 +7,6 @@ the tracking. Each method is one step.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -127,8 +126,9 @@ class CleaningRun:
     _found: dict[str, float] = field(default_factory=dict)
     """What the steps of the round found out, for its metrics."""
     _at_once: int | None = None
-    _gpus_told: bool = False
     """Images that were last said to be embedded at a time, for want of memory."""
+    _gpus_told: bool = False
+    """Whether it was said which GPUs embed."""
     earlier: Live = field(default_factory=lambda: Live({}, {}))
     """What former runs of the same job removed and relabelled; see `take_over`."""
     before: Before = field(default_factory=lambda: Before(NO_SUPPORT, 0.0))
@@ -631,7 +631,7 @@ class CleaningRun:
 
     def _gpus_per_train_worker(self) -> float:
         given = self.config.ray.gpus_per_train_worker
-        return float(self.workers.gpus_per_worker > 0) if given is None else given
+        return self.workers.gpus_to_train(max(1, self.train_workers)) if given is None else given
 
     # -- what the steps share --------------------------------------------------------------------------
 
@@ -656,7 +656,8 @@ class CleaningRun:
             if self.former is not None:
                 asked = split.rows - sum(len(rows) for rows in excluded.values())
                 self._note_embedded(backbone, name, sum(found.embedded for found in summaries[name]), asked)
-        self._tell_gpus()
+        if any(shard.embedded for found in summaries.values() for shard in found):
+            self._tell_gpus()
         at_once = self.workers.reduced_batch()
         if at_once is not None and at_once != self._at_once:
             self._at_once = at_once
@@ -669,9 +670,10 @@ class CleaningRun:
             return
         found = self.workers.gpus()
         self._gpus_told = bool(found)
-        for name, count in Counter(found).items():
-            what = f"on {name}" if name else "without a GPU, although Ray sees one: is this a torch for the CPU?"
-            self.progress.say(f"  embed: {_counted(count, 'worker')} {what}")
+        if names := sorted({name for name in found if name}):
+            self.progress.say(f"  embed: on {', '.join(names)}")
+        if None in found:
+            self.progress.say("  embed: without a GPU, although Ray sees one: is this a torch for the CPU?")
 
     def _quarantine(self, summaries: dict[str, list[ShardSummary]]) -> None:
         path = self.folder.path("quarantine.parquet")

@@ -381,7 +381,7 @@ class Ray(Section):
     address: Text | None = None
     """Address of a Ray cluster (auto, host:port, ray://...). null: a Ray of its own on this machine."""
     workers: int | None = Field(default=None, ge=1)
-    """Workers that embed and score. null: one per GPU, or one per CPU where there is none."""
+    """Workers that embed and score. null: as many as there are GPUs for, or one per CPU where there is none."""
     gpus_per_worker: float | None = Field(default=None, ge=0)
     """GPUs of each such worker; a fraction shares one. null: 1 where there is a GPU; on one machine with fewer GPUs
     than workers, an equal share of one."""
@@ -391,7 +391,8 @@ class Ray(Section):
     """Workers of Ray Train; 0 trains in the driver's own process. null: 0, or 1 where an address is set."""
     gpus_per_train_worker: float | None = Field(default=None, ge=0)
     """GPUs of each of these; with 0 workers, whether the driver trains on its GPU. null: 1 where the workers that
-    embed have GPUs, else 0. Several that share a GPU (a fraction) exchange gradients by Gloo, else by NCCL."""
+    embed have GPUs, else 0; on one machine with fewer GPUs than training workers, an equal share of one. Several that
+    share a GPU (a fraction) exchange gradients by Gloo, else by NCCL."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """In what the network computes where it embeds and trains: bfloat16 and float16 are faster on GPUs. Weights,
     losses, sums, and all that is done with the features stay in float32 or float64."""

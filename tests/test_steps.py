@@ -13,12 +13,9 @@ from pipelines.steps import CleaningRun
 @pytest.mark.parametrize(
     ("gpus", "said"),
     [
-        (["NVIDIA H200"], ["  embed: 1 worker on NVIDIA H200"]),
-        (
-            ["NVIDIA H200", "NVIDIA L4", "NVIDIA H200"],
-            ["  embed: 2 workers on NVIDIA H200", "  embed: 1 worker on NVIDIA L4"],
-        ),
-        ([None], ["  embed: 1 worker without a GPU, although Ray sees one: is this a torch for the CPU?"]),
+        (["NVIDIA H200", "NVIDIA H200"], ["  embed: on NVIDIA H200"]),
+        (["NVIDIA L4", "NVIDIA H200", "NVIDIA L4"], ["  embed: on NVIDIA H200, NVIDIA L4"]),
+        ([None], ["  embed: without a GPU, although Ray sees one: is this a torch for the CPU?"]),
         # no actor has started yet: the next time
         ([], []),
     ],

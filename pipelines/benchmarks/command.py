@@ -7,7 +7,7 @@ import multiprocessing
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,9 +33,9 @@ def parser(
     found.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
     found.add_argument("--folder", type=Path, default=Path("runs/detection"), help="networks and findings")
     found.add_argument("--out", type=Path, default=Path("pipelines/benchmarks/results"), help="the tables")
-    found.add_argument("--threads", type=int, default=1)
+    found.add_argument("--threads", type=_positive, default=1)
     found.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the networks are trained")
-    found.add_argument("--processes", type=int, default=1, help="so many cases are measured at a time")
+    found.add_argument("--processes", type=_positive, default=1, help="so many cases are measured at a time")
     found.add_argument("--report", action="store_true", help="measure nothing, write the tables of what is there")
     found.add_argument("--readme", action="store_true", help="measure nothing, print the README's table")
     return found
@@ -64,7 +64,7 @@ def run(
             cases.train_on(options.device)
         except ValueError as error:
             parser.error(str(error))
-        for number, case in enumerate(_measured(chosen, measure, options), start=1):
+        for number, case in enumerate(_begun(chosen, measure, options), start=1):
             print(f"[{number}/{len(chosen)}] {case}", file=sys.stderr)
     findings = [found for case in chosen if (found := kept(case)) is not None]
     if not findings:
@@ -79,8 +79,8 @@ def run(
     print(text)
 
 
-def _measured(chosen: Sequence[Case], measure: Callable[[Case], object], options: argparse.Namespace) -> Iterator[Case]:
-    """Each case, before it is measured; with several processes, when it has been."""
+def _begun(chosen: Sequence[Case], measure: Callable[[Case], object], options: argparse.Namespace) -> Iterator[Case]:
+    """Each case when its measurement begins; at the end all are measured. The first that fails ends it."""
     if options.processes == 1:
         torch.set_num_threads(options.threads)
         with threadpool_limits(limits=options.threads):
@@ -92,23 +92,41 @@ def _measured(chosen: Sequence[Case], measure: Callable[[Case], object], options
         options.processes,
         # a process that was forked could not use a GPU that its parent has used
         multiprocessing.get_context("spawn"),
-        _settle,
+        _prepare_process,
         (options.threads, options.device),
     ) as pool:
-        running = {pool.submit(measure, case): case for case in chosen}
-        try:
-            for done in as_completed(running):
-                done.result()
-                yield running[done]
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        running: set[Future[object]] = set()
+        for case in chosen:
+            # none waits in the pool: it could not be called back
+            while len(running) == options.processes:
+                running -= _ended(running)
+            running.add(pool.submit(measure, case))
+            yield case
+        while running:
+            running -= _ended(running)
 
 
-def _settle(threads: int, device: str) -> None:
+def _ended(running: set[Future[object]]) -> set[Future[object]]:
+    """Waits for one to end; raises what it raised."""
+    done, _ = wait(running, return_when=FIRST_COMPLETED)
+    for future in done:
+        future.result()
+    return done
+
+
+def _prepare_process(threads: int, device: str) -> None:
+    """What a process of the pool does first: its threads, and where it trains."""
     torch.set_num_threads(threads)
     threadpool_limits(limits=threads)
     cases.train_on(device)
+
+
+def _positive(text: str) -> int:
+    """An integer from 1 on; argparse reports what is none."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
 
 
 def _line(name: str, parser: argparse.ArgumentParser, options: argparse.Namespace, flags: Sequence[str]) -> str:

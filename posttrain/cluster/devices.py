@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TypeVar
@@ -22,11 +23,27 @@ _DTYPES: dict[Precision, torch.dtype] = {
 }
 
 
+_ROUNDING = 1e-6
+"""1 / (1 / 49) is a little less than 49."""
+
+
 def own_device() -> torch.device:
     """The GPU that Ray has given to this process, else the CPU; without Ray, the GPU that is there."""
     # a process without a GPU of its own sees those of the others all the same
     given = not ray.is_initialized() or ray.get_runtime_context().get_accelerator_ids().get("GPU")
     return torch.device("cuda" if given and torch.cuda.is_available() else "cpu")
+
+
+def places(gpus: float, available: float) -> int:
+    """How many processes can have so many GPUs each, more than 0: Ray takes a fraction from a single GPU."""
+    if gpus >= 1 or available < 1:
+        return int(available / gpus + _ROUNDING)
+    return int(available) * int(1 / gpus + _ROUNDING)
+
+
+def gpus_of_each(processes: int, available: float) -> float:
+    """One GPU for each process, or an equal share of one where there are fewer; 0 where there is none."""
+    return 1.0 / max(1, math.ceil(processes / int(available))) if available >= 1 else 0.0
 
 
 def name_of(device: torch.device) -> str | None:

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import itertools
 import json
-import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +26,7 @@ from torch import Tensor
 
 import posttrain
 from posttrain.cluster import isolating
-from posttrain.cluster.devices import BatchSize, computing_in, moved, name_of, own_device
+from posttrain.cluster.devices import BatchSize, computing_in, gpus_of_each, moved, name_of, own_device, places
 from posttrain.cluster.isolating import Fatal, fatal_rows
 from posttrain.cluster.pool import Died, Pool
 from posttrain.cluster.reading import Bucket, Progress
@@ -485,17 +484,6 @@ class _Method:
             return ray.put(self.call(*values))
 
 
-def _places(gpus: float, available: float) -> int:
-    """Workers that can have so many GPUs each at a time, more than 0: Ray takes a fraction from a single one."""
-    # 1 / (1 / 49) is a little less than 49
-    return int(available) * int(1 / gpus + 1e-6) if gpus < 1 else int(available / gpus)
-
-
-def _gpus_of_each(workers: int, available: float) -> float:
-    """One GPU for each worker, or an equal share of one where there are fewer; 0 where there is none."""
-    return 1.0 / max(1, math.ceil(workers / int(available))) if available >= 1 else 0.0
-
-
 class Workers:
     """The pool, seen from the driver. Actors start at the first call.
 
@@ -505,17 +493,19 @@ class Workers:
     def __init__(self, *, count: int | None, cpus: float, gpus: float | None, on_cluster: bool) -> None:
         resources = ray.cluster_resources()
         available_gpus = resources.get("GPU", 0.0)
+        self._on_cluster = on_cluster
         # on a cluster, which may grow, the run file says how many GPUs are meant
-        known = count if count and not on_cluster else 1
-        self.gpus_per_worker = _gpus_of_each(known, available_gpus) if gpus is None else gpus
+        asked_for = count if count and not on_cluster else 1
+        self.gpus_per_worker = gpus_of_each(asked_for, available_gpus) if gpus is None else gpus
         by_default = int(resources.get("CPU", 1) / max(cpus, 1))
         if self.gpus_per_worker:
-            by_default = _places(self.gpus_per_worker, available_gpus)
-            if not on_cluster and known > by_default:
-                # an actor whose GPU never comes would be waited for
+            by_default = places(self.gpus_per_worker, available_gpus)
+            if not on_cluster and asked_for > by_default:
+                # those without a GPU would never start, and nobody would say so
                 raise ConfigError(
-                    f"ray.gpus_per_worker = {self.gpus_per_worker:g} is too much for {known} "
-                    f"worker{'s' * (known > 1)}: this machine shows {available_gpus:g} GPUs; leave it out"
+                    f"ray.gpus_per_worker = {self.gpus_per_worker:g} is too much for {asked_for} "
+                    f"worker{'s' * (asked_for > 1)}: this machine shows {available_gpus:g} "
+                    f"GPU{'s' * (available_gpus != 1)}; leave it out"
                 )
         self.count = 0 if count == 0 else max(1, count or by_default)
         # On one machine the steps never overlap, so that actors which reserve no CPU cannot starve Ray Data or
@@ -539,6 +529,12 @@ class Workers:
             max_task_retries=0,
         )
         return options.remote(self._threads, int(memory / self.count))
+
+    def gpus_to_train(self, processes: int) -> float:
+        """GPUs of each of so many training processes, where nobody says; none where those that embed have none."""
+        if not self.gpus_per_worker:
+            return 0.0
+        return 1.0 if self._on_cluster else gpus_of_each(processes, ray.cluster_resources().get("GPU", 0.0))
 
     def start(self) -> None:
         """Start the actors without waiting for them."""

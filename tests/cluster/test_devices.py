@@ -371,12 +371,13 @@ def workers(monkeypatch: pytest.MonkeyPatch, there: float, **options: Any) -> Wo
         (4, {}, 4, 1),
         (4, {"count": 2}, 2, 1),
         (1, {"count": 2}, 2, 1 / 2),
-        # two on each of two GPUs: of 2/3 of a GPU each, one would wait for ever
+        # two on one GPU: with 2/3 of a GPU each, the third would never start
         (2, {"count": 3}, 3, 1 / 2),
         (1, {"count": 49}, 49, 1 / 49),
         (1, {"gpus": 0.25}, 4, 0.25),
         (2, {"gpus": 0.4}, 4, 0.4),
         (4, {"gpus": 2}, 2, 2),
+        (0.5, {"gpus": 0.5}, 1, 0.5),
         (1, {"gpus": 0}, 8, 0),
         # a cluster may grow
         (1, {"count": 4, "on_cluster": True}, 4, 1),
@@ -394,7 +395,7 @@ def test_workers_share_the_gpus_that_there_are(
     ("there", "options", "named"),
     [
         (0, {"gpus": 1}, "= 1 is too much for 1 worker: this machine shows 0 GPUs"),
-        (1, {"gpus": 1, "count": 2}, "= 1 is too much for 2 workers: this machine shows 1 GPUs"),
+        (1, {"gpus": 1, "count": 2}, "= 1 is too much for 2 workers: this machine shows 1 GPU"),
         (2, {"gpus": 0.6, "count": 3}, "= 0.6 is too much for 3 workers: this machine shows 2 GPUs"),
     ],
 )
@@ -403,6 +404,24 @@ def test_workers_whose_gpus_would_never_come_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=rf"ray\.gpus_per_worker {named}; leave it out"):
         workers(monkeypatch, there, **options)
+
+
+@pytest.mark.parametrize(
+    ("there", "options", "processes", "each"),
+    [
+        (0, {}, 1, 0),
+        (1, {}, 1, 1),
+        (1, {}, 2, 1 / 2),
+        (2, {}, 2, 1),
+        # whoever embeds on the CPU trains there
+        (1, {"gpus": 0}, 1, 0),
+        (1, {"on_cluster": True}, 4, 1),
+    ],
+)
+def test_training_workers_share_the_gpus_that_there_are(
+    monkeypatch: pytest.MonkeyPatch, there: float, options: dict[str, Any], processes: int, each: float
+) -> None:
+    assert workers(monkeypatch, there, **options).gpus_to_train(processes) == pytest.approx(each)
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------

@@ -59,8 +59,7 @@ def test_scores_of_a_gpu_remove_what_those_of_the_cpu_remove(
     clean: Clean, on_cpu: Made, workers: int, precision: str
 ) -> None:
     found, printed = clean(ray={"workers": workers, "precision": precision})
-    count = f"{workers} worker{'s' * (workers > 1)}"
-    assert f"embed: {count} on {torch.cuda.get_device_name()}\n" in printed
+    assert f"embed: on {torch.cuda.get_device_name()}\n" in printed
     one, other = (set(removed_ids(summary["run"])) for summary in (found, on_cpu()))
     # features are rounded otherwise: what is at the edge of a round's budget may change places
     assert len(one & other) >= 0.95 * max(len(one), len(other))
@@ -72,7 +71,7 @@ def test_scores_of_a_gpu_remove_what_those_of_the_cpu_remove(
     [
         {"train_workers": 0},
         {"train_workers": 1},
-        {"train_workers": 2, "gpus_per_train_worker": 0.5},
+        {"train_workers": 2},
     ],
     ids=["driver", "one worker", "two that share it"],
 )
