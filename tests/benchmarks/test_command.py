@@ -122,7 +122,7 @@ def test_several_processes_measure_every_case_with_their_threads(
     assert printed.err.splitlines() == [f"[{number}/4] {case}" for number, case in enumerate(wanted, start=1)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_case_that_fails_in_a_process_of_its_own_ends_the_benchmark(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be measured"):
         in_processes(

@@ -202,7 +202,14 @@ def test_where_removal_share_is_0_nothing_goes(run: Run, tmp_path: Path) -> None
     assert summary["validation_accuracy_after"] >= summary["validation_accuracy_before"]
 
 
-@pytest.mark.parametrize(("refine", "committed"), [({}, 1), (BOTH, 1), (NETWORK, 0)], ids=["head", "both", "network"])
+@pytest.mark.parametrize(
+    ("refine", "committed"),
+    [
+        pytest.param({}, 1, id="head", marks=pytest.mark.long),
+        pytest.param(BOTH, 1, id="both"),
+        pytest.param(NETWORK, 0, id="network", marks=pytest.mark.long),
+    ],
+)
 def test_where_nothing_goes_a_boundary_that_is_clearly_better_becomes_the_head(
     run: Run, resnet: Sections, tmp_path: Path, refine: dict[str, Any], committed: int
 ) -> None:
