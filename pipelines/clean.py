@@ -177,7 +177,7 @@ def claim(ledger: Ledger, config: RunFile, fingerprint: dict[str, str]) -> None:
 
 def crew(config: RunFile, *, on_cluster: bool) -> tuple[Workers, int]:
     """The workers that embed and score, and how many train; 0: the driver does."""
-    from posttrain.cluster.refining import refuse_missing_gpus
+    from posttrain.cluster.devices import refuse_missing_gpus
     from posttrain.cluster.workers import Workers
 
     rays = config.ray
@@ -190,7 +190,7 @@ def crew(config: RunFile, *, on_cluster: bool) -> tuple[Workers, int]:
     # local mode on one machine; a cluster's GPUs are not where the driver is
     train_workers = rays.train_workers if rays.train_workers is not None else int(on_cluster)
     if not on_cluster and rays.gpus_per_train_worker:
-        refuse_missing_gpus(train_workers, rays.gpus_per_train_worker)
+        refuse_missing_gpus("ray.gpus_per_train_worker", rays.gpus_per_train_worker, max(1, train_workers))
     return workers, train_workers
 
 

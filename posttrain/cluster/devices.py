@@ -11,7 +11,7 @@ import ray
 import torch
 from torch import Tensor
 
-from posttrain.errors import StepError
+from posttrain.errors import ConfigError, StepError
 from posttrain.schema import Precision
 
 T = TypeVar("T")
@@ -44,6 +44,19 @@ def places(gpus: float, available: float) -> int:
 def gpus_of_each(processes: int, available: float) -> float:
     """One GPU for each process, or an equal share of one where there are fewer; 0 where there is none."""
     return 1.0 / max(1, math.ceil(processes / int(available))) if available >= 1 else 0.0
+
+
+def refuse_missing_gpus(key: str, gpus: float, processes: int) -> None:
+    """Raises ConfigError, naming the run file's key, where so many processes cannot have so many GPUs each.
+
+    One that has none never starts, and Ray Train would wait for it for ever.
+    """
+    there = ray.cluster_resources().get("GPU", 0.0)
+    if gpus and processes > places(gpus, there):
+        raise ConfigError(
+            f"{key} = {gpus:g} is too much for {processes} worker{'s' * (processes > 1)}: this machine shows {there:g} "
+            f"GPU{'s' * (there != 1)}; leave it out"
+        )
 
 
 def name_of(device: torch.device) -> str | None:

@@ -29,7 +29,7 @@ from torch.nn.functional import cross_entropy
 from posttrain.cluster.devices import BatchSize, computing_in, moved, name_of
 from posttrain.cluster.reading import Bucket, Progress, Split, explain
 from posttrain.cluster.workers import Network, load_network
-from posttrain.errors import ConfigError, RecipeError, StepError
+from posttrain.errors import RecipeError, StepError
 from posttrain.schema import IMAGE, LABEL, Excluded, ImageSpec, Precision, Relabelled, current_labels
 from posttrain.store.folder import RunFolder
 from posttrain.vision import models
@@ -75,16 +75,6 @@ class Trained:
     """Samples per forward pass, where memory did not suffice for a whole step at a time."""
     gpu: str | None = None
     """What the GPU of the first training worker is called, None where it trained on a CPU."""
-
-
-def refuse_missing_gpus(workers: int, gpus_per_worker: float) -> None:
-    """Raises ConfigError where the training workers ask for more GPUs than there are: Ray Train waits for ever."""
-    wanted, there = max(1, workers) * gpus_per_worker, ray.cluster_resources().get("GPU", 0.0)
-    if wanted > there:
-        raise ConfigError(
-            f"ray.gpus_per_train_worker = {gpus_per_worker:g} and ray.train_workers = {workers} ask for {wanted:g} "
-            f"GPUs, but this machine shows {there:g}; lower one of them, or leave them out"
-        )
 
 
 def train(

@@ -26,11 +26,19 @@ from torch import Tensor
 
 import posttrain
 from posttrain.cluster import isolating
-from posttrain.cluster.devices import BatchSize, computing_in, gpus_of_each, moved, name_of, own_device, places
+from posttrain.cluster.devices import (
+    BatchSize,
+    computing_in,
+    gpus_of_each,
+    moved,
+    name_of,
+    own_device,
+    places,
+    refuse_missing_gpus,
+)
 from posttrain.cluster.isolating import Fatal, fatal_rows
 from posttrain.cluster.pool import Died, Pool
 from posttrain.cluster.reading import Bucket, Progress
-from posttrain.errors import ConfigError
 from posttrain.influence.audit import Audit, Survey, survey
 from posttrain.influence.committee import Boundary
 from posttrain.influence.curvature import Curvature, hessian_block
@@ -497,16 +505,13 @@ class Workers:
         # on a cluster, which may grow, the run file says how many GPUs are meant
         asked_for = count if count and not on_cluster else 1
         self.gpus_per_worker = gpus_of_each(asked_for, available_gpus) if gpus is None else gpus
-        by_default = int(resources.get("CPU", 1) / max(cpus, 1))
-        if self.gpus_per_worker:
-            by_default = places(self.gpus_per_worker, available_gpus)
-            if not on_cluster and asked_for > by_default:
-                # those without a GPU would never start, and nobody would say so
-                raise ConfigError(
-                    f"ray.gpus_per_worker = {self.gpus_per_worker:g} is too much for {asked_for} "
-                    f"worker{'s' * (asked_for > 1)}: this machine shows {available_gpus:g} "
-                    f"GPU{'s' * (available_gpus != 1)}; leave it out"
-                )
+        if not on_cluster:
+            refuse_missing_gpus("ray.gpus_per_worker", self.gpus_per_worker, asked_for)
+        by_default = (
+            places(self.gpus_per_worker, available_gpus)
+            if self.gpus_per_worker
+            else int(resources.get("CPU", 1) / max(cpus, 1))
+        )
         self.count = 0 if count == 0 else max(1, count or by_default)
         # On one machine the steps never overlap, so that actors which reserve no CPU cannot starve Ray Data or
         # Ray Train; on a cluster the reservation is what places them.

@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -404,6 +405,25 @@ def test_workers_whose_gpus_would_never_come_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=rf"ray\.gpus_per_worker {named}; leave it out"):
         workers(monkeypatch, there, **options)
+
+
+@pytest.mark.parametrize(
+    ("there", "train_workers", "gpus", "refused"),
+    [(1, 0, 1, False), (0, 0, 1, True), (1, 2, 1, True), (1, 2, 0.5, False), (2, 3, 0.6, True), (2, 3, 0.5, False)],
+)
+def test_training_workers_whose_gpus_would_never_come_are_refused(
+    monkeypatch: pytest.MonkeyPatch, there: float, train_workers: int, gpus: float, refused: bool
+) -> None:
+    from pipelines.clean import crew
+
+    workers(monkeypatch, there)
+    config = load(None, [f"ray.train_workers={train_workers}", f"ray.gpus_per_train_worker={gpus}"])
+    with (
+        pytest.raises(ConfigError, match=rf"ray\.gpus_per_train_worker = {gpus:g} is too much for")
+        if refused
+        else nullcontext()
+    ):
+        crew(config, on_cluster=False)
 
 
 @pytest.mark.parametrize(
