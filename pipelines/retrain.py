@@ -534,9 +534,9 @@ def _arrivals(config: JobFile, given: list[File], run: CleaningRun) -> dict[str,
     counts = np.zeros((3, len(names) + 1), np.int64)
     for bucket, at in of_rows.items():
         counts[0] += counted(bucket, np.arange(len(at)))
-    for table in run.folder.row_groups(run.folder.round(1, "scores.parquet"), [BUCKET, ROW, "directed_margin"]):
+    for table in run.folder.row_groups(run.folder.round(1, "scores.parquet"), [BUCKET, ROW, "mislabel_odds"]):
         if table.num_rows:
-            suspect = table["directed_margin"].to_numpy() > config.removal.threshold
+            suspect = table["mislabel_odds"].to_numpy() > config.removal.least_odds
             counts[1] += counted(table[BUCKET][0].as_py(), table[ROW].to_numpy()[suspect])
     relabelled = run.ledger.relabelled(run.ledger.rounds())
     for bucket, rows in merged(run.removed, {bucket: rows for bucket, (rows, _) in relabelled.items()}).items():

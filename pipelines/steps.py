@@ -28,7 +28,7 @@ from posttrain.errors import PosttrainError, StepError
 from posttrain.influence import audit as audits
 from posttrain.influence import curvature, probe
 from posttrain.influence.audit import NoiseEstimate
-from posttrain.influence.committee import held_out_audit
+from posttrain.influence.committee import held_out_audit, with_transition
 from posttrain.influence.probe import Standardizer
 from posttrain.influence.selection import Selection, select
 from posttrain.report.progress import StepLog
@@ -222,6 +222,9 @@ class CleaningRun:
                 removed=policy.dealt_with(state.history) + self.before.support.num_rows,
                 removed_support=support,
                 held_out_rate=state.history[-1].metrics.get("held_out_noise", self.before.held_out_rate),
+            )
+            audit = with_transition(
+                audit, held_out, boundary.weights, lambda by: self.workers.votes(as_given, replace(verdict, audit=by))
             )
         verdict = replace(verdict, audit=audit)
         path = self.folder.round(state.number + 1, "scores.parquet")
@@ -787,12 +790,12 @@ class CleaningRun:
     def _candidates(self, path: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """(ids, labels, score) with a score of -inf for what does not look wrong."""
         settings = self.config.removal
-        columns = list(dict.fromkeys([SAMPLE_ID, BUCKET, ROW, LABEL, settings.score, "directed_margin"]))
+        columns = list(dict.fromkeys([SAMPLE_ID, BUCKET, ROW, LABEL, settings.score, "mislabel_odds"]))
         for table in self.folder.row_groups(path, columns):
             scores = table[settings.score].to_numpy().copy()
             # a control takes as many as it is told, by its own score alone
             if settings.score != "random" and self.quota is None:
-                scores[table["directed_margin"].to_numpy() <= settings.threshold] = -np.inf
+                scores[table["mislabel_odds"].to_numpy() <= settings.least_odds] = -np.inf
             # what has been relabelled once is let be: it would go back and forth
             if table.num_rows and (changed := self.relabelled.get(table[BUCKET][0].as_py())) is not None:
                 scores[np.isin(table[ROW].to_numpy(), changed[0])] = -np.inf

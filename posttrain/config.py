@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -347,14 +348,14 @@ class Removal(Section):
     """Which samples go, how many at a time, and when it is enough."""
 
     score: Literal[
-        "directed_margin", "loo_margin", "parameter", "data", "loss", "margin", "gradient_norm", "random"
-    ] = "directed_margin"
-    """What samples are ranked by. directed_margin: on which side of the boundary a sample falls when only the
-    others draw it, with regard to the directions in which labels are confused; loo_margin: without that
-    regard. parameter, data: influence on the model, on the data. random: the control."""
-    threshold: float = 1.0
-    """A sample may go only if its directed margin, in logits, is above this: 1 means that the others give
-    it another label with odds of more than e to 1. It holds for every score but random."""
+        "mislabel_odds", "loo_margin", "parameter", "data", "loss", "margin", "gradient_norm", "random"
+    ] = "mislabel_odds"
+    """What samples are ranked by. mislabel_odds: how likely the given label is wrong, by what the others say and by how
+    labels go wrong; loo_margin: on which side of the boundary a sample falls when only the others draw it. parameter,
+    data: influence on the model, on the data. random: the control."""
+    threshold: float = Field(default=0.5, ge=0, le=1)
+    """A sample may go only if the probability that its label is wrong is above this: 0.5 means more likely wrong than
+    right. It holds for every score but random."""
     share: Annotated[float, Field(ge=0, le=1)] | Literal["estimated"] = "estimated"
     """Largest share of the samples removed in all rounds together. estimated: as many as may be wrong by
     the estimate (99.9 % confidence), and none where there is no sign of wrong labels."""
@@ -373,6 +374,13 @@ class Removal(Section):
     """Share of the live samples below which a round's candidates no longer count, and the run stops."""
     patience: int = Field(default=2, ge=1)
     """Rounds in a row with a validation accuracy more than two standard errors below the best: then the run stops."""
+
+    @property
+    def least_odds(self) -> float:
+        """`threshold` as log odds."""
+        if self.threshold in (0, 1):
+            return math.inf if self.threshold else -math.inf
+        return math.log(self.threshold / (1 - self.threshold))
 
 
 class Ray(Section):
@@ -515,7 +523,7 @@ class Search(Section):
         Field(min_length=1),
         BeforeValidator(_flattened, json_schema_input_type=dict[str, Distribution]),
     ] = {
-        "removal.score": Distribution(choice=("directed_margin", "loo_margin", "parameter", "data")),
+        "removal.score": Distribution(choice=("mislabel_odds", "loo_margin", "parameter", "data")),
         "removal.budget": Distribution(loguniform=(0.02, 0.1)),
         "removal.max_rounds": Distribution(integers=(4, 12)),
         "probe.layers": Distribution(choice=("auto", "last")),

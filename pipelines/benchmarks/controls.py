@@ -33,7 +33,7 @@ from posttrain.config import RunFile, load
 from posttrain.report.progress import StepLog
 from posttrain.schema import Round
 
-CONTROLS = {"posttrain": "directed_margin", "random removal": "random", "removal by loss": "loss", "no removal": None}
+CONTROLS = {"posttrain": "mislabel_odds", "random removal": "random", "removal by loss": "loss", "no removal": None}
 
 
 def measured(
@@ -131,7 +131,7 @@ def main() -> None:
         quota: list[int] | None = None
         for name in found:
             folder = options.folder / f"{name.replace(' ', '_')}-{seed}"
-            score = CONTROLS[name] or "directed_margin"
+            score = CONTROLS[name] or "mislabel_odds"
             config = load(
                 options.runfile,
                 [*options.overrides, f"run.path={folder}", f"run.seed={seed}", f"removal.score={score}"],

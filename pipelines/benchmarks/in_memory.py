@@ -195,7 +195,7 @@ class CleaningInMemory:
             scores.SCORES[self.removal.score](found).float().numpy(),
             classes=self.data.classes,
             at_most=min(policy.in_one_round(live, self.removal.budget), in_all),
-            threshold=self.removal.threshold,
+            threshold=self.removal.least_odds,
         )
         support = float(scores.suggestion(found).self_confidence[torch.from_numpy(gone[self.kept])].sum())
         return Taken(cut, gone, live, support, noise, in_all == 0)

@@ -14,7 +14,7 @@ from pipelines.benchmarks.cases import Case, Data, Part, inputs, loaded
 from posttrain.config import Probe as ProbeSection
 from posttrain.config import Removal
 from posttrain.influence import audit as audits
-from posttrain.influence import committee, curvature, scores
+from posttrain.influence import committee, curvature, scores, transition
 from posttrain.influence.audit import NoiseEstimate
 from posttrain.influence.probe import Reduce, Standardizer, in_memory
 from posttrain.schema import stream_seed, uniform
@@ -94,10 +94,10 @@ def ours(case: Case, data: Data, weights: bytes) -> Ours:
     suggestion = scores.suggestion(found)
     assert found.audit is not None
     allowed = int(found.audit.noise.most * len(data.train))
-    order = np.argsort(-columns["directed_margin"], kind="stable")
+    order = np.argsort(-columns["mislabel_odds"], kind="stable")
     selected = np.zeros(len(data.train), bool)
     selected[order[:allowed]] = True
-    selected &= columns["directed_margin"] > removal.threshold
+    selected &= columns["mislabel_odds"] > removal.least_odds
     seconds = time.perf_counter() - began
     tested = embedded(case, model, boundary.layers, data.test, settings.width)
     logits = tested.side_by_side(boundary.layers, boundary.standardizers) @ boundary.weights.float().T
@@ -113,7 +113,7 @@ def ours(case: Case, data: Data, weights: bytes) -> Ours:
         [(fit.layer, fit.damping, fit.loss, fit.accuracy) for fit in boundary.tried],
         found.audit.noise,
         selected,
-        scores.directed_margin(evidence(case, data, live, held_out, last)).numpy(),
+        scores.mislabel_odds(evidence(case, data, live, held_out, last)).numpy(),
         float((logits.argmax(dim=1) == tested.labels).double().mean()),
         seconds,
         # the held-out part is a fraction of a pass over the training images
@@ -134,9 +134,8 @@ def evidence(
 ) -> scores.Evidence:
     """The audited evidence on the live samples; what former rounds removed and found as `audits.audit` takes it."""
     settings = ProbeSection()
-    of_held_out, temperature = committee.held_out_audit(
-        held_out.standardised(boundary.layers, boundary.standardizers), boundary.weights
-    )
+    of_validation = held_out.standardised(boundary.layers, boundary.standardizers)
+    of_held_out, temperature = committee.held_out_audit(of_validation, boundary.weights)
     members = []
     for layer, standardizer, fitted in zip(boundary.layers, boundary.standardizers, boundary.probes, strict=True):
         reduce = live.standardised((layer,), (standardizer,))
@@ -155,4 +154,10 @@ def evidence(
         removed_support=removed_support,
         held_out_rate=held_out_rate,
     )
+
+    def votes(by: audits.Audit) -> tuple[Tensor, Tensor]:
+        p = by.class_probabilities(unaudited.loo_logits, live.labels)
+        return torch.tensor(float(len(p))), transition.votes(p, live.labels)
+
+    audit = committee.with_transition(audit, of_validation, boundary.weights, votes)
     return scores.Evidence(unaudited.members, live.labels, draw, audit)

@@ -44,6 +44,7 @@ from posttrain.influence.committee import Boundary
 from posttrain.influence.curvature import Curvature, hessian_block
 from posttrain.influence.probe import BlockFn, Standardizer
 from posttrain.influence.scores import SCORES, Evidence, joint_evidence, suggestion
+from posttrain.influence.transition import votes
 from posttrain.schema import (
     BUCKET,
     FILE,
@@ -174,6 +175,22 @@ def scores_key(view: View, verdict: Verdict) -> str:
     )
 
 
+EvidenceFn = Callable[[Evidence], tuple[Tensor, ...]]
+"""What is made of the evidence on a block; it adds up over blocks."""
+
+
+def surveyed(evidence: Evidence, temperature: float) -> tuple[Tensor, ...]:
+    """The sums of a `Survey` over a block."""
+    return survey(evidence.loo_logits, evidence.labels, temperature)
+
+
+def voted(evidence: Evidence) -> tuple[Tensor, Tensor]:
+    """Number and votes of a block, by the class probabilities of its audit."""
+    assert evidence.audit is not None
+    p = evidence.audit.class_probabilities(evidence.loo_logits, evidence.labels)
+    return torch.tensor(float(len(p)), dtype=torch.float64), votes(p, evidence.labels)
+
+
 def score_columns(evidence: Evidence) -> dict[str, np.ndarray]:
     """Every score of a batch, and what the others would label it: columns of `scores.parquet`."""
     columns = {str(name): score(evidence) for name, score in SCORES.items()}
@@ -271,8 +288,8 @@ class _Worker:
             sums.append([t.cpu().numpy() for t in total or []])
         return sums
 
-    def survey(
-        self, view_in: list[Any], key: str, groups: Sequence[Sequence[int]], verdict_in: list[Any], temperature: float
+    def summed(
+        self, view_in: list[Any], key: str, groups: Sequence[Sequence[int]], verdict_in: list[Any], fn: EvidenceFn
     ) -> list[list[np.ndarray]]:
         verdict: Verdict = ray.get(verdict_in[0])
         sums = []
@@ -281,7 +298,7 @@ class _Worker:
             for bucket in group:
                 shard, features, labels = self._block(view_in, key, bucket)
                 found = evidence_of(features, labels, shard.sample_ids.to_numpy(zero_copy_only=False), verdict)
-                part = survey(found.loo_logits, labels, temperature)
+                part = fn(found)
                 total = part if total is None else tuple(a + b for a, b in zip(total, part, strict=True))
             sums.append([t.cpu().numpy() for t in total or ()])
         return sums
@@ -640,14 +657,22 @@ class Workers:
 
     def survey(self, view: View, verdict: Verdict, temperature: float) -> Survey:
         """The survey of the live samples by their leave-one-out logits."""
+        return Survey(*self._summed(view, verdict, functools.partial(surveyed, temperature=temperature)))
+
+    def votes(self, view: View, verdict: Verdict) -> tuple[Tensor, Tensor]:
+        """Number and votes of the live samples, by the class probabilities of the verdict's audit."""
+        count, votes = self._summed(view, verdict, voted)
+        return count, votes
+
+    def _summed(self, view: View, verdict: Verdict, fn: EvidenceFn) -> tuple[Tensor, ...]:
+        """Sums over the live samples of what `fn` makes of the evidence on each block."""
         self.start()
         verdict_in = [ray.put(verdict)]
         reducer = self.reducer(view)
-        sums = reducer.over_groups(
+        return reducer.over_groups(
             reduction_groups(view.buckets, REDUCTION_GROUPS),
-            lambda actor, groups: actor.survey.remote(reducer.view_in, view.key, groups, verdict_in, temperature),
+            lambda actor, groups: actor.summed.remote(reducer.view_in, view.key, groups, verdict_in, fn),
         )
-        return Survey(*sums)
 
     def score(self, view: View, verdict: Verdict, kept: ScoreShards | None = None) -> Iterator[pa.Table]:
         """The score tables of all buckets, in their order; those that are `kept` already are not made again."""

@@ -1,16 +1,13 @@
-"""How far the probes' leave-one-out word can be taken: calibration, directions of the noise, share of wrong labels.
+"""How far the probes' leave-one-out word can be taken: calibration, share of wrong labels, which are likely wrong.
 
 Everything is estimated from sums over the held-out samples (which the network has not seen, and whose labels are as
 noisy as the rest, or better) and over the live samples (leave-one-out). No clean label is used. Notation: z_i are
-logits, for live samples leave-one-out ones; y_i the given label; t, b, A and the noise rate are what is estimated here.
+logits, for live samples leave-one-out ones; y_i the given label; t, b and the noise rate are what is estimated here.
+T, the noise transition matrix, is that of `transition`, whose rate is the one estimated here.
 
     t   inverse temperature: softmax(t z) has the lowest cross-entropy on the held-out labels
     b   memorisation: what the given label's logit of a live sample is too high, because the network's features
         have seen that label. With it the live samples' labels are as probable on average as the held-out ones
-    A   directions [C, C]: A[c, y] = (log T[c, y] - log T[y, c]) / 2, with T[c, y] how often what the others call c is
-        labelled y. Classes that merely look alike are confused both ways and cancel; labels that were changed in
-        one direction do not. Measured on 46 networks: average precision under pair flips 0.79 instead of 0.70,
-        under instance-dependent noise 0.86 instead of 0.82, under symmetric and human noise the same
 """
 
 # torch.linalg, Tensor.norm and Tensor.split carry no complete types
@@ -21,12 +18,14 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from posttrain.influence import transition as transitions
 
 Source = Literal["held-out", "live", "comparison"]
 
@@ -35,12 +34,6 @@ _LARGEST_OFFSET = 16.0
 _BINS = 4096
 _DEEPEST = 16.0
 """Confidences are binned by -log(1 - confidence), up to this: e^-16 is what float32 can still tell from 1."""
-_SHARPNESS = 4
-"""Power of the probabilities that count for T: the confident decide."""
-_PRIOR = 0.25
-"""Weight of a uniform T beside the observed one."""
-_FEW = 5.0
-"""Samples in the smaller of two classes at which half of what they say of a direction is believed."""
 
 CONFIDENT_SHARE = 0.02
 LEAST_CONFIDENT = 50
@@ -63,7 +56,7 @@ class Survey:
     support: Float[Tensor, " offsets"]
     """Sum of the given label's probability, for each offset b of the grid."""
     votes: Float[Tensor, "classes classes"]
-    """[c, y]: sum of p_c^4 over the samples labelled y."""
+    """Those of `transition`, with q for p."""
     confident: Float[Tensor, " bins"]
     """Samples by the confidence of their likeliest class."""
     disagreeing: Float[Tensor, " bins"]
@@ -113,44 +106,69 @@ class Audit:
     """t."""
     offset: float
     """b, at least 0."""
-    directions: Float[Tensor, "classes classes"]
-    """A."""
     noise: NoiseEstimate
     held_out_rate: float
     """Share of wrong labels among the held-out samples, on which the logits are calibrated."""
+    transition: Float[Tensor, "classes classes"]
+    """T of the live samples before any was removed."""
+    held_out_transition: Float[Tensor, "classes classes"]
+    """T of the held-out samples: noise of the same directions, at their rate. The unit matrix where they have none."""
+    sharpness: float = 1.0
+    """How much surer of a sample's class one can be than p is: with it T^T p foretells the held-out labels best."""
 
-    def adjusted(
-        self, logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]
-    ) -> Float[Tensor, "batch classes"]:
-        """t z_c + A[c, y] for the other classes, t z_y - b for the given label."""
-        return self._without_memory(logits, labels) + self.directions.to(logits).T[labels]
+    def with_votes(self, votes: Tensor, count: float) -> Audit:
+        """The same with T estimated from the votes of so many live samples."""
+        # where none are found, as many may be wrong as a clean set shows
+        rate = self.noise.rate if self.noise.found else max(self.held_out_rate, CLEAN)
+        return replace(
+            self,
+            transition=transitions.estimate(votes, count, rate),
+            held_out_transition=transitions.estimate(votes, count, self.held_out_rate),
+        )
 
     def probabilities(
         self, logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]
     ) -> Float[Tensor, "batch classes"]:
-        """q: what label a sample like this would be given, calibrated on the held-out labels."""
-        return self._without_memory(logits, labels).softmax(dim=1)
+        """q: what label a sample like this would be given, softmax(t z - b at the given label).
 
-    def clean_probabilities(
+        Calibrated on the held-out labels.
+        """
+        scaled = self.temperature * logits
+        return scaled.scatter_add(1, labels[:, None], scaled.new_full((len(labels), 1), -self.offset)).softmax(dim=1)
+
+    def class_probabilities(
         self, logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]
     ) -> Float[Tensor, "batch classes"]:
-        """Which class a sample like this belongs to: q with the noise taken out.
+        """p: which class a sample like this belongs to, q with the noise of the held-out labels taken out."""
+        return self._log_class_probabilities(logits, labels).exp()
 
-            p_c = (q_c - e) / (1 - rate - e),  e = rate / (C - 1),    cut at 0 and scaled to sum 1
+    def posterior(
+        self, logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]
+    ) -> Float[Tensor, "batch classes"]:
+        """Which class this sample belongs to, given that it was labelled y: p_c T[c, y], scaled to sum 1."""
+        return self._joint_log(logits, labels).softmax(dim=1)
 
-        which inverts q = T p for noise that prefers no class; `rate` is that of the held-out labels, which q foretells.
-        """
-        q = self.probabilities(logits, labels)
-        classes = q.shape[1]
-        # beyond this the labels would say nothing, and the division would blow up rounding
-        rate = min(self.held_out_rate, 0.9 * (classes - 1) / classes)
-        stray = rate / (classes - 1)
-        p = ((q - stray) / (1 - rate - stray)).clamp_min(1e-6)
-        return p / p.sum(dim=1, keepdim=True)
+    def mislabel_odds(
+        self, logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]
+    ) -> Float[Tensor, " batch"]:
+        """Log odds that the given label is wrong: log sum_{c != y} p_c T[c, y] - log p_y T[y, y]."""
+        return log_odds_of_others(self._joint_log(logits, labels), labels)
 
-    def _without_memory(self, logits: Tensor, labels: Tensor) -> Tensor:
-        scaled = self.temperature * logits
-        return scaled.scatter_add(1, labels[:, None], scaled.new_full((len(labels), 1), -self.offset))
+    def _joint_log(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return transitions.joint_log(self._log_class_probabilities(logits, labels), labels, self.transition)
+
+    def _log_class_probabilities(self, logits: Tensor, labels: Tensor) -> Tensor:
+        q = self.probabilities(logits.double(), labels)
+        p = transitions.unmixed(q, self.held_out_transition) if self.held_out_rate else q
+        return transitions.log_sharpened(p, self.sharpness)
+
+
+def log_odds_of_others(
+    logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]
+) -> Float[Tensor, " batch"]:
+    """log sum_{c != y} exp z_c - z_y: the log odds, under the softmax, that it is not the given label."""
+    given = labels[:, None]
+    return logits.scatter(1, given, -torch.inf).logsumexp(dim=1) - logits.gather(1, given)[:, 0]
 
 
 def survey(
@@ -160,20 +178,16 @@ def survey(
     scaled = temperature * logits.double()
     classes = scaled.shape[1]
     p = scaled.softmax(dim=1)
-    given = labels[:, None]
-    others = scaled.scatter(1, given, -torch.inf).logsumexp(dim=1)
     # sigmoid(u - b) is the given label's probability after its logit was lowered by b
-    u = scaled.gather(1, given)[:, 0] - others
+    u = -log_odds_of_others(scaled, labels)
     support = torch.sigmoid(u[:, None] - _offsets().to(u)).sum(dim=0)
-    votes = torch.zeros(classes, classes, dtype=torch.float64, device=p.device)
-    votes.index_add_(0, labels, p**_SHARPNESS)
     confidence, likeliest = p.max(dim=1)
     depth = -torch.log1p(-confidence.clamp_max(1 - math.exp(-_DEEPEST)))
     bins = (depth * (_BINS / _DEEPEST)).long().clamp_max(_BINS - 1)
     confident = torch.bincount(bins, minlength=_BINS).double()
     disagreeing = torch.bincount(bins[likeliest != labels], minlength=_BINS).double()
     count = torch.tensor(float(len(labels)), dtype=torch.float64, device=p.device)
-    return count, support, votes.T.contiguous(), confident, disagreeing, *_distances(scaled, labels)
+    return count, support, transitions.votes(p, labels), confident, disagreeing, *_distances(scaled, labels)
 
 
 def held_out_survey(features: Tensor, labels: Tensor, weights: Tensor, temperature: Tensor) -> tuple[Tensor, ...]:
@@ -235,13 +249,9 @@ def audit(
         wrong = ((shown + (1 - shown) * more) * count + removed) / (count + removed) if count + removed else 0.0
         beyond = max(0.0, (wrong - shown) / (1 - shown))
         wanted = (1 - beyond) * wanted + beyond * (1 - wanted) / max(1, classes - 1)
-    return Audit(
-        temperature,
-        _offset(live, wanted, removed, removed_support),
-        _directions(live.votes, float(live.count)),
-        noise,
-        shown,
-    )
+    unit = torch.eye(classes, dtype=torch.float64)
+    offset = _offset(live, wanted, removed, removed_support)
+    return Audit(temperature, offset, noise, shown, unit, unit).with_votes(live.votes, float(live.count))
 
 
 def _noise(held_out: Survey, live: Survey, held_out_rate: float) -> tuple[NoiseEstimate, float, float]:
@@ -329,21 +339,6 @@ def _offset(live: Survey, wanted: float, removed: int, removed_support: float) -
             share = (means[k - 1] - wanted) / (means[k - 1] - means[k])
             return grid[k - 1] + share * (grid[k] - grid[k - 1])
     return grid[-1]
-
-
-def _directions(votes: Tensor, count: float) -> Tensor:
-    votes = votes.double().cpu()
-    classes, total = len(votes), float(votes.sum())
-    if not total:
-        return torch.zeros_like(votes)
-    joint = votes * (count / total)
-    rows = joint.sum(dim=1, keepdim=True)
-    # in proportion to each row: the same number for all would make the rare classes' rows the more uniform
-    # ones, and with that a direction from every rare class to every frequent one
-    smoothed = joint + (_PRIOR * rows).clamp_min(1e-30) / classes
-    logs = (smoothed / smoothed.sum(dim=1, keepdim=True)).log()
-    fewer = torch.minimum(rows, rows.T)
-    return (logs - logs.T) / 2 * fewer / (fewer + _FEW)
 
 
 def _most_confident(of: Survey) -> tuple[int, int]:

@@ -13,7 +13,7 @@ that it is asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Protocol, runtime_checkable
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from posttrain.influence import audit as audits
 from posttrain.influence import probe as probes
+from posttrain.influence import transition as transitions
 from posttrain.influence.probe import Probe, Reduce, Standardizer
 
 MOST = 4
@@ -169,6 +170,27 @@ def held_out_audit(held_out: Reduce, weights: Tensor) -> tuple[audits.Survey, fl
     temperature = audits.fitted_temperature(lambda t: held_out(audits.temperature_moments, weights, t))
     at = torch.tensor(temperature, dtype=torch.float64)
     return audits.Survey(*held_out(audits.held_out_survey, weights, at)), temperature
+
+
+def with_transition(
+    found: audits.Audit, held_out: Reduce, weights: Tensor, votes: Callable[[audits.Audit], tuple[Tensor, Tensor]]
+) -> audits.Audit:
+    """The audit with the noise transition matrix estimated in full, and the sharpness that fits the held-out labels.
+
+    `votes(audit)`: number and `transitions.votes` of the live samples, by the class probabilities of that audit. Where
+    no wrong labels are found, the first estimate stays: there is no noise to take out of the votes.
+    """
+    if not (found.noise.found or found.held_out_rate):
+        return found
+    at = torch.tensor(found.temperature, dtype=torch.float64)
+    for again in range(transitions.ESTIMATES):
+        if again:
+            count, voted = votes(found)
+            found = found.with_votes(voted, float(count))
+        if found.held_out_rate:
+            _, losses = held_out(transitions.sharpness_losses, weights, at, found.held_out_transition)
+            found = replace(found, sharpness=transitions.best_sharpness(losses))
+    return found
 
 
 def stacked(weights: Sequence[Tensor]) -> Float[Tensor, "classes dim"]:

@@ -24,11 +24,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from posttrain.influence.audit import Audit
+from posttrain.influence.audit import Audit, log_odds_of_others
 from posttrain.influence.curvature import Curvature, Influence
 from posttrain.influence.probe import residuals
 
-Score = Literal["directed_margin", "loo_margin", "parameter", "data", "loss", "margin", "gradient_norm", "random"]
+Score = Literal["mislabel_odds", "loo_margin", "parameter", "data", "loss", "margin", "gradient_norm", "random"]
 
 
 @dataclass(frozen=True)
@@ -96,16 +96,17 @@ def label_margin(logits: Tensor, labels: Tensor) -> Tensor:
     return others.max(dim=1).values - given
 
 
-def directed_margin(e: Evidence) -> Float[Tensor, " batch"]:
-    """The leave-one-out margin, with regard to the directions in which labels are confused (the default).
+def mislabel_odds(e: Evidence) -> Float[Tensor, " batch"]:
+    """Log odds that the given label is wrong, by what the others say and by how labels go wrong (the default).
 
-        max_{c != y} (t z_c^(-i) + A[c, y])  -  (t z_y^(-i) - b)
+        log sum_{c != y} p_c T[c, y]  -  log p_y T[y, y]
 
-    with the t, b and A of `Audit`. Above 0, the others give the sample another label; where most labels y that
-    are wrong belong to class c, that other label is taken for c sooner.
+    with the class probabilities p and the noise transition matrix T of `Audit`: above 0, the label is more likely
+    wrong than right. Without an audit the log odds of any other label under the plain softmax.
     """
-    adjusted = e.loo_logits if e.audit is None else e.audit.adjusted(e.loo_logits, e.labels)
-    return label_margin(adjusted, e.labels)
+    if e.audit is None:
+        return log_odds_of_others(e.loo_logits, e.labels)
+    return e.audit.mislabel_odds(e.loo_logits, e.labels)
 
 
 def loo_margin(e: Evidence) -> Float[Tensor, " batch"]:
@@ -164,7 +165,7 @@ def at_random(e: Evidence) -> Float[Tensor, " batch"]:
 
 
 SCORES: dict[Score, Callable[[Evidence], Tensor]] = {
-    "directed_margin": directed_margin,
+    "mislabel_odds": mislabel_odds,
     "loo_margin": loo_margin,
     "parameter": parameter_influence,
     "data": data_influence,
@@ -186,10 +187,7 @@ class Suggestion:
     suggested: Int[Tensor, " batch"]
     """The likeliest class but for the given label."""
     confidence: Float[Tensor, " batch"]
-    """Probability that a sample like this belongs to the suggested class, the noise taken out.
-
-    It is what the others say: that this sample was given another label does not count.
-    """
+    """Probability that the sample belongs to the suggested class, its given label taken into account."""
 
 
 def suggestion(e: Evidence) -> Suggestion:
@@ -198,9 +196,8 @@ def suggestion(e: Evidence) -> Suggestion:
     Without an audit the probabilities are the plain softmax.
     """
     logits = e.loo_logits.double()
-    adjusted = logits if e.audit is None else e.audit.adjusted(logits, e.labels)
     q = logits.softmax(dim=1) if e.audit is None else e.audit.probabilities(logits, e.labels)
-    p = q if e.audit is None else e.audit.clean_probabilities(logits, e.labels)
+    p = q if e.audit is None else e.audit.posterior(logits, e.labels)
     given = e.labels[:, None]
-    suggested = adjusted.scatter(1, given, -torch.inf).argmax(dim=1)
-    return Suggestion(q.argmax(dim=1), q.gather(1, given)[:, 0], suggested, p.gather(1, suggested[:, None])[:, 0])
+    confidence, suggested = p.scatter(1, given, -torch.inf).max(dim=1)
+    return Suggestion(q.argmax(dim=1), q.gather(1, given)[:, 0], suggested, confidence)

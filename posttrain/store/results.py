@@ -156,18 +156,24 @@ def _present(table: pa.Table, relabelled: Relabelled) -> np.ndarray:
 
 def reason(table: pa.Table, score: str, number: int, classes: Sequence[str]) -> pa.Array:
     """One sentence for each removed sample: why it went."""
-    names = pa.array(classes)
-    suggested = names.take(table["suggested_label"])
-    given = names.take(table[LABEL])
-    percent = pc.cast(pc.round(pc.multiply(table["confidence"], 100.0)), pa.int64())
     if score == "random":
         return pa.array([f"drawn at random in round {number} (control)"] * table.num_rows, pa.string())
+    names = pa.array(classes)
+
+    def percent(share: Any) -> Any:
+        # down, so that 100 % is not said of what is nearly certain
+        return pc.cast(pc.cast(pc.floor(pc.multiply(share, 100.0)), pa.int64()), pa.string())
+
+    wrong = pc.divide(1.0, pc.add(1.0, pc.exp(pc.negate(table["mislabel_odds"]))))
     return pc.binary_join_element_wise(
-        "the others label it",
-        suggested,
-        pc.binary_join_element_wise("(", pc.cast(percent, pa.string()), " %)", ""),
-        "not",
-        given,
-        pa.scalar(f"(among the highest {score} of round {number})"),
-        " ",
+        "label ",
+        names.take(table[LABEL]),
+        " is wrong with ",
+        percent(wrong),
+        " %: the others label it ",
+        names.take(table["suggested_label"]),
+        " (",
+        percent(table["confidence"]),
+        pa.scalar(f" %); among the highest {score} of round {number}"),
+        "",
     )
