@@ -347,9 +347,9 @@ class Probe(Section):
 class Removal(Section):
     """Which samples go, how many at a time, and when it is enough."""
 
-    score: Literal[
-        "mislabel_odds", "loo_margin", "parameter", "data", "loss", "margin", "gradient_norm", "random"
-    ] = "mislabel_odds"
+    score: Literal["mislabel_odds", "loo_margin", "parameter", "data", "loss", "margin", "gradient_norm", "random"] = (
+        "mislabel_odds"
+    )
     """What samples are ranked by. mislabel_odds: how likely the given label is wrong, by what the others say and by how
     labels go wrong; loo_margin: on which side of the boundary a sample falls when only the others draw it. parameter,
     data: influence on the model, on the data. random: the control."""
