@@ -109,8 +109,11 @@ class Audit:
     noise: NoiseEstimate
     held_out_rate: float
     """Share of wrong labels among the held-out samples, on which the logits are calibrated."""
+    live_rate: float
+    """Share of wrong labels among the live samples before any was removed: how likely any one of them was wrong. As
+    they are removed it would fall, and the last of them would no longer look wrong."""
     transition: Float[Tensor, "classes classes"]
-    """T of the live samples before any was removed."""
+    """T of the live samples, at that rate."""
     held_out_transition: Float[Tensor, "classes classes"]
     """T of the held-out samples: noise of the same directions, at their rate. The unit matrix where they have none."""
     sharpness: float = 1.0
@@ -118,11 +121,9 @@ class Audit:
 
     def with_votes(self, votes: Tensor, count: float) -> Audit:
         """The same with T estimated from the votes of so many live samples."""
-        # where none are found, as many may be wrong as a clean set shows
-        rate = self.noise.rate if self.noise.found else max(self.held_out_rate, CLEAN)
         return replace(
             self,
-            transition=transitions.estimate(votes, count, rate),
+            transition=transitions.estimate(votes, count, self.live_rate),
             held_out_transition=transitions.estimate(votes, count, self.held_out_rate),
         )
 
@@ -176,7 +177,6 @@ def survey(
 ) -> tuple[Tensor, ...]:
     """The sums of a `Survey` over a batch."""
     scaled = temperature * logits.double()
-    classes = scaled.shape[1]
     p = scaled.softmax(dim=1)
     # sigmoid(u - b) is the given label's probability after its logit was lowered by b
     u = -log_odds_of_others(scaled, labels)
@@ -249,9 +249,13 @@ def audit(
         wrong = ((shown + (1 - shown) * more) * count + removed) / (count + removed) if count + removed else 0.0
         beyond = max(0.0, (wrong - shown) / (1 - shown))
         wanted = (1 - beyond) * wanted + beyond * (1 - wanted) / max(1, classes - 1)
+    # where none are found, as many may be wrong as a clean set shows
+    before = noise.rate if noise.found else max(shown, CLEAN)
+    if noise.source != "held-out" and noise.found:
+        before = (before * float(live.count) + removed) / (float(live.count) + removed)
     unit = torch.eye(classes, dtype=torch.float64)
     offset = _offset(live, wanted, removed, removed_support)
-    return Audit(temperature, offset, noise, shown, unit, unit).with_votes(live.votes, float(live.count))
+    return Audit(temperature, offset, noise, shown, before, unit, unit).with_votes(live.votes, float(live.count))
 
 
 def _noise(held_out: Survey, live: Survey, held_out_rate: float) -> tuple[NoiseEstimate, float, float]:

@@ -83,12 +83,13 @@ def refitted(samples: str, seed: int) -> Case:
     rows = torch.cat([spread, smallest]).unique()
     without = refits_without(problem.features, problem.labels, probe.weights, DAMPING, rows)
     own = torch.einsum("bd,bcd->bc", problem.features[rows], without)
+    likely = own.softmax(dim=1).gather(1, problem.labels[rows][:, None])[:, 0]
     before = (problem.features @ probe.weights.T).log_softmax(dim=1)
     after = torch.einsum("nd,bcd->bnc", problem.features, without).log_softmax(dim=2)
     truth: dict[Score, Tensor] = {
         "loo_margin": label_margin(own, problem.labels[rows]),
         # without an audit
-        "directed_margin": label_margin(own, problem.labels[rows]),
+        "mislabel_odds": -torch.logit(likely),
         "parameter": (without - probe.weights).flatten(1).norm(dim=1),
         "data": (before.exp() * (before - after)).sum(dim=2).mean(dim=1),
         # the baselines know only the fit with the sample; this is what each stands in for
@@ -293,33 +294,24 @@ def test_a_committee_of_one_probe_twice_scores_as_the_probe_does(one: Case, kind
         torch.testing.assert_close(SCORES[name](twice) * shorter, SCORES[name](single), msg=name)
 
 
-# -- the directed margin -----------------------------------------------------------------------------------
+# -- the odds of a wrong label -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_an_audit_the_directed_margin_is_the_loo_margin(any_case: Case, kind: Kind):
+def test_without_an_audit_the_odds_are_those_of_any_other_label(any_case: Case, kind: Kind):
     found = any_case.found[kind]
-    assert torch.equal(SCORES["directed_margin"](found), SCORES["loo_margin"](found))
+    p = found.loo_logits.softmax(dim=1).gather(1, found.labels[:, None])[:, 0]
+    torch.testing.assert_close(SCORES["mislabel_odds"](found), ((1 - p) / p).log(), rtol=1e-6, atol=1e-9)
 
 
-def test_an_audit_without_findings_scales_the_loo_margin_and_does_no_more(one: Case):
-    nothing = NoiseEstimate(0.0, 0.0, 0.05, 0.0, 0, 50, found=False)
-    audited = replace(one.found["exact"], audit=Audit(1.7, 0.0, torch.zeros(10, 10).double(), nothing, 0.0))
-    torch.testing.assert_close(SCORES["directed_margin"](audited), 1.7 * SCORES["loo_margin"](audited))
-
-
-def test_the_directed_margin_is_its_formula_sample_by_sample(one: Case):
-    directions = torch.randn(10, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    directions = directions - directions.T
-    audit = Audit(1.7, 0.6, directions, NoiseEstimate(0.2, 0.1, 0.3, 0.4, 10, 50, found=True), 0.2)
+def test_only_the_odds_depend_on_the_audit(one: Case):
+    noise = NoiseEstimate(0.2, 0.1, 0.3, 0.4, 10, 50, found=True)
+    mixed = torch.full((10, 10), 0.2 / 9, dtype=torch.float64).fill_diagonal_(0.8)
+    audit = Audit(1.7, 0.6, noise, 0.2, 0.2, mixed, mixed, 1.2)
     audited = replace(one.found["exact"], audit=audit)
-    found, logits = SCORES["directed_margin"](audited), audited.loo_logits.tolist()
-    for row in one.rows[::10].tolist():
-        y = int(one.problem.labels[row])
-        others = [1.7 * z + float(directions[c, y]) for c, z in enumerate(logits[row]) if c != y]
-        assert float(found[row]) == pytest.approx(max(others) - (1.7 * logits[row][y] - 0.6), rel=1e-9)
+    assert torch.equal(SCORES["mislabel_odds"](audited), audit.mislabel_odds(audited.loo_logits, audited.labels))
     for name in SCORES:
-        if name != "directed_margin":
+        if name != "mislabel_odds":
             assert torch.equal(SCORES[name](audited), SCORES[name](one.found["exact"])), name
 
 
