@@ -34,6 +34,9 @@ _UNDIRECTED = 0.1
 """Share of the noise that is taken to have no direction in any case: no label is held to be impossible."""
 _FEW = 5.0
 """Samples in the smaller of two classes at which half of what they say of a direction is believed."""
+_ALIKE = 3.0
+"""Classes up to this ratio of their sizes are compared by their shares alone. Measured in simulations with symmetric
+noise: at 100:1 average precision 0.976 without the comparison of numbers, 0.988 with it, 0.987 without directions."""
 _STEPS = 30
 """From q to p. More change nothing but the last half point of average precision under pair flips (100 steps); ten lose
 one to two there, and are less calibrated where classes overlap (expected calibration error 0.053, 30 steps 0.041)."""
@@ -53,13 +56,16 @@ def votes(p: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> F
 def estimate(votes: Float[Tensor, "classes classes"], count: float, rate: float) -> Float[Tensor, "classes classes"]:
     """T for noise of this rate, from the votes of so many samples.
 
-        D[c, y] = max(0, S[c, y] - S[y, c] - its standard error) m / (m + 5),   no more in a row than `rate`
+        D[c, y] = max(0, S[c, y] - S[y, c] - its standard error) m / (m + 5)
         T[c, y] = 0.9 (D[c, y] + (rate - sum_y D[c, y]) / (C - 1)) + 0.1 rate / (C - 1),   T[c, c] = 1 - rate
 
-    with S the rows of V over their sums and m the number of samples in the smaller of the two classes. Votes are
-    taken for as many samples as there are: only the confident vote, but all are meant.
+    with S the rows of V over their sums, m the number of samples in the smaller of the two classes, and D no more than
+    `rate` in a row. Of classes whose sizes differ three times and more, V[c, y] has to be the larger number, too. Votes
+    are taken for as many samples as there are: only the confident vote, but all are meant.
     """
     found = votes.double().cpu()
+    # no label is always wrong: the rate leaves room for the right one
+    rate = min(rate, 0.9 * (len(found) - 1) / len(found))
     classes, total = len(found), float(found.sum())
     joint = found * (count / total) if total else found
     rows = joint.sum(dim=1, keepdim=True)
@@ -67,10 +73,11 @@ def estimate(votes: Float[Tensor, "classes classes"], count: float, rate: float)
     # of a count of Poisson; where none was seen, as if half a one had been
     variance = joint.clamp_min(0.5) / rows.clamp_min(1.0).square()
     excess = (shares - shares.T - (variance + variance.T).sqrt()).clamp_min(0.0)
+    # a few of a frequent class that look like a rare one are many of those that are taken for the rare one
+    alike = torch.maximum(rows / rows.T, rows.T / rows) < _ALIKE
+    excess *= alike | (joint > joint.T)
     fewer = torch.minimum(rows, rows.T)
     directed = excess * fewer / (fewer + _FEW)
-    # no label is always wrong: the rate leaves room for the right one
-    rate = min(rate, 0.9 * (classes - 1) / classes)
     directed *= (rate / directed.sum(dim=1, keepdim=True).clamp_min(1e-30)).clamp_max(1.0)
     rest = (rate - directed.sum(dim=1, keepdim=True)).clamp_min(0.0)
     others = (1 - torch.eye(classes, dtype=torch.float64)) / max(1, classes - 1)

@@ -534,7 +534,9 @@ def test_the_most_that_may_be_removed_is_a_bound_that_is_passed_once_in_a_thousa
 def audit_with(rate: float, noise: np.ndarray, *, found: bool = True) -> Audit:
     """t = 2, b = 0.7, and the same T for live and held-out samples."""
     estimate = replace(found_noise(rate), found=found)
-    return Audit(2.0, 0.7, estimate, rate, rate if found else 0.01, torch.from_numpy(noise), torch.from_numpy(noise), 1.3)
+    return Audit(
+        2.0, 0.7, estimate, rate, rate if found else 0.01, torch.from_numpy(noise), torch.from_numpy(noise), 1.3
+    )
 
 
 @pytest.mark.parametrize("classes", [2, 3, 10])
