@@ -222,7 +222,7 @@ def test_one_damping_needs_no_list():
         ("removal.share=-0.1", "removal.share = -0.1: should be greater than or equal to 0"),
         ("removal.share=half", 'removal.share = "half": should be a valid number'),
         ("removal.share=on", "removal.share = true: should not be a boolean"),
-        ("removal.score=entropy", "removal.score = \"entropy\": should be 'directed_margin', 'loo_margin', "),
+        ("removal.score=entropy", "removal.score = \"entropy\": should be 'mislabel_odds', 'loo_margin', "),
         ("data.noise.rate=2", "data.noise.rate = 2: should be less than or equal to 1"),
         ("data.noise.kind=pairs", "data.noise.kind = \"pairs\": should be 'symmetric', 'pair', 'instance' or 'matrix'"),
         ("removal=3", "removal = 3: should be a mapping"),

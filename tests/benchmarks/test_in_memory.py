@@ -23,7 +23,7 @@ def begin(fifteen_epochs: None) -> tuple[Data, in_memory.Start]:
     return data, in_memory.start(NOISY, data, cases.train(NOISY, data.train, seed=0).weights)
 
 
-def test_the_first_round_takes_the_samples_with_the_largest_directed_margin(
+def test_the_first_round_takes_the_samples_whose_label_is_most_likely_wrong(
     begin: tuple[Data, in_memory.Start],
 ):
     data, start = begin
@@ -31,9 +31,9 @@ def test_the_first_round_takes_the_samples_with_the_largest_directed_margin(
     run = in_memory.CleaningInMemory(NOISY, data, "head", start, removal=once)
     outcome = run.clean()
     assert outcome.reason == "removal.max_rounds = 1 reached"
-    margins = ours(NOISY, data, start.weights).scores["directed_margin"]
+    odds = ours(NOISY, data, start.weights).scores["mislabel_odds"]
     tenth = int(0.1 * len(data.train))
-    assert set(np.flatnonzero(~run.kept)) == set(np.argsort(-margins)[:tenth])
+    assert set(np.flatnonzero(~run.kept)) == set(np.argsort(-odds)[:tenth])
 
 
 def test_a_cut_leaves_every_class_its_floor():

@@ -182,7 +182,7 @@ def test_a_run_interrupted_once_its_layers_are_chosen_chooses_the_same_again(
 def test_a_run_interrupted_while_it_puts_the_last_boundary_on_ends_the_same(
     run: Run, tmp_path: Path, moment: str
 ) -> None:
-    nothing_goes = {"threshold": 100.0}
+    nothing_goes = {"threshold": 1.0}
     whole = run(tmp_path / "whole", removal=nothing_goes)
     assert (whole["rounds"], whole["removed"]) == (1, 0)
     with interrupted_after(moment, call=2):
@@ -273,7 +273,7 @@ def test_features_of_other_data_are_not_taken_up(
 
 
 def test_a_run_that_removes_nothing_leaves_all_columns(run: Run, undisturbed: Undisturbed, tmp_path: Path) -> None:
-    summary = run(tmp_path / "run", removal={"threshold": 100.0})
+    summary = run(tmp_path / "run", removal={"threshold": 1.0})
     assert (summary["removed"], summary["live"]) == (0, 900)
     assert summary["ended"] == "what is left no longer looks wrong: 0 of 900 samples would be candidates"
     empty = pq.read_table(tmp_path / "run" / "removed.parquet")

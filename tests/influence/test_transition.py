@@ -260,10 +260,10 @@ def test_the_odds_of_a_wrong_label_are_calibrated(noise: np.ndarray, apart: floa
 def test_the_odds_are_those_of_bayes_where_everything_is_known():
     noise = mixed(5, 0.3)
     live = Simulated(500, noise, apart=2.0, seed=1)
-    T = torch.from_numpy(noise)
+    known_t = torch.from_numpy(noise)
     estimate = audits.NoiseEstimate(0.3, 0.2, 0.4, 0.5, 30, 100, found=True)
-    found = Audit(1.0, 0.0, estimate, 0.3, 0.3, T, T).mislabel_odds(live.logits, live.labels)
-    joint = live.p * T.T[live.labels]
+    found = Audit(1.0, 0.0, estimate, 0.3, 0.3, known_t, known_t).mislabel_odds(live.logits, live.labels)
+    joint = live.p * known_t.T[live.labels]
     own = joint.gather(1, live.labels[:, None])[:, 0]
     known = ((joint.sum(dim=1) - own) / own).log()
     near = known.abs() < 3

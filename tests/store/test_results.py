@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -271,10 +272,11 @@ def test_live_rows_are_those_whose_bucket_and_row_are_not_excluded(run: Finished
 def test_every_removal_has_a_reason_in_words(run: Finished):
     table = run.folder.read_table(run.folder.round(1, "removed.parquet"))
     table = table.set_column(table.column_names.index("confidence"), "confidence", [[0.974, 0.5, 1.0]])
+    table = table.append_column("mislabel_odds", [[math.log(0.996 / 0.004), 0.0, math.inf]])
     assert results.reason(table, "loo_margin", 1, CLASSES).to_pylist() == [
-        "the others label it dog (97 %) not cat (among the highest loo_margin of round 1)",
-        "the others label it hen (50 %) not dog (among the highest loo_margin of round 1)",
-        "the others label it cat (100 %) not hen (among the highest loo_margin of round 1)",
+        "label cat is wrong with 99 %: the others label it dog (97 %); among the highest loo_margin of round 1",
+        "label dog is wrong with 50 %: the others label it hen (50 %); among the highest loo_margin of round 1",
+        "label hen is wrong with 100 %: the others label it cat (100 %); among the highest loo_margin of round 1",
     ]
 
 
