@@ -224,7 +224,7 @@ class CleaningRun:
                 held_out_rate=state.history[-1].metrics.get("held_out_noise", self.before.held_out_rate),
             )
             audit = with_transition(
-                audit, held_out, boundary.weights, lambda by: self.workers.votes(as_given, replace(verdict, audit=by))
+                audit, held_out, boundary.weights, lambda by: self.workers.tally(as_given, replace(verdict, audit=by))
             )
         verdict = replace(verdict, audit=audit)
         path = self.folder.round(state.number + 1, "scores.parquet")

@@ -14,7 +14,7 @@ from pipelines.benchmarks.cases import Case, Data, Part, inputs, loaded
 from posttrain.config import Probe as ProbeSection
 from posttrain.config import Removal
 from posttrain.influence import audit as audits
-from posttrain.influence import committee, curvature, scores, transition
+from posttrain.influence import committee, curvature, scores
 from posttrain.influence.audit import NoiseEstimate
 from posttrain.influence.probe import Reduce, Standardizer, in_memory
 from posttrain.schema import stream_seed, uniform
@@ -155,9 +155,8 @@ def evidence(
         held_out_rate=held_out_rate,
     )
 
-    def votes(by: audits.Audit) -> tuple[Tensor, Tensor]:
-        p = by.class_probabilities(unaudited.loo_logits, live.labels)
-        return torch.tensor(float(len(p))), transition.votes(p, live.labels)
+    def tally(by: audits.Audit) -> audits.Tally:
+        return audits.Tally(*audits.tally(by, unaudited.loo_logits, live.labels))
 
-    audit = committee.with_transition(audit, of_validation, boundary.weights, votes)
+    audit = committee.with_transition(audit, of_validation, boundary.weights, tally)
     return scores.Evidence(unaudited.members, live.labels, draw, audit)

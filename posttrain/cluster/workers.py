@@ -39,12 +39,11 @@ from posttrain.cluster.devices import (
 from posttrain.cluster.isolating import Fatal, fatal_rows
 from posttrain.cluster.pool import Died, Pool
 from posttrain.cluster.reading import Bucket, Progress
-from posttrain.influence.audit import Audit, Survey, survey
+from posttrain.influence.audit import Audit, Survey, Tally, survey, tally
 from posttrain.influence.committee import Boundary
 from posttrain.influence.curvature import Curvature, hessian_block
 from posttrain.influence.probe import BlockFn, Standardizer
 from posttrain.influence.scores import SCORES, Evidence, joint_evidence, suggestion
-from posttrain.influence.transition import votes
 from posttrain.schema import (
     BUCKET,
     FILE,
@@ -184,11 +183,10 @@ def surveyed(evidence: Evidence, temperature: float) -> tuple[Tensor, ...]:
     return survey(evidence.loo_logits, evidence.labels, temperature)
 
 
-def voted(evidence: Evidence) -> tuple[Tensor, Tensor]:
-    """Number and votes of a block, by the class probabilities of its audit."""
+def tallied(evidence: Evidence) -> tuple[Tensor, ...]:
+    """The sums of a `Tally` over a block, by the word of its audit."""
     assert evidence.audit is not None
-    p = evidence.audit.class_probabilities(evidence.loo_logits, evidence.labels)
-    return torch.tensor(float(len(p)), dtype=torch.float64), votes(p, evidence.labels)
+    return tally(evidence.audit, evidence.loo_logits, evidence.labels)
 
 
 def score_columns(evidence: Evidence) -> dict[str, np.ndarray]:
@@ -659,10 +657,9 @@ class Workers:
         """The survey of the live samples by their leave-one-out logits."""
         return Survey(*self._summed(view, verdict, functools.partial(surveyed, temperature=temperature)))
 
-    def votes(self, view: View, verdict: Verdict) -> tuple[Tensor, Tensor]:
-        """Number and votes of the live samples, by the class probabilities of the verdict's audit."""
-        count, votes = self._summed(view, verdict, voted)
-        return count, votes
+    def tally(self, view: View, verdict: Verdict) -> Tally:
+        """The tally of the live samples, by the word of the verdict's audit."""
+        return Tally(*self._summed(view, verdict, tallied))
 
     def _summed(self, view: View, verdict: Verdict, fn: EvidenceFn) -> tuple[Tensor, ...]:
         """Sums over the live samples of what `fn` makes of the evidence on each block."""

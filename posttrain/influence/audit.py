@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -31,6 +31,8 @@ Source = Literal["held-out", "live", "comparison"]
 
 _OFFSETS = 257
 _LARGEST_OFFSET = 16.0
+_SHIFTS = 65
+_LARGEST_SHIFT = 4.0
 _BINS = 4096
 _DEEPEST = 16.0
 """Confidences are binned by -log(1 - confidence), up to this: e^-16 is what float32 can still tell from 1."""
@@ -112,12 +114,20 @@ class Audit:
     live_rate: float
     """Share of wrong labels among the live samples before any was removed: how likely any one of them was wrong. As
     they are removed it would fall, and the last of them would no longer look wrong."""
+    left: float
+    """Share of wrong labels among the samples that are live now, as it should be by the same count."""
     transition: Float[Tensor, "classes classes"]
-    """T of the live samples, at that rate."""
+    """T of the live samples, at `live_rate`."""
     held_out_transition: Float[Tensor, "classes classes"]
     """T of the held-out samples: noise of the same directions, at their rate. The unit matrix where they have none."""
     sharpness: float = 1.0
     """How much surer of a sample's class one can be than p is: with it T^T p foretells the held-out labels best."""
+
+    shift: float = 0.0
+    """What the log odds of a wrong label are raised by, so that on average as many are wrong as `left` says: probes
+    that are not sure of a class are not sure that a label is wrong either. Measured on the first rounds of 63
+    networks, means over ten kinds of noise: 76 % of the wrong labels have odds above 0, without a shift 69 %; of the
+    labels with such odds 81 and 85 % are wrong; Brier score 0.0957 and 0.0967."""
 
     def with_votes(self, votes: Tensor, count: float) -> Audit:
         """The same with T estimated from the votes of so many live samples."""
@@ -156,12 +166,41 @@ class Audit:
         return log_odds_of_others(self._joint_log(logits, labels), labels)
 
     def _joint_log(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return transitions.joint_log(self._log_class_probabilities(logits, labels), labels, self.transition)
+        joint = transitions.joint_log(self._log_class_probabilities(logits, labels), labels, self.transition)
+        return joint.scatter_add(1, labels[:, None], joint.new_full((len(labels), 1), -self.shift))
 
     def _log_class_probabilities(self, logits: Tensor, labels: Tensor) -> Tensor:
         q = self.probabilities(logits.double(), labels)
         p = transitions.unmixed(q, self.held_out_transition) if self.held_out_rate else q
         return transitions.log_sharpened(p, self.sharpness)
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Sums over live samples by the word of an audit, which may be added over blocks."""
+
+    count: Tensor
+    votes: Float[Tensor, "classes classes"]
+    """Those of `transition`."""
+    expected: Float[Tensor, " shifts"]
+    """Expected number of wrong labels, for each shift of the grid on top of the audit's own."""
+
+
+def tally(
+    audit: Audit, logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums of a `Tally` over a batch."""
+    votes = transitions.votes(audit.class_probabilities(logits, labels), labels)
+    odds = audit.mislabel_odds(logits, labels)
+    expected = torch.sigmoid(odds[:, None] + _shifts().to(odds)).sum(dim=0)
+    return torch.tensor(float(len(labels)), dtype=torch.float64, device=votes.device), votes, expected
+
+
+def shifted(audit: Audit, tally: Tally) -> Audit:
+    """The audit whose odds come to `left` on average; as it is where they come to more."""
+    wanted = audit.left * float(tally.count)
+    shift = _crossing(_shifts().tolist(), tally.expected.tolist(), wanted)
+    return replace(audit, shift=audit.shift + shift)
 
 
 def log_odds_of_others(
@@ -249,13 +288,16 @@ def audit(
         wrong = ((shown + (1 - shown) * more) * count + removed) / (count + removed) if count + removed else 0.0
         beyond = max(0.0, (wrong - shown) / (1 - shown))
         wanted = (1 - beyond) * wanted + beyond * (1 - wanted) / max(1, classes - 1)
-    # where none are found, as many may be wrong as a clean set shows
-    before = noise.rate if noise.found else max(shown, CLEAN)
+    # no less than a former round found: these labels stay what they are. Where none were found, as many may be wrong as
+    # a clean set shows
+    before = max(noise.rate, held_out_rate, CLEAN)
+    count, all_of_them = float(live.count), float(live.count) + removed
     if noise.source != "held-out" and noise.found:
-        before = (before * float(live.count) + removed) / (float(live.count) + removed)
+        before = (before * count + removed) / all_of_them
+    left = max(0.0, before * all_of_them - removed) / count if count else 0.0
     unit = torch.eye(classes, dtype=torch.float64)
     offset = _offset(live, wanted, removed, removed_support)
-    return Audit(temperature, offset, noise, shown, before, unit, unit).with_votes(live.votes, float(live.count))
+    return Audit(temperature, offset, noise, shown, before, left, unit, unit).with_votes(live.votes, count)
 
 
 def _noise(held_out: Survey, live: Survey, held_out_rate: float) -> tuple[NoiseEstimate, float, float]:
@@ -335,12 +377,21 @@ def _offsets() -> Tensor:
 def _offset(live: Survey, wanted: float, removed: int, removed_support: float) -> float:
     """The b at which the live labels' mean probability falls to `wanted`; 0 where it is lower anyway."""
     means, grid = ((live.support + removed_support) / (live.count + removed)).tolist(), _offsets().tolist()
-    # not a number where either survey is empty: nothing is known of b then
-    if not means[0] > wanted:
-        return 0.0
+    return _crossing(grid, [-mean for mean in means], -wanted)
+
+
+def _shifts() -> Tensor:
+    return torch.linspace(0, _LARGEST_SHIFT, _SHIFTS, dtype=torch.float64)
+
+
+def _crossing(grid: Sequence[float], rising: Sequence[float], wanted: float) -> float:
+    """Where values that rise over a grid reach what is wanted: its first point where they are there at once."""
+    # not a number where there are no samples: nothing is known then
+    if not rising[0] < wanted:
+        return grid[0]
     for k in range(1, len(grid)):
-        if means[k] <= wanted:
-            share = (means[k - 1] - wanted) / (means[k - 1] - means[k])
+        if rising[k] >= wanted:
+            share = (wanted - rising[k - 1]) / (rising[k] - rising[k - 1])
             return grid[k - 1] + share * (grid[k] - grid[k - 1])
     return grid[-1]
 

@@ -173,24 +173,24 @@ def held_out_audit(held_out: Reduce, weights: Tensor) -> tuple[audits.Survey, fl
 
 
 def with_transition(
-    found: audits.Audit, held_out: Reduce, weights: Tensor, votes: Callable[[audits.Audit], tuple[Tensor, Tensor]]
+    found: audits.Audit, held_out: Reduce, weights: Tensor, tally: Callable[[audits.Audit], audits.Tally]
 ) -> audits.Audit:
-    """The audit with the noise transition matrix estimated in full, and the sharpness that fits the held-out labels.
+    """The audit with the noise transition matrix estimated in full, and what follows from it: sharpness and shift.
 
-    `votes(audit)`: number and `transitions.votes` of the live samples, by the class probabilities of that audit. Where
-    no wrong labels are found, the first estimate stays: there is no noise to take out of the votes.
+    `tally(audit)` is that of the live samples, by the word of that audit. Where no wrong labels are found, the first
+    estimate stays: there is no noise to take out of the votes.
     """
     if not (found.noise.found or found.held_out_rate):
         return found
     at = torch.tensor(found.temperature, dtype=torch.float64)
     for again in range(transitions.ESTIMATES):
         if again:
-            count, voted = votes(found)
-            found = found.with_votes(voted, float(count))
+            told = tally(found)
+            found = found.with_votes(told.votes, float(told.count))
         if found.held_out_rate:
             _, losses = held_out(transitions.sharpness_losses, weights, at, found.held_out_transition)
             found = replace(found, sharpness=transitions.best_sharpness(losses))
-    return found
+    return audits.shifted(found, tally(found))
 
 
 def stacked(weights: Sequence[Tensor]) -> Float[Tensor, "classes dim"]:

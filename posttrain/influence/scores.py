@@ -106,7 +106,7 @@ def mislabel_odds(e: Evidence) -> Float[Tensor, " batch"]:
     """
     if e.audit is None:
         return log_odds_of_others(e.loo_logits, e.labels)
-    return e.audit.mislabel_odds(e.loo_logits, e.labels)
+    return e.audit.mislabel_odds(e.loo_logits, e.labels).to(e.loo_logits.dtype)
 
 
 def loo_margin(e: Evidence) -> Float[Tensor, " batch"]:

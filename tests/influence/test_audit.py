@@ -17,7 +17,6 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from posttrain.influence import audit as audits
-from posttrain.influence import transition as transitions
 from posttrain.influence.audit import Audit, NoiseEstimate, Survey, fitted_temperature, survey, temperature_moments
 from posttrain.influence.committee import with_transition
 from posttrain.influence.curvature import Influence
@@ -86,12 +85,11 @@ def audited(held_out: Simulated, live: Simulated) -> Audit:
     temperature = temperature_of(held_out.logits, held_out.labels)
     first = audits.audit(surveyed(held_out, temperature), surveyed(live, temperature), temperature)
 
-    def votes(by: Audit) -> tuple[Tensor, Tensor]:
-        p = by.class_probabilities(live.logits, live.labels)
-        return torch.tensor(float(len(p))), transitions.votes(p, live.labels)
+    def tally(by: Audit) -> audits.Tally:
+        return audits.Tally(*audits.tally(by, live.logits, live.labels))
 
     unit = torch.eye(live.logits.shape[1], dtype=torch.float64)
-    return with_transition(first, in_memory(held_out.logits, held_out.labels, 501), unit, votes)
+    return with_transition(first, in_memory(held_out.logits, held_out.labels, 501), unit, tally)
 
 
 def temperature_of(logits: Tensor, labels: Tensor) -> float:
@@ -535,7 +533,7 @@ def audit_with(rate: float, noise: np.ndarray, *, found: bool = True) -> Audit:
     """t = 2, b = 0.7, and the same T for live and held-out samples."""
     estimate = replace(found_noise(rate), found=found)
     return Audit(
-        2.0, 0.7, estimate, rate, rate if found else 0.01, torch.from_numpy(noise), torch.from_numpy(noise), 1.3
+        2.0, 0.7, estimate, rate, rate if found else 0.01, rate, torch.from_numpy(noise), torch.from_numpy(noise), 1.3
     )
 
 
@@ -570,6 +568,32 @@ def test_the_odds_are_their_formula_sample_by_sample(noise: np.ndarray):
         wrong = sum(share for c, share in enumerate(joint) if c != y)
         assert float(odds[row]) == pytest.approx(math.log(wrong / joint[y]), rel=1e-9)
         assert posterior[row].tolist() == pytest.approx([share / sum(joint) for share in joint], rel=1e-9)
+
+
+@pytest.mark.parametrize("left", [0.05, 0.2, 0.35, 0.45])
+def test_shifted_odds_come_to_the_share_that_should_be_left_unless_they_come_to_more(left: float):
+    live = simulated(3000, symmetric(6, 0.3), apart=1.5)
+    audit = replace(audit_with(0.3, symmetric(6, 0.3)), left=left)
+    blocks = zip(live.logits.split(700), live.labels.split(700), strict=True)
+    parts = [audits.tally(audit, z, y) for z, y in blocks]
+    found = audits.shifted(audit, audits.Tally(*(torch.stack(part).sum(dim=0) for part in zip(*parts, strict=True))))
+
+    def mean(of: Audit) -> float:
+        return float(torch.sigmoid(of.mislabel_odds(live.logits, live.labels)).mean())
+
+    if mean(audit) >= left:
+        assert found == audit
+    else:
+        assert mean(found) == pytest.approx(left, abs=1e-3)
+        difference = found.mislabel_odds(live.logits, live.labels) - audit.mislabel_odds(live.logits, live.labels)
+        torch.testing.assert_close(difference, torch.full_like(difference, found.shift))
+
+
+def test_odds_are_not_shifted_beyond_the_largest_that_is_tried_nor_where_there_are_no_samples():
+    live = simulated(100, symmetric(6, 0.0), apart=6.0)
+    audit = replace(audit_with(0.3, symmetric(6, 0.3)), left=0.9)
+    assert audits.shifted(audit, audits.Tally(*audits.tally(audit, live.logits, live.labels))).shift == 4.0
+    assert audits.shifted(audit, audits.Tally(*audits.tally(audit, live.logits[:0], live.labels[:0]))).shift == 0.0
 
 
 def test_without_noise_in_the_held_out_labels_a_class_is_as_likely_as_its_label():

@@ -307,9 +307,11 @@ def test_without_an_audit_the_odds_are_those_of_any_other_label(any_case: Case, 
 def test_only_the_odds_depend_on_the_audit(one: Case):
     noise = NoiseEstimate(0.2, 0.1, 0.3, 0.4, 10, 50, found=True)
     mixed = torch.full((10, 10), 0.2 / 9, dtype=torch.float64).fill_diagonal_(0.8)
-    audit = Audit(1.7, 0.6, noise, 0.2, 0.2, mixed, mixed, 1.2)
+    audit = Audit(1.7, 0.6, noise, 0.2, 0.2, 0.2, mixed, mixed, 1.2)
     audited = replace(one.found["exact"], audit=audit)
-    assert torch.equal(SCORES["mislabel_odds"](audited), audit.mislabel_odds(audited.loo_logits, audited.labels))
+    odds = SCORES["mislabel_odds"](audited)
+    torch.testing.assert_close(odds, audit.mislabel_odds(audited.loo_logits, audited.labels).to(odds))
+    assert odds.dtype == audited.loo_logits.dtype
     for name in SCORES:
         if name != "mislabel_odds":
             assert torch.equal(SCORES[name](audited), SCORES[name](one.found["exact"])), name

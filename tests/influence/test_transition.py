@@ -57,13 +57,12 @@ def audited(held_out: Simulated, live: Simulated, *, memory: float = 0.0) -> tup
         Survey(*audits.survey(z, y, 1.0)) for z, y in ((held_out.logits, held_out.labels), (logits, live.labels))
     ]
 
-    def votes(by: Audit) -> tuple[Tensor, Tensor]:
-        p = by.class_probabilities(logits, live.labels)
-        return torch.tensor(float(len(p))), transitions.votes(p, live.labels)
+    def tally(by: Audit) -> audits.Tally:
+        return audits.Tally(*audits.tally(by, logits, live.labels))
 
     unit = torch.eye(logits.shape[1], dtype=torch.float64)
     reduce = in_memory(held_out.logits, held_out.labels, 501)
-    return with_transition(audits.audit(surveys[0], surveys[1], 1.0), reduce, unit, votes), logits
+    return with_transition(audits.audit(surveys[0], surveys[1], 1.0), reduce, unit, tally), logits
 
 
 # -- votes -------------------------------------------------------------------------------------------------
@@ -262,7 +261,7 @@ def test_the_odds_are_those_of_bayes_where_everything_is_known():
     live = Simulated(500, noise, apart=2.0, seed=1)
     known_t = torch.from_numpy(noise)
     estimate = audits.NoiseEstimate(0.3, 0.2, 0.4, 0.5, 30, 100, found=True)
-    found = Audit(1.0, 0.0, estimate, 0.3, 0.3, known_t, known_t).mislabel_odds(live.logits, live.labels)
+    found = Audit(1.0, 0.0, estimate, 0.3, 0.3, 0.3, known_t, known_t).mislabel_odds(live.logits, live.labels)
     joint = live.p * known_t.T[live.labels]
     own = joint.gather(1, live.labels[:, None])[:, 0]
     known = ((joint.sum(dim=1) - own) / own).log()
