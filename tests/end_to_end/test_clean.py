@@ -42,13 +42,17 @@ Run = Callable[..., dict[str, Any]]
 Undisturbed = Callable[..., dict[str, Any]]
 
 
-def test_wrong_labels_go_and_the_model_gets_better(run: Run, digits: Digits, tmp_path: Path) -> None:
-    summary = run(tmp_path / "run", removal={"max_rounds": 10})
+@pytest.mark.parametrize(("threshold", "least_precision", "least_recall"), [(0.5, 0.95, 0.75), (0.1, 0.9, 0.9)])
+def test_wrong_labels_go_and_the_model_gets_better(
+    run: Run, digits: Digits, tmp_path: Path, threshold: float, least_precision: float, least_recall: float
+) -> None:
+    # of these held-out labels a fifth is wrong, but of the 100 that are looked at 12: the odds start too low
+    summary = run(tmp_path / "run", removal={"max_rounds": 10, "threshold": threshold})
     wrong = {i for i in digits.splits["train"] if digits.given[i] != digits.true[i]}
     removed = set(removed_ids(summary["run"]))
     precision, recall = len(removed & wrong) / len(removed), len(removed & wrong) / len(wrong)
-    assert precision >= 0.9
-    assert recall >= 0.9
+    assert precision >= least_precision
+    assert recall >= least_recall
     assert summary["removal_precision"] == pytest.approx(precision)
     assert summary["removal_recall"] == pytest.approx(recall)
     assert summary["test_accuracy_after"] >= summary["test_accuracy_before"] + 0.08
