@@ -29,6 +29,7 @@ from pipelines.benchmarks.in_memory import (
     Start,
     boundary_accuracies,
     network_accuracies,
+    rows,
     start,
     taken,
 )
@@ -42,6 +43,7 @@ from pipelines.benchmarks.refinement_findings import (
     ORACLE,
     OURS,
     RANDOM,
+    RIGHT,
     SCRATCH,
     SCRATCH_BY_LOSS,
     SCRATCH_CLEANLAB,
@@ -59,6 +61,7 @@ from pipelines.benchmarks.refinement_findings import (
 from pipelines.benchmarks.refinement_report import report, short
 from pipelines.benchmarks.training import Average, refining, round_seed, steps_of_epoch, trained_on
 from posttrain import rounds
+from posttrain.influence import committee
 from posttrain.rounds import State
 from posttrain.schema import Round, stream_seed, uniform
 
@@ -77,7 +80,8 @@ def measure(case: Case, folder: Path, *, cleanlab: bool = False, scratch: bool =
     """
     found = kept(case, folder)
     wanted = cleanlab or (folder / "out_of_sample" / f"{case.key}.pt").exists()
-    missing = [CLEANLAB] if wanted and (found is None or found.row(CLEANLAB) is None) else []
+    needed = [RIGHT, CLEANLAB] if wanted else [RIGHT]
+    missing = [name for name in needed if found is None or found.row(name) is None]
     if found is not None and not missing:
         return found
     data = cases.load(case)
@@ -87,7 +91,10 @@ def measure(case: Case, folder: Path, *, cleanlab: bool = False, scratch: bool =
     if found is None:
         found = _measured(case, data, trained.weights, own, scratch=scratch)
         keep(found, folder)
-    if missing:
+    if RIGHT in missing and found.row(RIGHT) is None:
+        found = replace(found, rows=(*found.rows, _of_right_labels(data, start(case, data, trained.weights))))
+        keep(found, folder)
+    if CLEANLAB in missing:
         plan, rest = found.cleanings["network"], ~flagged(case, data, folder)
         added = [_after_cleanlab(case, data, trained.weights, plan, rest)]
         if found.row(SCRATCH) is not None:
@@ -110,6 +117,7 @@ def _measured(case: Case, data: Data, weights: bytes, own_steps: int, *, scratch
     note(UNTOUCHED, begin.accuracies, everything, 0)
     note(NEW_HEAD, boundary_accuracies(begin.head, begin.test), everything, 0)
     note(CHOSEN, boundary_accuracies(begin.boundary, begin.test), everything, 0)
+    measured.append(_of_right_labels(data, begin))
     cleanings: dict[Mode, Cleaning] = {}
     head, network = (CleaningInMemory(case, data, mode, begin) for mode in ("head", "network"))
     outcomes: dict[Mode, rounds.Outcome[Model]] = {"head": head.clean(), "network": network.clean()}
@@ -142,6 +150,15 @@ def _measured(case: Case, data: Data, weights: bytes, own_steps: int, *, scratch
         torch.get_num_threads(),
         settings(case.dataset),
     )
+
+
+def _of_right_labels(data: Data, begin: Start) -> Row:
+    """The chosen boundary, drawn by the samples with a right label: what a removal without an error would give."""
+    right = data.train.given == data.train.true
+    drawn = committee.refit(
+        rows(begin.features.train, right), begin.features.validation, begin.boundary.members, classes=data.classes
+    )
+    return Row(RIGHT, **boundary_accuracies(drawn, begin.test), steps=0, samples=int(right.sum()), wrong=0)
 
 
 def _controls(

@@ -20,6 +20,7 @@ UNTOUCHED = "the network as it came"
 OURS: dict[Mode, str] = {mode: f"posttrain, {mode}" for mode in MODES}
 NEW_HEAD = "new head, nothing removed"
 CHOSEN = "chosen boundary, nothing removed"
+RIGHT = "chosen boundary, the right labels alone"
 NO_REMOVAL = "no removal, same steps"
 EMA = "same, EMA"
 THEN_BOUNDARY = "same, then the boundary"
@@ -35,7 +36,7 @@ ORACLE = "from scratch, the right labels alone"
 REFINED = (OURS["network"], OURS["both"], NO_REMOVAL, EMA, THEN_BOUNDARY, RANDOM, BY_LOSS, CLEANLAB)
 """The rows that take the same gradient steps from the trained network."""
 FROM_SCRATCH = (SCRATCH, SCRATCH_OURS, SCRATCH_BY_LOSS, SCRATCH_CLEANLAB, ORACLE)
-ROWS = (UNTOUCHED, OURS["head"], NEW_HEAD, CHOSEN, *REFINED, *FROM_SCRATCH)
+ROWS = (UNTOUCHED, OURS["head"], NEW_HEAD, CHOSEN, RIGHT, *REFINED, *FROM_SCRATCH)
 CONTROLS = (UNTOUCHED, NO_REMOVAL, EMA, RANDOM, BY_LOSS, CLEANLAB, NEW_HEAD)
 """What a user could do instead of posttrain."""
 ABLATIONS: dict[Mode, str] = {"head": CHOSEN, "network": NO_REMOVAL, "both": THEN_BOUNDARY}
