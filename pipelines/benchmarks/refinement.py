@@ -81,8 +81,7 @@ def measure(case: Case, folder: Path, *, cleanlab: bool = False, scratch: bool =
     found = kept(case, folder)
     wanted = cleanlab or (folder / "out_of_sample" / f"{case.key}.pt").exists()
     needed = [RIGHT, CLEANLAB] if wanted else [RIGHT]
-    missing = [name for name in needed if found is None or found.row(name) is None]
-    if found is not None and not missing:
+    if found is not None and all(found.row(name) is not None for name in needed):
         return found
     data = cases.load(case)
     trained = cases.trained(case, data, folder)
@@ -91,10 +90,10 @@ def measure(case: Case, folder: Path, *, cleanlab: bool = False, scratch: bool =
     if found is None:
         found = _measured(case, data, trained.weights, own, scratch=scratch)
         keep(found, folder)
-    if RIGHT in missing and found.row(RIGHT) is None:
+    if found.row(RIGHT) is None:
         found = replace(found, rows=(*found.rows, _of_right_labels(data, start(case, data, trained.weights))))
         keep(found, folder)
-    if CLEANLAB in missing:
+    if wanted and found.row(CLEANLAB) is None:
         plan, rest = found.cleanings["network"], ~flagged(case, data, folder)
         added = [_after_cleanlab(case, data, trained.weights, plan, rest)]
         if found.row(SCRATCH) is not None:

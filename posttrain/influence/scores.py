@@ -18,13 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from posttrain.influence.audit import Audit, log_odds_of_others
+from posttrain.influence.audit import Audit, Judgement, log_odds_of_others
 from posttrain.influence.curvature import Curvature, Influence
 from posttrain.influence.probe import residuals
 
@@ -53,6 +54,11 @@ class Evidence:
     """A number in [0, 1) that depends on the sample's id and the round's seed alone."""
     audit: Audit | None = None
     """How far the leave-one-out logits can be taken; None: as they are."""
+
+    @cached_property
+    def judgement(self) -> Judgement | None:
+        """What the audit says of the leave-one-out logits; None without one."""
+        return None if self.audit is None else self.audit.judge(self.loo_logits, self.labels)
 
     @property
     def logits(self) -> Float[Tensor, "batch classes"]:
@@ -104,9 +110,9 @@ def mislabel_odds(e: Evidence) -> Float[Tensor, " batch"]:
     with the class probabilities p and the noise transition matrix T of `Audit`: above 0, the label is more likely
     wrong than right. Without an audit the log odds of any other label under the plain softmax.
     """
-    if e.audit is None:
+    if e.judgement is None:
         return log_odds_of_others(e.loo_logits, e.labels)
-    return e.audit.mislabel_odds(e.loo_logits, e.labels).to(e.loo_logits.dtype)
+    return e.judgement.mislabel_odds.to(e.members[0].logits)
 
 
 def loo_margin(e: Evidence) -> Float[Tensor, " batch"]:
@@ -197,7 +203,7 @@ def suggestion(e: Evidence) -> Suggestion:
     """
     logits = e.loo_logits.double()
     q = logits.softmax(dim=1) if e.audit is None else e.audit.probabilities(logits, e.labels)
-    p = q if e.audit is None else e.audit.posterior(logits, e.labels)
+    p = q if e.judgement is None else e.judgement.posterior
     given = e.labels[:, None]
     confidence, suggested = p.scatter(1, given, -torch.inf).max(dim=1)
     return Suggestion(q.argmax(dim=1), q.gather(1, given)[:, 0], suggested, confidence)

@@ -386,7 +386,7 @@ def test_memory_is_known_through_all_rounds_where_the_held_out_labels_are_right(
         surveys = surveyed(held_out, temperature), surveyed(rest, temperature)
         found = audits.audit(*surveys, temperature, removed=len(gone), removed_support=float(own.sum()))
         assert memory / 2 < found.offset / temperature < 1.2 * memory
-        candidates = found.mislabel_odds(rest.logits, rest.labels) > 0
+        candidates = found.judge(rest.logits, rest.labels).mislabel_odds > 0
         assert int((candidates & rest.wrong).sum()) >= 0.95 * int(rest.wrong.sum())
         assert int((candidates & ~rest.wrong).sum()) <= 0.005 * len(rest.labels)
 
@@ -397,7 +397,7 @@ def test_suggestions_are_calibrated_also_where_the_held_out_labels_are_right(apa
     live = simulated(8000, symmetric(10, 0.4), apart=apart, seed=5001).remembered(memory)
     found = audited(replace(noisy, labels=noisy.true), live)
     assert found.noise.found and found.noise.source != "held-out"
-    p = found.class_probabilities(live.logits, live.labels)
+    p = found.judge(live.logits, live.labels).class_probabilities
     sure = p.max(dim=1).values > 0.9
     right = (p.argmax(dim=1) == live.true)[sure].double().mean()
     assert float(right) == pytest.approx(float(p.max(dim=1).values[sure].mean()), abs=0.03)
@@ -551,18 +551,20 @@ def test_probabilities_are_positive_and_sum_to_one_at_any_rate(classes: int, rat
     logits = 5 * torch.randn(100, classes, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     labels = torch.arange(100) % classes
     audit = audit_with(rate, np.eye(classes), found=rate > 0).with_votes(torch.zeros(classes, classes), 100.0)
-    for p in (f(logits, labels) for f in (audit.probabilities, audit.class_probabilities, audit.posterior)):
+    judged = audit.judge(logits, labels)
+    for p in (audit.probabilities(logits, labels), judged.class_probabilities, judged.posterior):
         torch.testing.assert_close(p.sum(dim=1), torch.ones(100).double())
         assert bool((p > 0).all())
-    assert bool(torch.isfinite(audit.mislabel_odds(logits, labels)).all())
+    assert bool(torch.isfinite(audit.judge(logits, labels).mislabel_odds).all())
 
 
 @pytest.mark.parametrize("noise", [symmetric(4, 0.2), paired(4, 0.3)], ids=["symmetric", "pairs"])
 def test_the_odds_are_their_formula_sample_by_sample(noise: np.ndarray):
     live = simulated(50, noise, apart=1.0)
     audit = audit_with(0.2, noise + 1e-3)
-    odds, posterior = (f(live.logits, live.labels) for f in (audit.mislabel_odds, audit.posterior))
-    classes = audit.class_probabilities(live.logits, live.labels)
+    judged = audit.judge(live.logits, live.labels)
+    odds, posterior = judged.mislabel_odds, judged.posterior
+    classes = audit.judge(live.logits, live.labels).class_probabilities
     for row, (p, y) in enumerate(zip(classes.tolist(), live.labels.tolist(), strict=True)):
         joint = [p[c] * float(audit.transition[c, y]) for c in range(4)]
         wrong = sum(share for c, share in enumerate(joint) if c != y)
@@ -579,13 +581,15 @@ def test_shifted_odds_come_to_the_share_that_should_be_left_unless_they_come_to_
     found = audits.shifted(audit, audits.Tally(*(torch.stack(part).sum(dim=0) for part in zip(*parts, strict=True))))
 
     def mean(of: Audit) -> float:
-        return float(torch.sigmoid(of.mislabel_odds(live.logits, live.labels)).mean())
+        return float(torch.sigmoid(of.judge(live.logits, live.labels).mislabel_odds).mean())
 
     if mean(audit) >= left:
         assert found == audit
     else:
         assert mean(found) == pytest.approx(left, abs=1e-3)
-        difference = found.mislabel_odds(live.logits, live.labels) - audit.mislabel_odds(live.logits, live.labels)
+        difference = (
+            found.judge(live.logits, live.labels).mislabel_odds - audit.judge(live.logits, live.labels).mislabel_odds
+        )
         torch.testing.assert_close(difference, torch.full_like(difference, found.shift))
 
 
@@ -599,7 +603,8 @@ def test_odds_are_not_shifted_beyond_the_largest_that_is_tried_nor_where_there_a
 def test_without_noise_in_the_held_out_labels_a_class_is_as_likely_as_its_label():
     live = simulated(50, symmetric(4, 0.2), apart=1.0)
     audit = replace(audit_with(0.0, symmetric(4, 0.2)), sharpness=1.0)
-    q, p = (f(live.logits, live.labels) for f in (audit.probabilities, audit.class_probabilities))
+    q = audit.probabilities(live.logits, live.labels)
+    p = audit.judge(live.logits, live.labels).class_probabilities
     torch.testing.assert_close(p, q)
 
 
@@ -616,8 +621,10 @@ def test_extreme_logits_and_one_class_alone_give_numbers(classes: int, scale: fl
         assert math.isfinite(audit.offset)
         assert bool(torch.isfinite(audit.transition).all())
         assert audit.probabilities(logits, labels).dtype == dtype
-        for found in (audit.probabilities, audit.class_probabilities, audit.posterior, audit.mislabel_odds):
-            assert bool(torch.isfinite(found(logits, labels)).all())
+        judged = audit.judge(logits, labels)
+        for found in (audit.probabilities(logits, labels), judged.class_probabilities, judged.posterior):
+            assert bool(torch.isfinite(found).all())
+        assert bool(torch.isfinite(judged.mislabel_odds).all())
         said = suggestion(evidence_of(of, audit))
         assert bool(torch.isfinite(said.confidence).all())
         assert bool(torch.isfinite(said.self_confidence).all())
@@ -675,7 +682,7 @@ def test_the_class_probabilities_are_calibrated_however_alike_the_classes_are(ap
     noise = symmetric(10, rate)
     live = simulated(10_000, noise, apart=apart, seed=1).cooled(2.0)
     audit = audited(simulated(6000, noise, apart=apart).cooled(2.0), live)
-    confidence, likeliest = audit.class_probabilities(live.logits, live.labels).max(dim=1)
+    confidence, likeliest = audit.judge(live.logits, live.labels).class_probabilities.max(dim=1)
     assert calibration_error(confidence, likeliest == live.true) < 0.05
 
 

@@ -310,7 +310,7 @@ def test_only_the_odds_depend_on_the_audit(one: Case):
     audit = Audit(1.7, 0.6, noise, 0.2, 0.2, 0.2, mixed, mixed, 1.2)
     audited = replace(one.found["exact"], audit=audit)
     odds = SCORES["mislabel_odds"](audited)
-    torch.testing.assert_close(odds, audit.mislabel_odds(audited.loo_logits, audited.labels).to(odds))
+    torch.testing.assert_close(odds, audit.judge(audited.loo_logits, audited.labels).mislabel_odds.to(odds))
     assert odds.dtype == audited.loo_logits.dtype
     for name in SCORES:
         if name != "mislabel_odds":

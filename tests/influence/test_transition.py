@@ -250,7 +250,7 @@ def test_where_no_sharpness_is_better_than_another_there_is_none():
 def test_the_odds_of_a_wrong_label_are_calibrated(noise: np.ndarray, apart: float):
     live = Simulated(10_000, noise, apart=apart, seed=1)
     found, logits = audited(Simulated(4000, noise, apart=apart, seed=0), live)
-    likely = torch.sigmoid(found.mislabel_odds(logits, live.labels)).numpy()
+    likely = torch.sigmoid(found.judge(logits, live.labels).mislabel_odds).numpy()
     bins = np.minimum((10 * likely).astype(int), 9)
     error = sum(abs((likely - live.wrong)[bins == b].sum()) for b in range(10)) / len(likely)
     assert error < 0.06
@@ -261,7 +261,7 @@ def test_the_odds_are_those_of_bayes_where_everything_is_known():
     live = Simulated(500, noise, apart=2.0, seed=1)
     known_t = torch.from_numpy(noise)
     estimate = audits.NoiseEstimate(0.3, 0.2, 0.4, 0.5, 30, 100, found=True)
-    found = Audit(1.0, 0.0, estimate, 0.3, 0.3, 0.3, known_t, known_t).mislabel_odds(live.logits, live.labels)
+    found = Audit(1.0, 0.0, estimate, 0.3, 0.3, 0.3, known_t, known_t).judge(live.logits, live.labels).mislabel_odds
     joint = live.p * known_t.T[live.labels]
     own = joint.gather(1, live.labels[:, None])[:, 0]
     known = ((joint.sum(dim=1) - own) / own).log()
@@ -279,7 +279,7 @@ def test_more_pair_flips_are_found_than_by_the_margin_and_no_fewer_symmetric_one
     found, logits = audited(Simulated(3000, noise, apart=2.0, seed=0, sizes=sizes), live, memory=1.0)
     own = logits.gather(1, live.labels[:, None])[:, 0]
     margin = logits.scatter(1, live.labels[:, None], -torch.inf).max(dim=1).values - own
-    odds = found.mislabel_odds(logits, live.labels)
+    odds = found.judge(logits, live.labels).mislabel_odds
     ours, plain = (float(average_precision_score(live.wrong, score.numpy())) for score in (odds, margin))
     assert ours >= plain + gain
 
@@ -293,4 +293,4 @@ def test_under_pair_flips_more_suggestions_are_the_true_class_than_without_direc
         suggested = p.scatter(1, live.labels[:, None], -torch.inf).argmax(dim=1)
         return float((suggested == live.true).numpy()[live.wrong].mean())
 
-    assert right(found.posterior(logits, live.labels)) > right(found.probabilities(logits, live.labels)) + 0.05
+    assert right(found.judge(logits, live.labels).posterior) > right(found.probabilities(logits, live.labels)) + 0.05
