@@ -355,7 +355,7 @@ class Removal(Section):
     data: influence on the model, on the data. random: the control."""
     threshold: float = Field(default=0.5, ge=0, le=1)
     """A sample may go only if the probability that its label is wrong is above this: 0.5 means more likely wrong than
-    right. It holds for every score but random."""
+    right, 1 that none may go. It holds for every score but random."""
     share: Annotated[float, Field(ge=0, le=1)] | Literal["estimated"] = "estimated"
     """Largest share of the samples removed in all rounds together. estimated: as many as may be wrong by
     the estimate (99.9 % confidence), and none where there is no sign of wrong labels."""

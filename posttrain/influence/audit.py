@@ -172,7 +172,7 @@ class Judgement:
 
     @property
     def posterior(self) -> Float[Tensor, "batch classes"]:
-        """Which class this sample belongs to, given that it was labelled y: p_c T[c, y], scaled to sum 1."""
+        """Which class this sample belongs to, given that it was labelled y: exp(joint), scaled to sum 1."""
         return self.joint.softmax(dim=1)
 
     @property

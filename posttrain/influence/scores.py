@@ -105,10 +105,10 @@ def label_margin(logits: Tensor, labels: Tensor) -> Tensor:
 def mislabel_odds(e: Evidence) -> Float[Tensor, " batch"]:
     """Log odds that the given label is wrong, by what the others say and by how labels go wrong (the default).
 
-        log sum_{c != y} p_c T[c, y]  -  log p_y T[y, y]
+        log sum_{c != y} p_c T[c, y]  -  log p_y T[y, y]  +  shift
 
-    with the class probabilities p and the noise transition matrix T of `Audit`: above 0, the label is more likely
-    wrong than right. Without an audit the log odds of any other label under the plain softmax.
+    with the class probabilities p, the noise transition matrix T and the shift of `Audit`: above 0, the label is
+    more likely wrong than right. Without an audit the log odds of any other label under the plain softmax.
     """
     if e.judgement is None:
         return log_odds_of_others(e.loo_logits, e.labels)

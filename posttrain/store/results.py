@@ -161,7 +161,7 @@ def reason(table: pa.Table, score: str, number: int, classes: Sequence[str]) -> 
     names = pa.array(classes)
 
     def percent(share: Any) -> Any:
-        # down, so that 100 % is not said of what is nearly certain
+        # down: 99.6 % is not 100 %
         return pc.cast(pc.cast(pc.floor(pc.multiply(share, 100.0)), pa.int64()), pa.string())
 
     wrong = pc.divide(1.0, pc.add(1.0, pc.exp(pc.negate(table["mislabel_odds"]))))
