@@ -102,6 +102,8 @@ class Before:
     """{bucket, row, self_confidence} of all that they removed or relabelled."""
     held_out_rate: float
     """Share of wrong labels in the same validation set; 0 where it is not known."""
+    votes: np.ndarray | None = None
+    """`Audit.votes`: which way labels went wrong."""
 
 
 @dataclass
@@ -215,17 +217,24 @@ class CleaningRun:
             of_live = self.workers.survey(as_given, verdict, temperature)
             support = sum(done.metrics.get("taken_support", 0.0) for done in state.history)
             support += pc.sum(self.before.support[SUPPORT]).as_py() or 0.0
+            prior = self._prior(state, int(of_live.count))
             audit = audits.audit(
                 of_held_out,
                 of_live,
                 temperature,
                 removed=policy.dealt_with(state.history) + self.before.support.num_rows,
                 removed_support=support,
-                held_out_rate=state.history[-1].metrics.get("held_out_noise", self.before.held_out_rate),
+                prior=prior,
             )
             audit = with_transition(
-                audit, held_out, boundary.weights, lambda by: self.workers.tally(as_given, replace(verdict, audit=by))
+                audit,
+                held_out,
+                boundary.weights,
+                lambda by: self.workers.tally(as_given, replace(verdict, audit=by)),
+                prior,
             )
+            if state.number == 0:
+                self.ledger.keep_votes(audit.votes.numpy())
         verdict = replace(verdict, audit=audit)
         path = self.folder.round(state.number + 1, "scores.parquet")
         counts = np.zeros(classes, np.int64)
@@ -255,6 +264,7 @@ class CleaningRun:
             "noise_high": noise.high,
             "noise_found": float(noise.found),
             "noise_most": noise.most,
+            "live_noise": audit.live_rate,
             "held_out_noise": audit.held_out_rate,
         }
         if self.noise is None:
@@ -772,6 +782,17 @@ class CleaningRun:
         bucket = self.splits[split].buckets[0].index
         shard = read_shard(self.folder, self.folder.features(backbone, split, bucket), names)
         return [matrix.shape[1] for matrix in shard.features.values()]
+
+    def _prior(self, state: State[Network], live: int) -> audits.Prior:
+        """What the first round saw of the labels as they came; in that one, what a former run of the same job did."""
+        if state.number:
+            found = state.history[-1].metrics
+            return audits.Prior(torch.tensor(self.ledger.votes()), 0, found["live_noise"], found["held_out_noise"])
+        before = self.before
+        if before.votes is None:
+            return audits.Prior(held_out_rate=before.held_out_rate)
+        new = max(0, live + before.support.num_rows - round(float(before.votes.sum())))
+        return audits.Prior(torch.tensor(before.votes), new, held_out_rate=before.held_out_rate)
 
     def _in_all(self, state: State[Network], noise: NoiseEstimate) -> int:
         """Samples that may still be dealt with in this and all later rounds."""

@@ -16,6 +16,7 @@ from pipelines.steps import in_words
 from posttrain import policy, rounds
 from posttrain.config import Probe as ProbeSection
 from posttrain.config import Removal
+from posttrain.influence import audit as audits
 from posttrain.influence import committee, scores, selection
 from posttrain.influence.audit import NoiseEstimate
 from posttrain.influence.committee import Boundary
@@ -129,8 +130,8 @@ class CleaningInMemory:
     estimates: list[Estimate] = field(default_factory=list)
     _removed_support: float = 0.0
     """Sum of the removed samples' given labels' probabilities."""
-    _held_out_rate: float = 0.0
-    """Share of wrong labels among the validation samples, as the last round saw it."""
+    _prior: audits.Prior = audits.UNKNOWN
+    """What the first round saw of the labels as they came."""
     _most: float = 0.0
     """Largest share of wrong labels that any round thought possible."""
     _features: tuple[bytes, Features] = field(init=False)
@@ -176,10 +177,10 @@ class CleaningInMemory:
             boundary,
             removed=removed,
             removed_support=self._removed_support,
-            held_out_rate=self._held_out_rate,
+            prior=self._prior,
         )
         assert found.audit is not None
-        noise, self._held_out_rate = found.audit.noise, found.audit.held_out_rate
+        noise, self._prior = found.audit.noise, found.audit.prior
         self.estimates.append(Estimate(noise.rate, noise.low, noise.high, noise.found))
         return found
 

@@ -130,7 +130,7 @@ def evidence(
     *,
     removed: int = 0,
     removed_support: float = 0.0,
-    held_out_rate: float = 0.0,
+    prior: audits.Prior = audits.UNKNOWN,
 ) -> scores.Evidence:
     """The audited evidence on the live samples; what former rounds removed and found as `audits.audit` takes it."""
     settings = ProbeSection()
@@ -152,11 +152,11 @@ def evidence(
         temperature,
         removed=removed,
         removed_support=removed_support,
-        held_out_rate=held_out_rate,
+        prior=prior,
     )
 
     def tally(by: audits.Audit) -> audits.Tally:
         return audits.Tally(*audits.tally(by, unaudited.loo_logits, live.labels))
 
-    audit = committee.with_transition(audit, of_validation, boundary.weights, tally)
+    audit = committee.with_transition(audit, of_validation, boundary.weights, tally, prior)
     return scores.Evidence(unaudited.members, live.labels, draw, audit)

@@ -101,6 +101,42 @@ class NoiseEstimate:
 
 
 @dataclass(frozen=True)
+class Prior:
+    """What is known of the labels as they came, before the live samples are asked: by the first round, or a former run.
+
+    How many labels are wrong, and which way they went, is of the data and not of the boundary. Later rounds see only
+    what is left, by a boundary that follows from what was removed: they would find less each time, or what they
+    believed before. Measured on digits with a fifth of the labels wrong, three seeds, four rounds of 10 %: of what goes
+    99, 95 and 97 % is wrong where the first rates hold, 92, 95 and 92 % where they are estimated anew.
+    """
+
+    votes: Float[Tensor, "classes classes"] | None = None
+    """`Audit.votes`; None where they are not known."""
+    new: int = 0
+    """Samples that came since, whose votes are added. In a sum they cannot be told from the other live ones, and count
+    as the average one."""
+    live_rate: float | None = None
+    """`Audit.live_rate`; None where it has to be estimated."""
+    held_out_rate: float = 0.0
+    """`Audit.held_out_rate`: it holds where it is, and as long as the few that this round is surest of show none, where
+    `live_rate` has to be estimated."""
+
+    @property
+    def votes_hold(self) -> bool:
+        """Whether the live samples add nothing to the votes."""
+        return self.votes is not None and not self.new
+
+    def joined(self, votes: Float[Tensor, "classes classes"], count: float) -> Float[Tensor, "classes classes"]:
+        """V in samples, where so many live ones have these votes."""
+        number, total = count if self.votes is None else self.new, float(votes.sum())
+        own = votes * (number / total) if total else votes
+        return own if self.votes is None else self.votes.to(own) + own
+
+
+UNKNOWN = Prior()
+
+
+@dataclass(frozen=True)
 class Audit:
     """What was estimated."""
 
@@ -120,6 +156,8 @@ class Audit:
     """T of the live samples, at `live_rate`."""
     held_out_transition: Float[Tensor, "classes classes"]
     """T of the held-out samples: noise of the same directions, at their rate. The unit matrix where they have none."""
+    votes: Float[Tensor, "classes classes"]
+    """V, from which both are estimated, scaled so that its sum is the number of samples."""
     sharpness: float = 1.0
     """How much surer of a sample's class one can be than p is: with it T^T p foretells the held-out labels best."""
     shift: float = 0.0
@@ -128,12 +166,18 @@ class Audit:
     networks, means over ten kinds of noise: 76 % of the wrong labels have odds above 0, without a shift 69 %; of the
     labels with such odds 81 and 85 % are wrong; Brier score 0.0957 and 0.0967."""
 
-    def with_votes(self, votes: Tensor, count: float) -> Audit:
-        """The same with T estimated from the votes of so many live samples."""
+    @property
+    def prior(self) -> Prior:
+        """What later rounds go on from."""
+        return Prior(self.votes, 0, self.live_rate, self.held_out_rate)
+
+    def with_votes(self, votes: Tensor) -> Audit:
+        """The same with T estimated from these votes, in samples."""
         return replace(
             self,
-            transition=transitions.estimate(votes, count, self.live_rate),
-            held_out_transition=transitions.estimate(votes, count, self.held_out_rate),
+            transition=transitions.estimate(votes, self.live_rate),
+            held_out_transition=transitions.estimate(votes, self.held_out_rate),
+            votes=votes,
         )
 
     def probabilities(
@@ -275,7 +319,7 @@ def audit(
     *,
     removed: int = 0,
     removed_support: float = 0.0,
-    held_out_rate: float = 0.0,
+    prior: Prior = UNKNOWN,
 ) -> Audit:
     """The estimates from both surveys, which were made at this temperature.
 
@@ -283,10 +327,9 @@ def audit(
     when they were. They count along: without them the live labels would be the better ones, and b would take
     that for memory.
 
-    `held_out_rate`: the share of wrong held-out labels as a former round found it. These labels stay what they are
-    while the boundary changes, so that it holds where this round, by the few that it is surest of, finds none.
+    `prior`: what former rounds or runs found.
     """
-    noise, shown, more = _noise(held_out, live, held_out_rate)
+    noise, shown, more = _noise(held_out, live, prior)
     wanted, classes = float(held_out.support[0] / held_out.count), len(live.votes)
     if not shown or noise.source == "comparison":
         # live and removed labels together are wrong this much more often than the held-out ones
@@ -294,26 +337,28 @@ def audit(
         wrong = ((shown + (1 - shown) * more) * count + removed) / (count + removed) if count + removed else 0.0
         beyond = max(0.0, (wrong - shown) / (1 - shown))
         wanted = (1 - beyond) * wanted + beyond * (1 - wanted) / max(1, classes - 1)
-    # no less than a former round found: these labels stay what they are. Where none were found, as many may be wrong as
-    # a clean set shows
-    before = max(noise.rate, held_out_rate, CLEAN)
     count, all_of_them = float(live.count), float(live.count) + removed
-    if noise.source != "held-out" and noise.found:
-        before = (before * count + removed) / all_of_them
+    before = prior.live_rate
+    if before is None:
+        # where none were found, as many may be wrong as a clean set shows
+        before = max(noise.rate, prior.held_out_rate, CLEAN)
+        if noise.source != "held-out" and noise.found:
+            before = (before * count + removed) / all_of_them
     left = max(0.0, before * all_of_them - removed) / count if count else 0.0
     unit = torch.eye(classes, dtype=torch.float64)
     offset = _offset(live, wanted, removed, removed_support)
-    return Audit(temperature, offset, noise, shown, before, left, unit, unit).with_votes(live.votes, count)
+    found = Audit(temperature, offset, noise, shown, before, left, unit, unit, live.votes)
+    return found.with_votes(prior.joined(live.votes, count))
 
 
-def _noise(held_out: Survey, live: Survey, held_out_rate: float) -> tuple[NoiseEstimate, float, float]:
+def _noise(held_out: Survey, live: Survey, prior: Prior) -> tuple[NoiseEstimate, float, float]:
     """The estimate, the share of wrong held-out labels, and what the comparison shows of the live ones beyond it."""
     of_held_out, of_live = (_most_confident(of) for of in (held_out, live))
     samples = float(held_out.count)
     error = float(held_out.disagreeing.sum()) / samples if samples else 0.0
     found = [_lowest(*pair) > max(CLEAN, MISTAKEN * error) for pair in (of_held_out, of_live)]
     estimate = _counted(*of_held_out, found=found[0], source="held-out")
-    shown = estimate.rate or held_out_rate
+    shown = estimate.rate or prior.held_out_rate if prior.live_rate is None else prior.held_out_rate
     # held-out labels that were looked through say nothing of the live ones; memory only hides wrong live labels
     if found[1] and (not found[0] or _interval(*of_live)[0] > estimate.high):
         estimate = _counted(*of_live, found=True, source="live")

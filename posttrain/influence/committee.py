@@ -173,21 +173,26 @@ def held_out_audit(held_out: Reduce, weights: Tensor) -> tuple[audits.Survey, fl
 
 
 def with_transition(
-    found: audits.Audit, held_out: Reduce, weights: Tensor, tally: Callable[[audits.Audit], audits.Tally]
+    found: audits.Audit,
+    held_out: Reduce,
+    weights: Tensor,
+    tally: Callable[[audits.Audit], audits.Tally],
+    prior: audits.Prior = audits.UNKNOWN,
 ) -> audits.Audit:
     """The audit with the noise transition matrix estimated in full, and what follows from it: sharpness and shift.
 
-    `tally(audit)` is that of the live samples, by the word of that audit. Where no wrong labels are found, the first
-    estimate stays: there is no noise to take out of the votes.
+    `tally(audit)` is that of the live samples, by the word of that audit; `prior` as `audits.audit` was told it. Where
+    no wrong labels are found, the first estimate stays: there is no noise to take out of the votes.
     """
     if not (found.noise.found or found.held_out_rate):
         return found
     at = torch.tensor(found.temperature, dtype=torch.float64)
     # where held-out labels are right, what a class is does not depend on T: a third estimate would be the second
-    for again in range(transitions.ESTIMATES if found.held_out_rate else 2):
+    estimates = transitions.ESTIMATES if found.held_out_rate else 2
+    for again in range(1 if prior.votes_hold else estimates):
         if again:
             told = tally(found)
-            found = found.with_votes(told.votes, float(told.count))
+            found = found.with_votes(prior.joined(told.votes, float(told.count)))
         if found.held_out_rate:
             _, losses = held_out(transitions.sharpness_losses, weights, at, found.held_out_transition)
             found = replace(found, sharpness=transitions.best_sharpness(losses))

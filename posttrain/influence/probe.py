@@ -187,8 +187,11 @@ def fit(
             candidate = objective(weights + length * direction)
             if candidate[0] <= value + 1e-4 * length * slope:
                 break
-            # float32 sums over blocks cannot tell smaller steps apart: this is the optimum that can be had
+            # float32 sums over blocks cannot tell smaller steps apart by their loss. A gradient that does not halve
+            # in a Newton step is chance: this is the optimum that can be had
             if -slope * length <= 1e-7 * max(1.0, abs(value)):
+                if float(candidate[2].norm()) <= norm / 2:
+                    break
                 return Probe(weights, damping, round(n), loss, norm)
             length /= 2
         weights = weights + length * direction

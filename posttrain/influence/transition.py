@@ -10,6 +10,12 @@ Nobody knows a true label, so T is estimated from V up to one thing: classes tha
 ways, and labels that were changed are mostly changed in one direction. What goes one way more often than the other is
 taken for noise with a direction, the rest of the noise rate for noise without one.
 
+V is counted once, in the first round, when all samples are there, and holds: which way labels go wrong is of the data
+as they came. Counted again on what is left, a direction fades as the labels that went it are removed (measured on
+Fashion-MNIST with pair flips of 40 %, four rounds of 10 %: 79 % of the wrong labels found instead of 86 %, in a network
+that has not memorised them 64 % instead of 85 %). Counted again with what the removed ones last said, it feeds itself
+where the boundary is weak (CIFAR-10N, pair flips of 40 %, memorised: of what goes 56 % is wrong instead of 61 %).
+
 Measured on 33 settings of digits, Fashion-MNIST and CIFAR-10N (one to three seeds each), mean average precision against
 the margin with half the logarithm of V[c, y] / V[y, c] added to it: 0.904 instead of 0.866. Under pair flips of 40 %
 0.97 instead of 0.76 (Fashion-MNIST), under human labels 0.539 instead of 0.547. The whole cases, by the code as it is,
@@ -56,21 +62,20 @@ def votes(p: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> F
     return found.index_add_(0, labels, p**_POWER).T.contiguous()
 
 
-def estimate(votes: Float[Tensor, "classes classes"], count: float, rate: float) -> Float[Tensor, "classes classes"]:
-    """T for noise of this rate, from the votes of so many samples.
+def estimate(joint: Float[Tensor, "classes classes"], rate: float) -> Float[Tensor, "classes classes"]:
+    """T for noise of this rate, from the votes of some samples, scaled so that their sum is the number of samples.
 
         D[c, y] = max(0, S[c, y] - S[y, c] - its standard error) m / (m + 5)
         T[c, y] = 0.9 (D[c, y] + (rate - sum_y D[c, y]) / (C - 1)) + 0.1 rate / (C - 1),   T[c, c] = 1 - rate
 
     with S the rows of V over their sums, m the number of samples in the smaller of the two classes, and D no more than
-    `rate` in a row. Of classes whose sizes differ three times and more, V[c, y] has to be the larger number, too. Votes
-    are taken for as many samples as there are: only the confident vote, but all are meant.
+    `rate` in a row. Of classes whose sizes differ three times and more, V[c, y] has to be the larger number, too. Only
+    the confident vote, but all samples are meant: thus the scaling.
     """
-    found = votes.double().cpu()
+    joint = joint.double().cpu()
+    classes = len(joint)
     # no label is always wrong: the rate leaves room for the right one
-    rate = min(rate, 0.9 * (len(found) - 1) / len(found))
-    classes, total = len(found), float(found.sum())
-    joint = found * (count / total) if total else found
+    rate = min(rate, 0.9 * (classes - 1) / classes)
     rows = joint.sum(dim=1, keepdim=True)
     shares = joint / rows.clamp_min(1e-9)
     # of a count of Poisson; where none was seen, as if half a one had been

@@ -7,10 +7,12 @@ half-done work and is written again.
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import yaml
 from pydantic import ValidationError
@@ -187,6 +189,30 @@ class Ledger:
                 if count:
                     tables.append(self.folder.read_table(self.folder.round(done.number, f"{kind}.parquet"), names))
         return pa.concat_tables(tables)
+
+    def keep_votes(self, votes: np.ndarray) -> None:
+        """Write down `Audit.votes` of the first round, [classes, classes], as {class, label, votes}."""
+        classes = np.arange(len(votes), dtype=np.int32)
+        columns = np.repeat(classes, len(classes)), np.tile(classes, len(classes)), votes.flatten()
+        self.folder.write_table(self._votes, pa.table(dict(zip(("class", "label", "votes"), columns, strict=True))))
+
+    def has_votes(self) -> bool:
+        """Whether `keep_votes` wrote them: not where no round was scored."""
+        return self.folder.exists(self._votes)
+
+    def votes(self) -> np.ndarray:
+        """What `keep_votes` wrote. Raises RunFolderError where an earlier version of posttrain did not."""
+        if not self.has_votes():
+            raise RunFolderError(
+                f"{self._votes} is not there: an earlier version of posttrain made that round; go on with that one, or "
+                "name another run.path"
+            )
+        found = self.folder.read_table(self._votes)["votes"].to_numpy()
+        return found.reshape(math.isqrt(len(found)), -1)
+
+    @property
+    def _votes(self) -> str:
+        return self.folder.round(1, "votes.parquet")
 
     def removed(self, number: int, columns: list[str] | None = None) -> pa.Table:
         return self.folder.read_table(self.folder.round(number, "removed.parquet"), columns)

@@ -357,16 +357,21 @@ def test_wrong_held_out_labels_found_once_hold_where_the_surest_samples_show_non
     hidden = replace(shown, disagreeing=torch.zeros_like(shown.disagreeing))
     removed = {"removed": int(gone.sum()), "removed_support": float(own.sum())}
     found = {
-        name: audits.audit(of, surveyed(rest, temperature), temperature, **removed, held_out_rate=known)
-        for name, of, known in (
-            ("shown", shown, 0.0),
-            ("forgotten", hidden, 0.0),
-            ("held", hidden, first.held_out_rate),
+        name: audits.audit(of, surveyed(rest, temperature), temperature, **removed, prior=prior)
+        for name, of, prior in (
+            ("shown", shown, audits.UNKNOWN),
+            ("forgotten", hidden, audits.UNKNOWN),
+            ("held", hidden, audits.Prior(held_out_rate=first.held_out_rate)),
+            ("of a round", hidden, first.prior),
         )
     }
     assert first.held_out_rate == pytest.approx(rate, abs=0.03)
     assert found["held"].offset == found["shown"].offset == pytest.approx(memory * temperature, abs=0.15)
     assert found["held"].held_out_rate == first.held_out_rate
+    assert found["of a round"].offset == found["held"].offset
+    assert (found["of a round"].held_out_rate, found["of a round"].live_rate) == (first.held_out_rate, first.live_rate)
+    left = (3000 * first.live_rate - int(gone.sum())) / len(rest.labels)
+    assert found["of a round"].left == pytest.approx(max(0.0, left))
     assert found["forgotten"].offset > found["held"].offset + 0.5
 
 
@@ -532,9 +537,8 @@ def test_the_most_that_may_be_removed_is_a_bound_that_is_passed_once_in_a_thousa
 def audit_with(rate: float, noise: np.ndarray, *, found: bool = True) -> Audit:
     """t = 2, b = 0.7, and the same T for live and held-out samples."""
     estimate = replace(found_noise(rate), found=found)
-    return Audit(
-        2.0, 0.7, estimate, rate, rate if found else 0.01, rate, torch.from_numpy(noise), torch.from_numpy(noise), 1.3
-    )
+    known = torch.from_numpy(noise)
+    return Audit(2.0, 0.7, estimate, rate, rate if found else 0.01, rate, known, known, known, sharpness=1.3)
 
 
 @pytest.mark.parametrize("classes", [2, 3, 10])
@@ -550,7 +554,7 @@ def test_the_label_probabilities_undo_stretched_logits_that_remember_their_label
 def test_probabilities_are_positive_and_sum_to_one_at_any_rate(classes: int, rate: float):
     logits = 5 * torch.randn(100, classes, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     labels = torch.arange(100) % classes
-    audit = audit_with(rate, np.eye(classes), found=rate > 0).with_votes(torch.zeros(classes, classes), 100.0)
+    audit = audit_with(rate, np.eye(classes), found=rate > 0).with_votes(torch.zeros(classes, classes).double())
     judged = audit.judge(logits, labels)
     for p in (audit.probabilities(logits, labels), judged.class_probabilities, judged.posterior):
         torch.testing.assert_close(p.sum(dim=1), torch.ones(100).double())

@@ -307,7 +307,7 @@ def test_without_an_audit_the_odds_are_those_of_any_other_label(any_case: Case, 
 def test_only_the_odds_depend_on_the_audit(one: Case):
     noise = NoiseEstimate(0.2, 0.1, 0.3, 0.4, 10, 50, found=True)
     mixed = torch.full((10, 10), 0.2 / 9, dtype=torch.float64).fill_diagonal_(0.8)
-    audit = Audit(1.7, 0.6, noise, 0.2, 0.2, 0.2, mixed, mixed, 1.2)
+    audit = Audit(1.7, 0.6, noise, 0.2, 0.2, 0.2, mixed, mixed, mixed, sharpness=1.2)
     audited = replace(one.found["exact"], audit=audit)
     odds = SCORES["mislabel_odds"](audited)
     torch.testing.assert_close(odds, audit.judge(audited.loo_logits, audited.labels).mislabel_odds.to(odds))

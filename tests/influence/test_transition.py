@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from posttrain.influence import audit as audits
 from posttrain.influence import transition as transitions
-from posttrain.influence.audit import Audit, Survey
+from posttrain.influence.audit import Audit, Prior, Survey
 from posttrain.influence.committee import with_transition
 from posttrain.influence.probe import in_memory
 
@@ -50,19 +52,25 @@ class Simulated:
         return (self.labels != self.true).numpy()
 
 
-def audited(held_out: Simulated, live: Simulated, *, memory: float = 0.0) -> tuple[Audit, Tensor]:
-    """The audit, and the live logits, which remember their labels."""
+def audited(
+    held_out: Simulated, live: Simulated, *, memory: float = 0.0, kept: Tensor | None = None, **removed: Any
+) -> tuple[Audit, Tensor]:
+    """The audit by those of the live samples that are kept, and the logits of all, which remember their labels.
+
+    `removed`: what `audits.audit` is told of the others.
+    """
     logits = live.logits + memory * torch.nn.functional.one_hot(live.labels, live.logits.shape[1])
-    surveys = [
-        Survey(*audits.survey(z, y, 1.0)) for z, y in ((held_out.logits, held_out.labels), (logits, live.labels))
-    ]
+    own = slice(None) if kept is None else kept
+    mine, given = logits[own], live.labels[own]
+    surveys = [Survey(*audits.survey(z, y, 1.0)) for z, y in ((held_out.logits, held_out.labels), (mine, given))]
 
     def tally(by: Audit) -> audits.Tally:
-        return audits.Tally(*audits.tally(by, logits, live.labels))
+        return audits.Tally(*audits.tally(by, mine, given))
 
     unit = torch.eye(logits.shape[1], dtype=torch.float64)
     reduce = in_memory(held_out.logits, held_out.labels, 501)
-    return with_transition(audits.audit(surveys[0], surveys[1], 1.0), reduce, unit, tally), logits
+    found = audits.audit(surveys[0], surveys[1], 1.0, **removed)
+    return with_transition(found, reduce, unit, tally, removed.get("prior", audits.UNKNOWN)), logits
 
 
 # -- votes -------------------------------------------------------------------------------------------------
@@ -113,7 +121,7 @@ def by_hand(votes: np.ndarray, count: float, rate: float) -> np.ndarray:
 @pytest.mark.parametrize("rate", [0.05, 0.4])
 def test_the_estimate_equals_a_plain_loop(classes: int, rate: float):
     votes = np.random.default_rng(classes).gamma(0.5, 40.0, size=(classes, classes)) + 50 * np.eye(classes)
-    found = transitions.estimate(torch.from_numpy(votes), 3000.0, rate)
+    found = transitions.estimate(torch.from_numpy(votes * (3000 / votes.sum())), rate)
     np.testing.assert_allclose(found.numpy(), by_hand(votes, 3000.0, rate), rtol=1e-9)
     torch.testing.assert_close(found.sum(dim=1), torch.ones(classes).double())
     torch.testing.assert_close(found.diagonal(), torch.full((classes,), 1 - rate).double())
@@ -126,16 +134,16 @@ def test_confusions_that_go_both_ways_alike_have_no_direction(sizes: list[int], 
     alike[:2, :2] = [[0.7, 0.3], [0.3, 0.7]]
     for confusion in (symmetric(4, rate), alike):
         votes = torch.from_numpy(np.array(sizes, dtype=float)[:, None] * confusion)
-        found = transitions.estimate(votes, float(sum(sizes)), rate)
+        found = transitions.estimate(votes, rate)
         np.testing.assert_allclose(found.numpy(), symmetric(4, rate), atol=1e-12)
 
 
 def test_one_wrong_label_in_a_class_of_two_says_nothing_and_the_same_share_of_many_much():
     votes = np.diag([500.0, 500.0, 1.0])
     votes[2, 0] = 1.0
-    found = transitions.estimate(torch.from_numpy(votes), votes.sum(), 0.2)
+    found = transitions.estimate(torch.from_numpy(votes), 0.2)
     votes[2] *= 100
-    sure = transitions.estimate(torch.from_numpy(votes), votes.sum(), 0.2)
+    sure = transitions.estimate(torch.from_numpy(votes), 0.2)
     assert float(found[2, 0]) == pytest.approx(0.1)
     assert float(sure[2, 0]) > 0.18
 
@@ -146,13 +154,13 @@ def test_votes_without_a_class_or_of_one_class_alone_have_no_direction():
     single = np.zeros((4, 4))
     single[2, 2] = 100
     for of in (votes, single, np.zeros((4, 4))):
-        found = transitions.estimate(torch.from_numpy(of), 100.0, 0.2)
+        found = transitions.estimate(torch.from_numpy(of), 0.2)
         np.testing.assert_allclose(found.numpy(), symmetric(4, 0.2), atol=1e-12)
 
 
 @pytest.mark.parametrize("rate", [0.95, 1.0])
 def test_a_label_is_never_held_to_be_wrong_always(rate: float):
-    found = transitions.estimate(torch.eye(5) * 100, 500.0, rate)
+    found = transitions.estimate(torch.eye(5) * 100, rate)
     # a tenth above what a label drawn by chance would be right
     assert float(found.diagonal().min()) == pytest.approx(1 - 0.9 * 0.8)
     assert bool((found > 0).all())
@@ -261,7 +269,11 @@ def test_the_odds_are_those_of_bayes_where_everything_is_known():
     live = Simulated(500, noise, apart=2.0, seed=1)
     known_t = torch.from_numpy(noise)
     estimate = audits.NoiseEstimate(0.3, 0.2, 0.4, 0.5, 30, 100, found=True)
-    found = Audit(1.0, 0.0, estimate, 0.3, 0.3, 0.3, known_t, known_t).judge(live.logits, live.labels).mislabel_odds
+    found = (
+        Audit(1.0, 0.0, estimate, 0.3, 0.3, 0.3, known_t, known_t, known_t)
+        .judge(live.logits, live.labels)
+        .mislabel_odds
+    )
     joint = live.p * known_t.T[live.labels]
     own = joint.gather(1, live.labels[:, None])[:, 0]
     known = ((joint.sum(dim=1) - own) / own).log()
@@ -294,3 +306,50 @@ def test_under_pair_flips_more_suggestions_are_the_true_class_than_without_direc
         return float((suggested == live.true).numpy()[live.wrong].mean())
 
     assert right(found.judge(logits, live.labels).posterior) > right(found.probabilities(logits, live.labels)) + 0.05
+
+
+# -- rounds ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory", [0.0, 1.0])
+@pytest.mark.parametrize("noise", [paired(10, 0.4), mixed(10, 0.4), symmetric(10, 0.4)], ids=["pairs", "both", "any"])
+def test_directions_do_not_fade_as_the_labels_that_went_them_are_removed(noise: np.ndarray, memory: float):
+    held_out = Simulated(4000, noise, apart=2.0, seed=0)
+    live = Simulated(8000, noise, apart=2.0, seed=1)
+    kept, support = torch.ones(8000, dtype=torch.bool), 0.0
+    first, logits = audited(held_out, live, memory=memory)
+    found, wrong = first, torch.from_numpy(live.wrong)
+    whole = first.judge(logits, live.labels).mislabel_odds > 0
+    for _ in range(5):
+        odds = found.judge(logits, live.labels).mislabel_odds.masked_fill(~kept, -torch.inf)
+        gone = odds.argsort(descending=True)[:800]
+        gone = gone[odds[gone] > 0]
+        own = found.probabilities(logits[gone], live.labels[gone]).gather(1, live.labels[gone][:, None])
+        support, kept = support + float(own.sum()), kept.index_fill(0, gone, False)
+        removed = {"removed": int((~kept).sum()), "removed_support": support, "prior": first.prior}
+        found, _ = audited(held_out, live, memory=memory, kept=kept, **removed)
+        torch.testing.assert_close(found.votes, first.votes)
+        assert float((found.transition - first.transition).abs().max()) < 0.03
+    # the same boundary in all rounds: they come to what one without a budget would have taken
+    assert float((whole == ~kept).double().mean()) > 0.98
+    precision = [float(wrong[taken].double().mean()) for taken in (whole, ~kept)]
+    assert precision[1] > precision[0] - 0.02
+
+
+@pytest.mark.parametrize("new", [0, 2000])
+def test_a_later_run_knows_the_directions_of_labels_that_are_gone(new: int):
+    noise = paired(10, 0.4)
+    held_out, live, later = (Simulated(n, noise, apart=2.0, seed=seed) for n, seed in ((4000, 0), (8000, 1), (8000, 2)))
+    first, logits = audited(held_out, live)
+    kept = first.judge(logits, live.labels).mislabel_odds < 0
+    both = copy.copy(live)
+    for name in ("p", "logits", "labels", "true"):
+        setattr(both, name, torch.cat([getattr(live, name)[kept], getattr(later, name)[:new]]))
+    removed = int((~kept).sum())
+    known = Prior(first.votes, new)
+    found, _ = audited(held_out, both, removed=removed, removed_support=0.1 * removed, prior=known)
+    forgetful, _ = audited(held_out, both, removed=removed, removed_support=0.1 * removed)
+    assert float(found.votes.sum()) == pytest.approx(8000 + new)
+    there = torch.from_numpy(noise)
+    error, forgotten = (float((of.transition - there).abs().max()) for of in (found, forgetful))
+    assert error < 0.15 < forgotten
