@@ -246,3 +246,15 @@ def test_no_credential_of_any_uri_is_written_down_and_none_is_a_difference(tmp_p
     with pytest.raises(RunFolderError) as caught:
         ledger.refuse_other_settings(started, config.model_copy(update={"data": other}))
     assert "bucket/c" in str(caught.value) and "hunter" not in str(caught.value)
+
+
+def test_the_votes_of_the_first_round_come_back_to_the_bit_and_are_missed_by_name(ledger: Ledger):
+    assert not ledger.has_votes()
+    with pytest.raises(RunFolderError, match=r"rounds/0001/votes\.parquet is not there.*name another run\.path"):
+        ledger.votes()
+    votes = np.random.default_rng(0).random((7, 7))
+    ledger.keep_votes(votes)
+    np.testing.assert_array_equal(ledger.votes(), votes)
+    table = ledger.folder.read_table(ledger.folder.round(1, "votes.parquet"))
+    row = table.slice(2 * 7 + 5, 1).to_pylist()[0]
+    assert row == {"class": 2, "label": 5, "votes": votes[2, 5]}
