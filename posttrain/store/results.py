@@ -161,8 +161,10 @@ def reason(table: pa.Table, score: str, number: int, classes: Sequence[str]) -> 
     names = pa.array(classes)
 
     def percent(share: Any) -> Any:
-        # down: 99.6 % is not 100 %
-        return pc.cast(pc.cast(pc.floor(pc.multiply(share, 100.0)), pa.int64()), pa.string())
+        # down, and never 100 %: the odds are too sure where they are high
+        percents = pc.floor(pc.multiply(pc.cast(share, pa.float64()), 100.0))
+        text = pc.cast(pc.cast(pc.min_element_wise(percents, 99.0), pa.int64()), pa.string())
+        return pc.binary_join_element_wise(pc.if_else(pc.greater_equal(percents, 99.0), "over ", ""), text, "")
 
     wrong = pc.divide(1.0, pc.add(1.0, pc.exp(pc.negate(table["mislabel_odds"]))))
     return pc.binary_join_element_wise(
