@@ -469,10 +469,7 @@ def _earlier(job: JobFolder, attempt: _Attempt, run: CleaningRun, fingerprint: d
     decided = folder.read_json(folder.path("decision.json"))
     same_held_out = decided["data"].get("validation") == fingerprint["validation"]
     rate = decided["held_out_noise"] if same_held_out else 0.0
-    ledger = Ledger(folder)
-    return Live(known.removed, known.relabelled), Before(
-        known.support, rate, ledger.votes() if ledger.has_votes() else None
-    )
+    return Live(known.removed, known.relabelled), Before(known.support, rate)
 
 
 def _champion_by_class(run: CleaningRun, registry: Registry, attempt: _Attempt) -> gate.HeldOut | None:

@@ -102,8 +102,6 @@ class Before:
     """{bucket, row, self_confidence} of all that they removed or relabelled."""
     held_out_rate: float
     """Share of wrong labels in the same validation set; 0 where it is not known."""
-    votes: np.ndarray | None = None
-    """`Audit.votes`: which way labels went wrong."""
 
 
 @dataclass
@@ -217,7 +215,7 @@ class CleaningRun:
             of_live = self.workers.survey(as_given, verdict, temperature)
             support = sum(done.metrics.get("taken_support", 0.0) for done in state.history)
             support += pc.sum(self.before.support[SUPPORT]).as_py() or 0.0
-            prior = self._prior(state, int(of_live.count))
+            prior = self._prior(state)
             audit = audits.audit(
                 of_held_out,
                 of_live,
@@ -233,8 +231,8 @@ class CleaningRun:
                 lambda by: self.workers.tally(as_given, replace(verdict, audit=by)),
                 prior,
             )
-            if state.number == 0:
-                self.ledger.keep_votes(audit.votes.numpy())
+            if prior.votes is None and audit.prior.votes is not None:
+                self.ledger.keep_votes(state.number + 1, audit.prior.votes.numpy())
         verdict = replace(verdict, audit=audit)
         path = self.folder.round(state.number + 1, "scores.parquet")
         counts = np.zeros(classes, np.int64)
@@ -264,6 +262,7 @@ class CleaningRun:
             "noise_high": noise.high,
             "noise_found": float(noise.found),
             "noise_most": noise.most,
+            "noise_of_held_out": float(noise.source == "held-out"),
             "live_noise": audit.live_rate,
             "held_out_noise": audit.held_out_rate,
         }
@@ -783,16 +782,15 @@ class CleaningRun:
         shard = read_shard(self.folder, self.folder.features(backbone, split, bucket), names)
         return [matrix.shape[1] for matrix in shard.features.values()]
 
-    def _prior(self, state: State[Network], live: int) -> audits.Prior:
-        """What the first round saw of the labels as they came; in that one, what a former run of the same job did."""
-        if state.number:
-            found = state.history[-1].metrics
-            return audits.Prior(torch.tensor(self.ledger.votes()), 0, found["live_noise"], found["held_out_noise"])
-        before = self.before
-        if before.votes is None:
-            return audits.Prior(held_out_rate=before.held_out_rate)
-        new = max(0, live + before.support.num_rows - round(float(before.votes.sum())))
-        return audits.Prior(torch.tensor(before.votes), new, held_out_rate=before.held_out_rate)
+    def _prior(self, state: State[Network]) -> audits.Prior:
+        """What the first round that found wrong labels saw of them."""
+        for done in state.history[1:]:
+            votes = self.ledger.votes(done.number)
+            if votes is not None:
+                rate, held_out_rate = (done.metrics[name] for name in ("live_noise", "held_out_noise"))
+                held = done.metrics["noise_of_held_out"]
+                return audits.Prior(torch.tensor(votes), rate if held else None, held_out_rate)
+        return audits.Prior(held_out_rate=self.before.held_out_rate)
 
     def _in_all(self, state: State[Network], noise: NoiseEstimate) -> int:
         """Samples that may still be dealt with in this and all later rounds."""

@@ -131,7 +131,7 @@ class CleaningInMemory:
     _removed_support: float = 0.0
     """Sum of the removed samples' given labels' probabilities."""
     _prior: audits.Prior = audits.UNKNOWN
-    """What the first round saw of the labels as they came."""
+    """What the first round that found wrong labels saw of them."""
     _most: float = 0.0
     """Largest share of wrong labels that any round thought possible."""
     _features: tuple[bytes, Features] = field(init=False)
@@ -180,7 +180,9 @@ class CleaningInMemory:
             prior=self._prior,
         )
         assert found.audit is not None
-        noise, self._prior = found.audit.noise, found.audit.prior
+        noise = found.audit.noise
+        if self._prior.votes is None:
+            self._prior = found.audit.prior
         self.estimates.append(Estimate(noise.rate, noise.low, noise.high, noise.found))
         return found
 

@@ -102,35 +102,31 @@ class NoiseEstimate:
 
 @dataclass(frozen=True)
 class Prior:
-    """What is known of the labels as they came, before the live samples are asked: by the first round, or a former run.
+    """What a former round found out about the labels as they came; the first one that found any wrong.
 
-    How many labels are wrong, and which way they went, is of the data and not of the boundary. Later rounds see only
-    what is left, by a boundary that follows from what was removed: they would find less each time, or what they
-    believed before. Measured on digits with a fifth of the labels wrong, three seeds, four rounds of 10 %: of what goes
-    99, 95 and 97 % is wrong where the first rates hold, 92, 95 and 92 % where they are estimated anew.
+    How many are wrong, and which way they went, is of the data and not of the boundary. A later round sees what is
+    left, by a boundary that follows from what was removed.
     """
 
     votes: Float[Tensor, "classes classes"] | None = None
-    """`Audit.votes`; None where they are not known."""
-    new: int = 0
-    """Samples that came since, whose votes are added. In a sum they cannot be told from the other live ones, and count
-    as the average one."""
+    """Its `Audit.votes`; None before any round found wrong labels."""
     live_rate: float | None = None
-    """`Audit.live_rate`; None where it has to be estimated."""
+    """Its `Audit.live_rate`, which holds; None where it has to be estimated anew, as from live samples alone."""
     held_out_rate: float = 0.0
-    """`Audit.held_out_rate`: it holds where it is, and as long as the few that this round is surest of show none, where
-    `live_rate` has to be estimated."""
-
-    @property
-    def votes_hold(self) -> bool:
-        """Whether the live samples add nothing to the votes."""
-        return self.votes is not None and not self.new
+    """Its `Audit.held_out_rate`, which holds with `live_rate`. Without it this is what is gone by where the few that a
+    round is surest of show none: these labels stay what they are."""
 
     def joined(self, votes: Float[Tensor, "classes classes"], count: float) -> Float[Tensor, "classes classes"]:
-        """V in samples, where so many live ones have these votes."""
-        number, total = count if self.votes is None else self.new, float(votes.sum())
+        """`Audit.votes` where so many live samples have these votes: half what they say, half what the prior does.
+
+        Of what is left alone, a direction fades as the labels that went it are removed. Held as it was, it goes on
+        being looked for where it is used up. Measured after four rounds of 10 % on 16 networks with pair flips and
+        instance-dependent noise of 40 % (Fashion-MNIST and CIFAR-10N, two seeds), mean test accuracy: 62.7 by what is
+        left, 63.4 by the first round, 63.7 by half of each.
+        """
+        total, number = float(votes.sum()), count if self.votes is None else float(self.votes.sum())
         own = votes * (number / total) if total else votes
-        return own if self.votes is None else self.votes.to(own) + own
+        return own if self.votes is None else (self.votes.to(own) + own) / 2
 
 
 UNKNOWN = Prior()
@@ -157,7 +153,7 @@ class Audit:
     held_out_transition: Float[Tensor, "classes classes"]
     """T of the held-out samples: noise of the same directions, at their rate. The unit matrix where they have none."""
     votes: Float[Tensor, "classes classes"]
-    """V, from which both are estimated, scaled so that its sum is the number of samples."""
+    """V, from which both are estimated; scaled, so that its sum is the number of samples."""
     sharpness: float = 1.0
     """How much surer of a sample's class one can be than p is: with it T^T p foretells the held-out labels best."""
     shift: float = 0.0
@@ -168,8 +164,15 @@ class Audit:
 
     @property
     def prior(self) -> Prior:
-        """What later rounds go on from."""
-        return Prior(self.votes, 0, self.live_rate, self.held_out_rate)
+        """What later rounds go on from, where this is the first that found wrong labels.
+
+        The rates hold where they are those of the held-out labels, of which no round removes any. Measured on digits
+        with a fifth of the labels wrong, three seeds, four rounds of 10 %: of what goes 99, 95 and 97 % is wrong, and
+        92, 95 and 92 % where they are estimated anew in each round.
+        """
+        if not (self.noise.found or self.held_out_rate):
+            return UNKNOWN
+        return Prior(self.votes, self.live_rate if self.noise.source == "held-out" else None, self.held_out_rate)
 
     def with_votes(self, votes: Tensor) -> Audit:
         """The same with T estimated from these votes, in samples."""
@@ -327,7 +330,7 @@ def audit(
     when they were. They count along: without them the live labels would be the better ones, and b would take
     that for memory.
 
-    `prior`: what former rounds or runs found.
+    `prior`: what a former round found.
     """
     noise, shown, more = _noise(held_out, live, prior)
     wanted, classes = float(held_out.support[0] / held_out.count), len(live.votes)
@@ -358,7 +361,9 @@ def _noise(held_out: Survey, live: Survey, prior: Prior) -> tuple[NoiseEstimate,
     error = float(held_out.disagreeing.sum()) / samples if samples else 0.0
     found = [_lowest(*pair) > max(CLEAN, MISTAKEN * error) for pair in (of_held_out, of_live)]
     estimate = _counted(*of_held_out, found=found[0], source="held-out")
-    shown = estimate.rate or prior.held_out_rate if prior.live_rate is None else prior.held_out_rate
+    shown = prior.held_out_rate
+    if prior.live_rate is None:
+        shown = estimate.rate or shown
     # held-out labels that were looked through say nothing of the live ones; memory only hides wrong live labels
     if found[1] and (not found[0] or _interval(*of_live)[0] > estimate.high):
         estimate = _counted(*of_live, found=True, source="live")

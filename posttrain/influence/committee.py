@@ -188,8 +188,7 @@ def with_transition(
         return found
     at = torch.tensor(found.temperature, dtype=torch.float64)
     # where held-out labels are right, what a class is does not depend on T: a third estimate would be the second
-    estimates = transitions.ESTIMATES if found.held_out_rate else 2
-    for again in range(1 if prior.votes_hold else estimates):
+    for again in range(transitions.ESTIMATES if found.held_out_rate else 2):
         if again:
             told = tally(found)
             found = found.with_votes(prior.joined(told.votes, float(told.count)))

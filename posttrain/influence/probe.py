@@ -13,6 +13,7 @@ Nothing here knows where the blocks are: `fit` is handed a `Reduce` that sums a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -150,8 +151,9 @@ def fit(
     """The probe at its optimum: Newton steps, each solved by preconditioned conjugate gradients.
 
     The preconditioner is the curvature at W = 0, which is Kronecker-factored exactly:
-    (I/C - 11^T/C^2) (x) (1/n) sum h h^T. `tolerance` bounds the norm of the gradient of L. Raises
-    SingularCurvatureError where the steps do not come to an end (features or labels that are not finite).
+    (I/C - 11^T/C^2) (x) (1/n) sum h h^T. `tolerance` bounds the norm of the gradient of L, as far as
+    float32 features allow. Raises SingularCurvatureError where the steps do not come to an end (features or labels that
+    are not finite).
     """
     weights = torch.zeros(classes, dim, dtype=torch.float64) if start is None else start.double().clone()
     count, second = reduce(second_moment)
@@ -182,18 +184,20 @@ def fit(
             tolerance=min(0.1, norm**0.5) * norm,
         )
         slope = float((gradient * direction).sum())
-        length = 1.0
-        while True:
-            candidate = objective(weights + length * direction)
-            if candidate[0] <= value + 1e-4 * length * slope:
-                break
+        if not math.isfinite(slope):
+            raise SingularCurvatureError("the probe's loss is not finite; a larger probe.damping makes it converge")
+        length, whole = 1.0, objective(weights + direction)
+        candidate = whole
+        while not candidate[0] <= value + 1e-4 * length * slope:
             # float32 sums over blocks cannot tell smaller steps apart by their loss. A gradient that does not halve
-            # in a Newton step is chance: this is the optimum that can be had
+            # in the whole Newton step is chance, too: this is the optimum that can be had
             if -slope * length <= 1e-7 * max(1.0, abs(value)):
-                if float(candidate[2].norm()) <= norm / 2:
-                    break
-                return Probe(weights, damping, round(n), loss, norm)
+                if not float(whole[2].norm()) <= norm / 2:
+                    return Probe(weights, damping, round(n), loss, norm)
+                length, candidate = 1.0, whole
+                break
             length /= 2
+            candidate = objective(weights + length * direction)
         weights = weights + length * direction
         value, loss, gradient = candidate
     raise SingularCurvatureError(

@@ -190,29 +190,23 @@ class Ledger:
                     tables.append(self.folder.read_table(self.folder.round(done.number, f"{kind}.parquet"), names))
         return pa.concat_tables(tables)
 
-    def keep_votes(self, votes: np.ndarray) -> None:
-        """Write down `Audit.votes` of the first round, [classes, classes], as {class, label, votes}."""
+    def keep_votes(self, number: int, votes: np.ndarray) -> None:
+        """Write down `Audit.votes` of a round, [classes, classes], as {class, label, votes}."""
         classes = np.arange(len(votes), dtype=np.int32)
         columns = np.repeat(classes, len(classes)), np.tile(classes, len(classes)), votes.flatten()
-        self.folder.write_table(self._votes, pa.table(dict(zip(("class", "label", "votes"), columns, strict=True))))
+        self.folder.write_table(
+            self._votes(number), pa.table(dict(zip(("class", "label", "votes"), columns, strict=True)))
+        )
 
-    def has_votes(self) -> bool:
-        """Whether `keep_votes` wrote them: not where no round was scored."""
-        return self.folder.exists(self._votes)
-
-    def votes(self) -> np.ndarray:
-        """What `keep_votes` wrote. Raises RunFolderError where an earlier version of posttrain did not."""
-        if not self.has_votes():
-            raise RunFolderError(
-                f"{self._votes} is not there: an earlier version of posttrain made that round; go on with that one, or "
-                "name another run.path"
-            )
-        found = self.folder.read_table(self._votes)["votes"].to_numpy()
+    def votes(self, number: int) -> np.ndarray | None:
+        """What `keep_votes` wrote in a round; None where it did not, as in a round that found no wrong labels."""
+        if not self.folder.exists(self._votes(number)):
+            return None
+        found = self.folder.read_table(self._votes(number))["votes"].to_numpy()
         return found.reshape(math.isqrt(len(found)), -1)
 
-    @property
-    def _votes(self) -> str:
-        return self.folder.round(1, "votes.parquet")
+    def _votes(self, number: int) -> str:
+        return self.folder.round(number, "votes.parquet")
 
     def removed(self, number: int, columns: list[str] | None = None) -> pa.Table:
         return self.folder.read_table(self.folder.round(number, "removed.parquet"), columns)

@@ -250,9 +250,6 @@ def test_a_refined_network_and_new_labels_are_what_the_next_start_goes_on_from(
         "gate": {"margin": -1.0, "class_drop": 1.0},
     }
 
-    def votes_of(run: str) -> np.ndarray:
-        return pq.read_table(Path(run) / "rounds" / "0001" / "votes.parquet")["votes"].to_numpy()
-
     def manifest(run: str) -> dict[str, int]:
         table = pq.read_table(Path(run) / "cleaned" / "manifest.parquet")
         return dict(zip(table["sample_id"].to_pylist(), table["label"].to_pylist(), strict=True))
@@ -263,8 +260,6 @@ def test_a_refined_network_and_new_labels_are_what_the_next_start_goes_on_from(
     shards.add("monday", range(0, 500), shards.with_wrong(range(0, 500), 0.2), text_ids=True)
     first = retrain(**sections)
     corrected = relabelled(first["run"])
-    votes = [votes_of(first["run"])]
-    assert votes[0].sum() == pytest.approx(500)
     assert first["outcome"] == "promoted" and samples(first) == 500 and corrected
     assert first["embedded"]["train"]["for_new_weights"] > 0
     shards.add("tuesday", range(500, 600), shards.with_wrong(range(500, 600), 0.3), text_ids=True)
@@ -272,9 +267,6 @@ def test_a_refined_network_and_new_labels_are_what_the_next_start_goes_on_from(
     # the champion is measured on its base network's features, and was on its own as the challenger
     assert second["champion_accuracy"] == first["challenger_accuracy"]
     assert (second["outcome"], second["champion"], samples(second)) == ("promoted", "2", 600)
-    # which way labels go wrong is remembered of those that are gone, and the new ones are asked
-    votes.append(votes_of(second["run"]))
-    assert (votes[1] - votes[0]).sum() == pytest.approx(100) and ((votes[1] - votes[0]) >= 0).all()
     assert second["removed_earlier"] == len(removed_ids(first["run"])) > 0
     kept = manifest(second["run"])
     assert not set(removed_ids(first["run"])) & set(kept)

@@ -79,6 +79,7 @@ def test_float32_features_reach_the_float64_optimum(problem: Problem, damping: f
     single = over_blocks(problem.features.float(), problem.labels)
     rough = fit(single, classes=CLASSES, dim=65, damping=damping)
     exact = fit(problem.reduce, classes=CLASSES, dim=65, damping=damping, tolerance=1e-10)
+    assert rough.gradient_norm <= 1e-6
     # strong convexity: the distance is at most gradient norm / damping
     assert float((rough.weights - exact.weights).norm()) <= 1e-4 / damping
     agree = (problem.features @ rough.weights.T).argmax(1) == (problem.features @ exact.weights.T).argmax(1)
@@ -94,6 +95,14 @@ def test_more_features_than_samples_and_a_class_without_samples_can_be_fitted():
     objective(features, labels, weights, 1e-2).backward()
     assert weights.grad is not None
     assert weights.grad.norm() <= 1e-8
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_to_begin_with_that_are_not_finite_are_refused(problem: Problem, value: float):
+    start = torch.zeros(CLASSES, 65, dtype=torch.float64)
+    start[2, 3] = value
+    with pytest.raises(SingularCurvatureError, match="not finite"):
+        fit(problem.reduce, classes=CLASSES, dim=65, damping=1.0, start=start)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -320,6 +319,7 @@ def test_directions_do_not_fade_as_the_labels_that_went_them_are_removed(noise: 
     first, logits = audited(held_out, live, memory=memory)
     found, wrong = first, torch.from_numpy(live.wrong)
     whole = first.judge(logits, live.labels).mislabel_odds > 0
+    faded: list[float] = []
     for _ in range(5):
         odds = found.judge(logits, live.labels).mislabel_odds.masked_fill(~kept, -torch.inf)
         gone = odds.argsort(descending=True)[:800]
@@ -328,28 +328,37 @@ def test_directions_do_not_fade_as_the_labels_that_went_them_are_removed(noise: 
         support, kept = support + float(own.sum()), kept.index_fill(0, gone, False)
         removed = {"removed": int((~kept).sum()), "removed_support": support, "prior": first.prior}
         found, _ = audited(held_out, live, memory=memory, kept=kept, **removed)
-        torch.testing.assert_close(found.votes, first.votes)
-        assert float((found.transition - first.transition).abs().max()) < 0.03
+        faded.append(float((found.transition - first.transition).abs().max()))
+    # no more than by half
+    assert max(faded) < 0.6 * float((noise - np.diag(np.diag(noise))).max())
     # the same boundary in all rounds: they come to what one without a budget would have taken
     assert float((whole == ~kept).double().mean()) > 0.98
     precision = [float(wrong[taken].double().mean()) for taken in (whole, ~kept)]
     assert precision[1] > precision[0] - 0.02
 
 
-@pytest.mark.parametrize("new", [0, 2000])
-def test_a_later_run_knows_the_directions_of_labels_that_are_gone(new: int):
-    noise = paired(10, 0.4)
-    held_out, live, later = (Simulated(n, noise, apart=2.0, seed=seed) for n, seed in ((4000, 0), (8000, 1), (8000, 2)))
-    first, logits = audited(held_out, live)
-    kept = first.judge(logits, live.labels).mislabel_odds < 0
-    both = copy.copy(live)
-    for name in ("p", "logits", "labels", "true"):
-        setattr(both, name, torch.cat([getattr(live, name)[kept], getattr(later, name)[:new]]))
-    removed = int((~kept).sum())
-    known = Prior(first.votes, new)
-    found, _ = audited(held_out, both, removed=removed, removed_support=0.1 * removed, prior=known)
-    forgetful, _ = audited(held_out, both, removed=removed, removed_support=0.1 * removed)
-    assert float(found.votes.sum()) == pytest.approx(8000 + new)
-    there = torch.from_numpy(noise)
-    error, forgotten = (float((of.transition - there).abs().max()) for of in (found, forgetful))
-    assert error < 0.15 < forgotten
+def test_a_prior_and_the_live_samples_tell_half_each():
+    first, live = torch.tensor([[30.0, 10.0], [0.0, 60.0]]).double(), torch.tensor([[3.0, 0.0], [0.0, 1.0]]).double()
+    torch.testing.assert_close(Prior().joined(live, 80.0), 20 * live)
+    torch.testing.assert_close(Prior(first).joined(live, 80.0), (first + 25 * live) / 2)
+    torch.testing.assert_close(Prior(first).joined(0 * live, 0.0), first / 2)
+
+
+def test_a_round_that_found_nothing_holds_nothing():
+    clean = Simulated(4000, symmetric(10, 0.0), apart=3.0, seed=0)
+    found, _ = audited(clean, Simulated(4000, symmetric(10, 0.0), apart=3.0, seed=1))
+    assert not found.noise.found and found.prior == audits.UNKNOWN
+
+
+def test_rates_hold_where_they_are_of_the_held_out_labels():
+    noise = symmetric(10, 0.3)
+    held_out, live = (Simulated(4000, noise, apart=3.0, seed=seed) for seed in (0, 1))
+    found, _ = audited(held_out, live)
+    assert (found.prior.live_rate, found.prior.held_out_rate) == (found.live_rate, found.held_out_rate)
+    # somebody has looked through these
+    held_out.labels = held_out.true
+    held_out.logits = held_out.p.clamp_min(1e-300).log()
+    live.logits = live.p.clamp_min(1e-300).log()
+    found, _ = audited(held_out, live)
+    assert found.noise.source == "live" and found.live_rate == pytest.approx(0.3, abs=0.05)
+    assert (found.prior.live_rate, found.prior.held_out_rate) == (None, 0.0)

@@ -248,13 +248,12 @@ def test_no_credential_of_any_uri_is_written_down_and_none_is_a_difference(tmp_p
     assert "bucket/c" in str(caught.value) and "hunter" not in str(caught.value)
 
 
-def test_the_votes_of_the_first_round_come_back_to_the_bit_and_are_missed_by_name(ledger: Ledger):
-    assert not ledger.has_votes()
-    with pytest.raises(RunFolderError, match=r"rounds/0001/votes\.parquet is not there.*name another run\.path"):
-        ledger.votes()
+def test_the_votes_of_a_round_come_back_to_the_bit(ledger: Ledger):
+    assert ledger.votes(2) is None
     votes = np.random.default_rng(0).random((7, 7))
-    ledger.keep_votes(votes)
-    np.testing.assert_array_equal(ledger.votes(), votes)
-    table = ledger.folder.read_table(ledger.folder.round(1, "votes.parquet"))
-    row = table.slice(2 * 7 + 5, 1).to_pylist()[0]
-    assert row == {"class": 2, "label": 5, "votes": votes[2, 5]}
+    ledger.keep_votes(2, votes)
+    found = ledger.votes(2)
+    assert found is not None and ledger.votes(1) is None
+    np.testing.assert_array_equal(found, votes)
+    table = ledger.folder.read_table(ledger.folder.round(2, "votes.parquet"))
+    assert table.slice(2 * 7 + 5, 1).to_pylist() == [{"class": 2, "label": 5, "votes": votes[2, 5]}]
