@@ -113,8 +113,8 @@ class Prior:
     live_rate: float | None = None
     """Its `Audit.live_rate`, which holds; None where it has to be estimated anew, as from live samples alone."""
     held_out_rate: float = 0.0
-    """Its `Audit.held_out_rate`, which holds with `live_rate`. Without it this is what is gone by where the few that a
-    round is surest of show none: these labels stay what they are."""
+    """Its `Audit.held_out_rate`. Where `live_rate` is known this one holds, too; else it serves where the few held-out
+    samples that a round is surest of show no wrong labels: these labels stay what they are."""
 
     def joined(self, votes: Float[Tensor, "classes classes"], count: float) -> Float[Tensor, "classes classes"]:
         """`Audit.votes` where so many live samples have these votes: half what they say, half what the prior does.
@@ -350,8 +350,8 @@ def audit(
     left = max(0.0, before * all_of_them - removed) / count if count else 0.0
     unit = torch.eye(classes, dtype=torch.float64)
     offset = _offset(live, wanted, removed, removed_support)
-    found = Audit(temperature, offset, noise, shown, before, left, unit, unit, live.votes)
-    return found.with_votes(prior.joined(live.votes, count))
+    votes = prior.joined(live.votes, count)
+    return Audit(temperature, offset, noise, shown, before, left, unit, unit, votes).with_votes(votes)
 
 
 def _noise(held_out: Survey, live: Survey, prior: Prior) -> tuple[NoiseEstimate, float, float]:

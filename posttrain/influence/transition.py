@@ -56,8 +56,8 @@ def votes(p: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> F
     return found.index_add_(0, labels, p**_POWER).T.contiguous()
 
 
-def estimate(joint: Float[Tensor, "classes classes"], rate: float) -> Float[Tensor, "classes classes"]:
-    """T for noise of this rate, from the votes of some samples, scaled so that their sum is the number of samples.
+def estimate(votes: Float[Tensor, "classes classes"], rate: float) -> Float[Tensor, "classes classes"]:
+    """T for noise of this rate, from V, scaled so that its sum is the number of samples.
 
         D[c, y] = max(0, S[c, y] - S[y, c] - its standard error) m / (m + 5)
         T[c, y] = 0.9 (D[c, y] + (rate - sum_y D[c, y]) / (C - 1)) + 0.1 rate / (C - 1),   T[c, c] = 1 - rate
@@ -66,7 +66,7 @@ def estimate(joint: Float[Tensor, "classes classes"], rate: float) -> Float[Tens
     `rate` in a row. Of classes whose sizes differ three times and more, V[c, y] has to be the larger number, too. Only
     the confident vote, but all samples are meant: thus the scaling.
     """
-    joint = joint.double().cpu()
+    joint = votes.double().cpu()
     classes = len(joint)
     # no label is always wrong: the rate leaves room for the right one
     rate = min(rate, 0.9 * (classes - 1) / classes)
