@@ -287,8 +287,7 @@ class _Claims:
 
     def all(self) -> list[Claim]:
         found: list[Claim] = []
-        selector = fs.FileSelector(self.folder.path(self.place), allow_not_found=True)
-        for info in self.folder.files.get_file_info(selector):
+        for info in self._listed():
             if not info.path.endswith(".json"):
                 continue
             try:
@@ -302,6 +301,14 @@ class _Claims:
                     "is at work there, and delete it"
                 ) from None
         return found
+
+    def _listed(self) -> list[fs.FileInfo]:
+        selector = fs.FileSelector(self.folder.path(self.place), allow_not_found=True)
+        try:
+            return self.folder.files.get_file_info(selector)
+        except FileNotFoundError:
+            # pyarrow looks twice: it found no folder to list, and then one that another process had made meanwhile
+            return self.folder.files.get_file_info(selector)
 
     def living(self) -> list[Claim]:
         return [claim for claim in self.all() if not self._is_dead(claim)]

@@ -93,27 +93,34 @@ def test_of_many_threads_one_at_a_time_is_at_work_and_each_gets_its_turn(folder:
     assert claims(folder) == []
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_of_many_that_start_together_and_do_not_wait_exactly_one_gets_it(folder: RunFolder, seed: int) -> None:
-    together = threading.Barrier(4)
-    got: list[lease.Lease] = []
-    refused: list[HeldError] = []
+def test_of_many_that_start_together_and_do_not_wait_exactly_one_gets_it(tmp_path: Path) -> None:
+    """Also where they make the folder together: pyarrow's listing of it then failed in 3 of 100 such starts."""
+    for number in range(100):
+        folder = RunFolder(str(tmp_path / f"{number}"))
+        together = threading.Barrier(4)
+        got: list[lease.Lease] = []
+        refused: list[HeldError] = []
 
-    def work() -> None:
-        together.wait()
-        try:
-            got.append(acquire(folder, lease_s=30, wait_s=0))
-        except HeldError as error:
-            refused.append(error)
+        def work(
+            folder: RunFolder = folder,
+            together: threading.Barrier = together,
+            got: list[lease.Lease] = got,
+            refused: list[HeldError] = refused,
+        ) -> None:
+            together.wait()
+            try:
+                got.append(acquire(folder, lease_s=30, wait_s=0))
+            except HeldError as error:
+                refused.append(error)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert (len(got), len(refused)) == (1, 3)
-    got[0].assert_held()
-    got[0].release()
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert (len(got), len(refused)) == (1, 3)
+        got[0].assert_held()
+        got[0].release()
 
 
 # A process that appends to a file while it holds the lease: a line at its beginning, one at its end.
