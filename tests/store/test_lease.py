@@ -64,6 +64,15 @@ def test_a_second_one_waits_and_gets_it(folder: RunFolder) -> None:
         first.assert_held()
 
 
+def in_threads(work: Callable[[], None], count: int) -> None:
+    """The work in so many threads at once, until all have ended."""
+    threads = [threading.Thread(target=work) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_of_many_threads_one_at_a_time_is_at_work_and_each_gets_its_turn(folder: RunFolder, seed: int) -> None:
     inside, most, done, errors = 0, 0, 0, []
@@ -84,40 +93,29 @@ def test_of_many_threads_one_at_a_time_is_at_work_and_each_gets_its_turn(folder:
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=work) for _ in range(5)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 5)
     assert (errors, most, done) == ([], 1, 5)
     assert claims(folder) == []
 
 
 def test_of_many_that_start_together_and_do_not_wait_exactly_one_gets_it(tmp_path: Path) -> None:
     """Also where they make the folder together: pyarrow's listing of it then failed in 3 of 100 such starts."""
+    together = threading.Barrier(4)
+    got: list[lease.Lease] = []
+    refused: list[HeldError] = []
+
+    def work() -> None:
+        together.wait()
+        try:
+            got.append(acquire(folder, lease_s=30, wait_s=0))
+        except HeldError as error:
+            refused.append(error)
+
     for number in range(100):
         folder = RunFolder(str(tmp_path / f"{number}"))
-        together = threading.Barrier(4)
-        got: list[lease.Lease] = []
-        refused: list[HeldError] = []
-
-        def work(
-            folder: RunFolder = folder,
-            together: threading.Barrier = together,
-            got: list[lease.Lease] = got,
-            refused: list[HeldError] = refused,
-        ) -> None:
-            together.wait()
-            try:
-                got.append(acquire(folder, lease_s=30, wait_s=0))
-            except HeldError as error:
-                refused.append(error)
-
-        threads = [threading.Thread(target=work) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        got.clear()
+        refused.clear()
+        in_threads(work, 4)
         assert (len(got), len(refused)) == (1, 3)
         got[0].assert_held()
         got[0].release()
