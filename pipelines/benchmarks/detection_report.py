@@ -146,11 +146,7 @@ def _verdict(findings: Sequence[Finding], ranked: Sequence[Method]) -> list[str]
     clear = [d for d in defeats(findings) if d.clear]
     lines.append(f"- Beaten by a peer by more than the spread over seeds: {len(clear)} times (listed below).")
     for name in AFTER_FOLDS:
-        shares = [
-            100 * own.seconds / peer.seconds
-            for f in findings
-            if (peer := f.of("peer", name)) is not None and (own := f.of(*DEFAULT_METHOD)) is not None and peer.seconds
-        ]
+        shares = [100 * own / peer for own, peer in _timed_alike(findings, ("peer", name)) if peer]
         if shares:
             lines.append(
                 f"- Its seconds as a share of those of {shown(('peer', name))}: "
@@ -163,17 +159,13 @@ def _overall(findings: Sequence[Finding], ranked: Sequence[Method]) -> list[str]
     noisy = _noisy(findings)
     rows: list[list[str]] = []
     for method in ranked:
-        ratios = [
-            r.seconds / default.seconds
-            for f in findings
-            if (r := f.of(*method)) is not None and (default := f.of(*DEFAULT_METHOD)) is not None
-        ]
+        ratios = [seconds / own for own, seconds in _timed_alike(findings, method)]
         rows.append(
             [
                 shown(method),
                 *(_percent(noisy, _ranked_as(method, figure)) for figure in QUALITY),
                 _seconds(_of(findings, method)),
-                f"{statistics.median(ratios):.2f}",
+                f"{statistics.median(ratios):.2f}" if ratios else "",
                 f"{statistics.median(r.passes for r in _of(findings, method)):.1f}",
                 f"{len(_of(noisy, method))} of {len(noisy)}",
             ]
@@ -341,6 +333,16 @@ def _side_by_side(findings: Iterable[Finding], method: Method) -> list[tuple[flo
     """Average precision of the method and of the default score, of the cases where both are known."""
     pairs = [(_ranked_as(method)(f), _ranked_as(DEFAULT_METHOD)(f)) for f in findings]
     return [(own, default) for own, default in pairs if own is not None and default is not None]
+
+
+def _timed_alike(findings: Iterable[Finding], method: Method) -> list[tuple[float, float]]:
+    """(the default's seconds, the method's) of the cases where one machine took both: of two they do not compare."""
+    pairs = [(f.of(*DEFAULT_METHOD), f.of(*method)) for f in findings]
+    return [
+        (own.seconds, other.seconds)
+        for own, other in pairs
+        if own and other and (own.hardware, own.threads) == (other.hardware, other.threads)
+    ]
 
 
 def _complete(findings: Sequence[Finding], method: Method) -> bool:

@@ -75,10 +75,13 @@ def measure(case: Case, folder: Path, *, cleanlab: bool = False, scratch: bool =
     """What is to be known of the case, from its file in the folder as far as it is there; kept there.
 
     cleanlab's rows are measured where its out-of-sample predictions are in the folder; with `cleanlab` everywhere.
-    Without `scratch` a new finding has no rows from scratch.
+    Without `scratch` a new finding has no rows from scratch; with it, one that has none is measured again as a whole,
+    since what was kept is not in it.
     Raises ValueError where the file was measured with other settings.
     """
     found = kept(case, folder)
+    if found is not None and scratch and found.row(SCRATCH) is None:
+        found = None
     wanted = cleanlab or (folder / "out_of_sample" / f"{case.key}.pt").exists()
     needed = [RIGHT, CLEANLAB] if wanted else [RIGHT]
     if found is not None and all(found.row(name) is not None for name in needed):

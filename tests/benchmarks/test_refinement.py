@@ -300,6 +300,20 @@ def test_cleanlab_is_added_to_what_was_measured_without_it(
     assert added == whole == refinement.kept(NOISY, tmp_path)
 
 
+def test_rows_from_scratch_are_added_to_what_was_measured_without_them(
+    noisy: tuple[Finding, list[Training]], trainings: list[Training], tmp_path: Path, folder: Path
+):
+    whole, _ = noisy
+    (tmp_path / "networks").symlink_to(folder / "networks")
+    without = refinement.measure(NOISY, tmp_path, cleanlab=True, scratch=False)
+    missing = {own.name for own in whole.rows} - {own.name for own in without.rows}
+    assert SCRATCH in missing and not any(name in missing for name in (*OURS.values(), RANDOM))
+    assert refinement.measure(NOISY, tmp_path, cleanlab=True) == whole == refinement.kept(NOISY, tmp_path)
+    trainings.clear()
+    # what is there is not thrown away where it is not asked for
+    assert refinement.measure(NOISY, tmp_path, cleanlab=True, scratch=False) == whole and not trainings
+
+
 def test_what_was_measured_with_other_settings_is_refused(
     noisy: tuple[Finding, list[Training]], folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
