@@ -146,6 +146,10 @@ def read(config: RunFile, inputs: Inputs, progress: StepLog) -> tuple[dict[str, 
             progress=tell,
         )
     refuse_changed(config, inputs, splits)
+    from pipelines.inputs import refuse_one_class
+
+    counts = splits["train"].class_counts
+    refuse_one_class(config, [name for name, count in zip(inputs.classes, counts, strict=True) if count])
     return splits, {"files": inputs.listing, **{name: split.digest for name, split in splits.items()}}
 
 

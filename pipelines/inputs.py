@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -63,11 +63,7 @@ def prepare(config: RunFile, *, only: Mapping[str, frozenset[str]] | None = None
                 "the images"
             )
     classes = _classes(config.data, sources["train"], listings["train"])
-    if len(classes) < 2:
-        raise LabelRangeError(
-            f"data.train = {config.data.train}: only one class ({classes[0] if classes else 'none'}); "
-            "at least two are needed: is data.label the right column?"
-        )
+    refuse_one_class(config, classes)
     noise = config.data.noise
     if noise is not None and noise.matrix is not None and len(noise.matrix) != len(classes):
         raise ConfigError(
@@ -134,6 +130,15 @@ def prepare(config: RunFile, *, only: Mapping[str, frozenset[str]] | None = None
             if listing.passed_over is not None
         ),
     )
+
+
+def refuse_one_class(config: RunFile, classes: Sequence[str]) -> None:
+    """Raises LabelRangeError where fewer than two classes have training samples."""
+    if len(classes) < 2:
+        raise LabelRangeError(
+            f"data.train = {config.data.train}: only one class ({classes[0] if classes else 'none'}); "
+            "at least two are needed: is data.label the right column?"
+        )
 
 
 def for_recipe(inputs: Inputs, config: RunFile) -> Inputs:

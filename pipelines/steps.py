@@ -261,6 +261,7 @@ class CleaningRun:
             "noise_low": noise.low,
             "noise_high": noise.high,
             "noise_found": float(noise.found),
+            "noise_known": float(noise.doubt is None),
             "noise_most": noise.most,
             "noise_of_held_out": float(noise.source == "held-out"),
             "live_noise": audit.live_rate,
@@ -268,6 +269,7 @@ class CleaningRun:
         }
         if self.noise is None:
             self.noise = {"rate": noise.rate, "low": noise.low, "high": noise.high, "found": noise.found}
+            self.noise["known"] = noise.doubt is None
         return Scored(path, counts, noise)
 
     def select(self, state: State[Network], scored: Scored) -> Removal:
@@ -580,6 +582,7 @@ class CleaningRun:
             if self.noise is None and "noise_rate" in done.metrics:
                 self.noise = {name: done.metrics[f"noise_{name}"] for name in ("rate", "low", "high")}
                 self.noise["found"] = bool(done.metrics["noise_found"])
+                self.noise["known"] = bool(done.metrics.get("noise_known", 1.0))
         return State(rounds, self._read_checkpoint(rounds[-1].number), self._validation_samples)
 
     def network(self, weights: bytes, spec: ModelSpec | None = None) -> Network:
@@ -880,6 +883,16 @@ class CleaningRun:
 
 def in_words(noise: NoiseEstimate) -> str:
     """The estimate of the share of wrong labels, as a clause."""
+    if noise.doubt is not None:
+        right = f"{noise.counted - noise.disagreeing:,} of {noise.counted:,}"
+        return {
+            "few": f"with {noise.counted} validation samples nothing can be said of the labels; name a larger "
+            f"data.validation ({audits.LEAST_CONFIDENT} samples at least, better 500)",
+            "chance": f"on the validation labels the boundary is a guess ({right} right): do they mean the same "
+            "classes as those of data.train, and has the model learnt anything?",
+            "noisier": "the validation labels are clearly worse than the training labels, and say nothing of them; "
+            "name another data.validation",
+        }[noise.doubt]
     interval = f"{100 * noise.rate:.0f} %, between {100 * noise.low:.0f} and {100 * noise.high:.0f} %"
     if noise.source == "comparison":
         return f"the live labels are contradicted more often than the held-out ones ({interval})"

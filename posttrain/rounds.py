@@ -154,5 +154,6 @@ def nothing_left(state: State[Model], cut: Cut) -> str:
         most = f"{of_user} allows" if of_user else "may be wrong"
         return f"{done} samples are dealt with, as many as {most}; {cut.estimate}"
     if cut.candidates and not cut.taken:
-        return f"{cut.candidates} samples look wrong, but the budget or the class floors let none of them go"
+        looks = "1 sample looks" if cut.candidates == 1 else f"{cut.candidates} samples look"
+        return f"{looks} wrong, but the budget or the class floors let none of them go"
     return f"what is left no longer looks wrong: {cut.candidates} of {cut.live} samples would be candidates"

@@ -52,6 +52,10 @@ NETWORKS = ("memorised", "augmented")
 FOLDS = 5
 
 
+class NoDataError(FileNotFoundError):
+    """The folder of a data set is not there."""
+
+
 @dataclass(frozen=True)
 class DataSet:
     """What the cases take of a data set, and the network that is trained on it."""
@@ -245,7 +249,13 @@ def _whole(dataset: str, split: str) -> tuple[Tensor, dict[str, np.ndarray]]:
         column = table["image"]
     else:
         root = Path(os.environ.get("POSTTRAIN_DATA", Path(__file__).parents[3] / "shared" / "data"))
-        table = pyarrow.dataset.dataset(root / dataset / split).to_table()
+        folder = root / dataset / split
+        if not folder.is_dir():
+            raise NoDataError(
+                f"{folder}: no such folder; set POSTTRAIN_DATA to the folder that holds {dataset}/{split}, or take "
+                "--datasets digits alone"
+            )
+        table = pyarrow.dataset.dataset(folder).to_table()
         names = {"label_clean": "true", "label": "true", "label_aggre": "aggre", "label_random1": "random1"}
         columns = {names[name]: table[name].to_numpy().astype(np.int64) for name in table.column_names if name in names}
         column = table["image"]

@@ -29,8 +29,8 @@ from torch.nn.functional import cross_entropy
 from posttrain.cluster.devices import BatchSize, computing_in, moved, name_of
 from posttrain.cluster.reading import Bucket, Progress, Split, explain
 from posttrain.cluster.workers import Network, load_network
-from posttrain.errors import RecipeError, StepError
-from posttrain.schema import IMAGE, LABEL, Excluded, ImageSpec, Precision, Relabelled, current_labels
+from posttrain.errors import DataError, RecipeError, StepError
+from posttrain.schema import FILE, IMAGE, LABEL, SAMPLE_ID, Excluded, ImageSpec, Precision, Relabelled, current_labels
 from posttrain.store.folder import RunFolder
 from posttrain.vision import models
 from posttrain.vision.images import augmentation, decode_column, normalize
@@ -389,6 +389,9 @@ class LiveImages:
         rows = max((b.rows for b in buckets), default=1)
         self._window = max(1, window_bytes // max(1, rows * spec.channels * height * width))
         self._whole: tuple[Tensor, Tensor] | None = None
+        self._readable = 0
+        self._unreadable: str | None = None
+        """The first image that cannot be read, and why."""
 
     def batches(self, size: int, steps: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """`steps` batches (uint8 [n, c, h, w], labels [n]); begins again where the rank has fewer samples."""
@@ -414,6 +417,8 @@ class LiveImages:
             elif rest is not None and taken == steps - 1:
                 return
             if taken == before:
+                if self._unreadable is not None and not self._readable:
+                    raise DataError(f"no training image can be read; the first is {self._unreadable}")
                 raise StepError("a training worker has fewer than two samples; use fewer ray.train_workers")
             again += 1
 
@@ -438,9 +443,14 @@ class LiveImages:
             block = self._get(bucket.block)
             rows = np.setdiff1d(np.arange(block.num_rows), self._excluded.get(bucket.index, np.empty(0, np.int32)))
             block = block.take(rows)
-            decoded, readable, _ = decode_column(
+            decoded, readable, reasons = decode_column(
                 block[IMAGE], channels=self._spec.channels, size=self._spec.size, shape=self._spec.shape
             )
+            self._readable += int(readable.sum())
+            if reasons and self._unreadable is None:
+                row = block.slice(int(np.flatnonzero(~readable)[0]), 1)
+                where = f"{row[FILE][0].as_py() or ''} sample_id {row[SAMPLE_ID][0].as_py()!r}".strip()
+                self._unreadable = f"{where}: {reasons[0]}"
             given = current_labels(block[LABEL].to_numpy(), rows, bucket.index, self._relabelled)
             # before the first embedding nothing has been quarantined yet
             kept = torch.from_numpy(given[readable] >= 0)

@@ -28,6 +28,9 @@ from torch import Tensor
 from posttrain.influence import transition as transitions
 
 Source = Literal["held-out", "live", "comparison"]
+Doubt = Literal["few", "chance", "noisier"]
+"""Why the held-out labels say nothing: they are fewer than the surest that would be looked at; the boundary is not
+better on them than the most frequent of them would be; they are clearly worse than the live ones."""
 
 _OFFSETS = 257
 _LARGEST_OFFSET = 16.0
@@ -46,6 +49,11 @@ COMPARED = 0.1
 """Held-out and live samples are compared by how many lie in the tail that holds this share of the held-out ones."""
 TOLD_APART = 0.2
 """Only where wrong labels would lie in that tail more often by this much."""
+GUESSING = 0.01
+"""A boundary is better than a guess only if that is so with this chance of error."""
+FAR = 5.0
+"""Held-out labels are worse than live ones only by so many standard errors: a comparison that is wrong by chance would
+end a run. (Simulated, equal labels: the difference scatters by 1.4 of its standard errors, around 0.)"""
 MISTAKEN = 0.1
 """Up to this share of the boundary's overall held-out error, its own errors are found among the most confident."""
 
@@ -68,9 +76,12 @@ class Survey:
     the label is wrong, since then the right class is one of them, and memory of the given label has no part in it."""
     strangers: Float[Tensor, " bins"]
     """The same had each sample been given one of the other labels, all equally likely: what wrong labels look like."""
+    labels: Float[Tensor, " classes"]
+    """Samples by the label they were given."""
 
     def sums(self) -> tuple[Tensor, ...]:
-        return self.count, self.support, self.votes, self.confident, self.disagreeing, self.rivals, self.strangers
+        confident = self.confident, self.disagreeing, self.rivals, self.strangers
+        return self.count, self.support, self.votes, *confident, self.labels
 
 
 @dataclass(frozen=True)
@@ -98,6 +109,9 @@ class NoiseEstimate:
     where somebody has looked through the held-out labels. `comparison`: held-out and live samples by their `rivals`,
     where these alone tell that the live ones are worse, as in a network that has memorised their labels; it tends to
     be too low then (measured: half of the true share)."""
+    doubt: Doubt | None = None
+    """Why nothing can be said of the live labels, where that is so; then nothing is found. `disagreeing` and `counted`
+    are of all held-out samples then."""
 
 
 @dataclass(frozen=True)
@@ -279,7 +293,8 @@ def survey(
     confident = torch.bincount(bins, minlength=_BINS).double()
     disagreeing = torch.bincount(bins[likeliest != labels], minlength=_BINS).double()
     count = torch.tensor(float(len(labels)), dtype=torch.float64, device=p.device)
-    return count, support, transitions.votes(p, labels), confident, disagreeing, *_distances(scaled, labels)
+    given = torch.bincount(labels, minlength=p.shape[1]).double()
+    return count, support, transitions.votes(p, labels), confident, disagreeing, *_distances(scaled, labels), given
 
 
 def held_out_survey(features: Tensor, labels: Tensor, weights: Tensor, temperature: Tensor) -> tuple[Tensor, ...]:
@@ -332,13 +347,14 @@ def audit(
 
     `prior`: what a former round found.
     """
-    noise, shown, more = _noise(held_out, live, prior)
+    doubt = _doubt(held_out, live, removed) if prior.votes is None else None
+    noise, shown, more = _noise(held_out, live, prior) if doubt is None else (doubt, prior.held_out_rate, 0.0)
     wanted, classes = float(held_out.support[0] / held_out.count), len(live.votes)
     if not shown or noise.source == "comparison":
         # live and removed labels together are wrong this much more often than the held-out ones
         count = float(live.count)
         wrong = ((shown + (1 - shown) * more) * count + removed) / (count + removed) if count + removed else 0.0
-        beyond = max(0.0, (wrong - shown) / (1 - shown))
+        beyond = max(0.0, (wrong - shown) / (1 - shown)) if shown < 1 else 0.0
         wanted = (1 - beyond) * wanted + beyond * (1 - wanted) / max(1, classes - 1)
     count, all_of_them = float(live.count), float(live.count) + removed
     before = prior.live_rate
@@ -352,6 +368,26 @@ def audit(
     offset = _offset(live, wanted, removed, removed_support)
     votes = prior.joined(live.votes, count)
     return Audit(temperature, offset, noise, shown, before, left, unit, unit, votes).with_votes(votes)
+
+
+def _doubt(held_out: Survey, live: Survey, removed: int) -> NoiseEstimate | None:
+    """What is to be said where nothing can be known; None where it can.
+
+    Of a boundary that only guesses, its own errors would be taken for wrong labels; held-out labels that are worse than
+    the live ones would have right ones removed. Where some were removed, live labels are the better ones anyway.
+    """
+    counted, wrong = int(held_out.count), int(held_out.disagreeing.sum())
+    more, deviation = _compared(held_out, live)
+    doubt: Doubt
+    if counted < LEAST_CONFIDENT:
+        doubt = "few"
+    elif _lowest(counted - wrong, counted, GUESSING) <= float(held_out.labels.max()) / counted:
+        doubt = "chance"
+    elif not removed and more < -FAR * deviation:
+        doubt = "noisier"
+    else:
+        return None
+    return NoiseEstimate(0.0, 0.0, 1.0, 0.0, wrong, counted, found=False, doubt=doubt)
 
 
 def _noise(held_out: Survey, live: Survey, prior: Prior) -> tuple[NoiseEstimate, float, float]:
@@ -485,11 +521,11 @@ def _most_confident(of: Survey) -> tuple[int, int]:
     return taken
 
 
-def _lowest(disagreeing: int, counted: int) -> float:
-    """One-sided 95 % bound from below on a share (Clopper & Pearson 1934)."""
+def _lowest(number: int, counted: int, error: float = 0.05) -> float:
+    """One-sided bound from below on a share, 95 % by default (Clopper & Pearson 1934)."""
     from scipy.stats import beta  # pyright: ignore[reportMissingTypeStubs]  takes half a second: not at the top
 
-    return float(beta.ppf(0.05, disagreeing, counted - disagreeing + 1)) if disagreeing else 0.0
+    return float(beta.ppf(error, number, counted - number + 1)) if number else 0.0
 
 
 def _highest(disagreeing: int, counted: int) -> float:

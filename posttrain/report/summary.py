@@ -85,6 +85,8 @@ def _noise(summary: Mapping[str, Any]) -> tuple[str | None, str]:
     noise = summary["noise"]
     if noise is None:
         return None, ""
+    if not noise.get("known", True):
+        return "not known", "nothing can be said by these validation labels"
     if not noise["found"]:
         return "no sign", f"at most {100 * noise['high']:.0f} % where the others are surest"
     return (

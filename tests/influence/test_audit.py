@@ -103,7 +103,8 @@ def of_bins(confident: Tensor, disagreeing: Tensor) -> Survey:
     count = confident.sum()
     votes = torch.zeros(3, 3, dtype=torch.float64)
     nothing = torch.zeros(4096, dtype=torch.float64)
-    return Survey(count, torch.ones(257, dtype=torch.float64), votes, confident, disagreeing, nothing, nothing)
+    ones, no_class = torch.ones(257, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    return Survey(count, ones, votes, confident, disagreeing, nothing, nothing, no_class)
 
 
 def evidence_of(of: Simulated, audit: Audit | None) -> Evidence:
@@ -248,6 +249,56 @@ def test_a_survey_of_features_is_that_of_their_logits():
         torch.testing.assert_close(part, known, rtol=1e-12, atol=0)
 
 
+def test_of_fewer_held_out_samples_than_are_counted_nothing_is_known():
+    live = surveyed(simulated(2000, symmetric(5, 0.4), seed=1))
+    for number, doubt in ((49, "few"), (50, None)):
+        found = audits.audit(surveyed(simulated(number, symmetric(5, 0.4))), live, 1.0).noise
+        assert found.doubt == doubt and (doubt is None or found.counted == number)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_where_held_out_labels_mean_other_classes_nothing_is_found(shift: int):
+    held_out, live = simulated(300, symmetric(5, 0.0)), simulated(2000, symmetric(5, 0.0), seed=1)
+    other = replace(held_out, labels=(held_out.labels + shift) % 5)
+    found = audits.audit(surveyed(other), surveyed(live), 1.0)
+    assert found.noise.doubt == ("chance" if shift else None)
+    assert not found.noise.found and found.noise.most == 0.0
+    if shift:
+        # nothing of the surest agrees: without the doubt all labels would be wrong
+        assert audits._noise(surveyed(other), surveyed(live), audits.UNKNOWN)[0].rate > 0.9  # pyright: ignore[reportPrivateUsage]
+
+
+@pytest.mark.parametrize("sizes", [None, np.array([12.0, 1.0, 1.0, 1.0, 1.0])])
+def test_random_labels_are_not_taken_for_wrong_ones_where_the_boundary_guesses(sizes: np.ndarray | None):
+    drawn = np.random.default_rng(0)
+    doubts = []
+    for seed in range(20):
+        held_out, live = (simulated(300, symmetric(5, 0.0), seed=2 * seed + k, sizes=sizes) for k in (0, 1))
+        guessing = [replace(of, logits=of.logits[torch.from_numpy(drawn.permutation(300))]) for of in (held_out, live)]
+        doubts.append(audits.audit(*map(surveyed, guessing), 1.0).noise.doubt)
+    # one in a hundred may pass
+    assert doubts.count("chance") >= 19
+
+
+def flipped(of: Simulated, share: float, seed: int) -> Simulated:
+    """The same with a share of the labels exchanged for any other one."""
+    drawn, classes = np.random.default_rng(seed), of.logits.shape[1]
+    by = torch.from_numpy((drawn.random(len(of.labels)) < share) * drawn.integers(1, classes, len(of.labels)))
+    return replace(of, labels=(of.labels + by) % classes)
+
+
+@pytest.mark.parametrize("more", [0.0, 0.3])
+def test_held_out_labels_that_are_worse_than_the_live_ones_say_nothing_of_them(more: float):
+    doubts, noise = [], symmetric(10, 0.05)
+    for seed in range(20):
+        held_out = flipped(simulated(1000, noise, apart=4.0, seed=100 + seed), more, seed)
+        live = simulated(3000, noise, apart=4.0, seed=500 + seed)
+        doubts.append(audits.audit(surveyed(held_out), surveyed(live), 1.0).noise.doubt)
+        # of what is left after a removal it is expected
+        assert audits.audit(surveyed(held_out), surveyed(live), 1.0, removed=9, removed_support=1.0).noise.doubt is None
+    assert doubts == ["noisier" if more else None] * 20
+
+
 def test_nothing_is_estimated_where_there_are_no_samples():
     some = surveyed(simulated(500, symmetric(5, 0.2)))
     none = Survey(*survey(torch.empty(0, 5).double(), torch.empty(0, dtype=torch.long), 1.0))
@@ -256,7 +307,7 @@ def test_nothing_is_estimated_where_there_are_no_samples():
     torch.testing.assert_close(without_live.transition, torch.from_numpy(symmetric(5, without_live.noise.rate)))
     without_held_out = audits.audit(none, some, 1.0)
     assert without_held_out.offset == 0.0
-    assert without_held_out.noise.source == "live"
+    assert without_held_out.noise.doubt == "few" and not without_held_out.noise.found
     noise = audits.audit(none, none, 1.0).noise
     assert (noise.rate, noise.low, noise.high, noise.counted) == (0.0, 0.0, 1.0, 0)
     assert not audits.audit(none, none, 1.0).noise.found
@@ -310,6 +361,8 @@ def test_the_most_confident_are_the_highest_by_sorting(samples: int):
     rate[highest] = 0.3
     labels = np.where(drawn.random(samples) < rate, (likeliest + 1) % 3, likeliest)
     of = Survey(*survey(torch.from_numpy(np.log(p)), torch.from_numpy(labels), 1.0))
+    # a boundary that is wrong on so many would be taken for a guess
+    of = replace(of, labels=torch.zeros(3).double())
     noise = audits.audit(of, of, 1.0).noise
     assert (noise.counted, noise.disagreeing) == (wanted, int((labels != likeliest)[highest].sum()))
 
