@@ -648,6 +648,13 @@ REFUSALS: tuple[Refusal, ...] = (
         _train(label=lambda c: pa.array([0] * len(c))),
         "only one class (0); at least two are needed",
     ),
+    Refusal(
+        "label: one class only",
+        "3 of 10 classes everywhere",
+        lambda w: {"data": {**_train(label=lambda c: pa.array([3] * len(c)))(w)["data"], "classes": 10}},
+        "only one class (3); at least two are needed",
+        reads=True,
+    ),
     # ids
     Refusal(
         "id: duplicate",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import io
 import json
 import subprocess
 import sys
@@ -14,9 +15,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from rich.console import Console
 from small_data import (
     BOTH,
     NETWORK,
@@ -35,6 +38,7 @@ from pipelines.boundary import Boundaries
 from pipelines.steps import CleaningRun
 from posttrain.cluster import reading
 from posttrain.errors import RunFolderError
+from posttrain.report.summary import print_summary
 
 pytestmark = pytest.mark.ray
 
@@ -286,6 +290,33 @@ def test_features_of_other_data_are_not_taken_up(
     run(tmp_path / "run", data={"train": str(tmp_path / "train")}, removal=one_round)
     run(tmp_path / "fresh", data={"train": str(tmp_path / "train")}, removal=one_round)
     assert_same_result(tmp_path / "run", tmp_path / "fresh")
+
+
+@pytest.mark.parametrize(
+    ("of_validation", "says"),
+    [
+        (lambda table: table.slice(0, 20), "with 20 validation samples nothing can be said of the labels"),
+        (
+            lambda table: table.set_column(2, "label", pc.bit_wise_xor(table["true"], 1)),
+            "on the validation labels the boundary is a guess (",
+        ),
+    ],
+)
+def test_nothing_goes_where_the_validation_labels_say_nothing(
+    of_validation: Callable[[pa.Table], pa.Table],
+    says: str,
+    run: Run,
+    digits: Digits,
+    tmp_path: Path,
+) -> None:
+    pq.write_table(of_validation(digits.table("validation")), tmp_path / "validation.parquet")
+    summary = run(tmp_path / "run", data={"validation": str(tmp_path / "validation.parquet")})
+    assert summary["removed"] == 0
+    assert says in summary["ended"]
+    assert (summary["noise"]["found"], summary["noise"]["known"]) == (False, False)
+    shown = Console(file=io.StringIO(), width=120)
+    print_summary(shown, summary)
+    assert isinstance(shown.file, io.StringIO) and "not known" in shown.file.getvalue()
 
 
 def test_a_run_that_removes_nothing_leaves_all_columns(run: Run, undisturbed: Undisturbed, tmp_path: Path) -> None:

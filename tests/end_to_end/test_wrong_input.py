@@ -93,6 +93,19 @@ def test_the_table_has_the_kinds_that_it_promises() -> None:
     assert not {kind for kind in kinds if f"| {kind} |" not in written and f"{kind} (" not in written}
 
 
+def test_images_none_of_which_can_be_read(runfile: Make, shared_workers: None, digits: Digits, tmp_path: Path) -> None:
+    cut = pa.array([image[:40] for image in digits.table("train")["image"].to_pylist()], pa.binary())
+    data = {"train": written(digits.table("train", image=cut), tmp_path / "train")}
+    raw = runfile(tmp_path / "run", data=data, model={"weights": None})
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(raw))
+    result = CliRunner().invoke(app, ["clean", str(file)])
+    assert result.exit_code == 2, result.output
+    [said] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert said.startswith(f"error: no training image can be read; the first is {tmp_path}/train/part.parquet sample_id")
+    assert "not an image in a known format (40 bytes" in said
+
+
 def test_a_missing_file(runfile: Make, tmp_path: Path) -> None:
     raw = runfile(tmp_path / "run", data={"train": str(tmp_path / "absent")})
     assert refused(raw, tmp_path) == (
