@@ -884,9 +884,10 @@ def _complaints(error: ValidationError, raw: dict[str, Any], kind: type[RunFile]
         if entry["type"] in ("int_parsing", "float_parsing"):
             message += _unit(entry["input"])
         if entry["type"] == "too_short":
-            given, fewest = entry["input"], entry["ctx"]["min_length"]
-            if entry["ctx"]["actual_length"] < len(given):
+            lengths = entry.get("ctx", {})
+            if lengths["actual_length"] < len(entry["input"]):
                 continue  # an item that is not valid is not counted any more, and has a complaint of its own
+            fewest = lengths["min_length"]
             message = f"should hold at least {fewest} value{'s' * (fewest > 1)}"
         if entry["type"] == "extra_forbidden":
             beside = [f"{'.'.join(parts[:-1])}.{how}" for how in Distribution.model_fields] if of_space else []

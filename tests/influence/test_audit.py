@@ -275,7 +275,7 @@ def test_random_labels_are_not_taken_for_wrong_ones_where_the_boundary_guesses(s
     for seed in range(20):
         held_out, live = (simulated(300, symmetric(5, 0.0), seed=2 * seed + k, sizes=sizes) for k in (0, 1))
         guessing = [replace(of, logits=of.logits[torch.from_numpy(drawn.permutation(300))]) for of in (held_out, live)]
-        doubts.append(audits.audit(*map(surveyed, guessing), 1.0).noise.doubt)
+        doubts.append(audits.audit(surveyed(guessing[0]), surveyed(guessing[1]), 1.0).noise.doubt)
     # one in a hundred may pass
     assert doubts.count("chance") >= 19
 
