@@ -167,7 +167,7 @@ class Audit:
     held_out_transition: Float[Tensor, "classes classes"]
     """T of the held-out samples: noise of the same directions, at their rate. The unit matrix where they have none."""
     votes: Float[Tensor, "classes classes"]
-    """V, from which both are estimated; scaled, so that its sum is the number of samples."""
+    """V, from which both are estimated; scaled, so that its sum is the number of samples. 0 where nothing was found."""
     sharpness: float = 1.0
     """How much surer of a sample's class one can be than p is: with it T^T p foretells the held-out labels best."""
     shift: float = 0.0
@@ -367,6 +367,11 @@ def audit(
     unit = torch.eye(classes, dtype=torch.float64)
     offset = _offset(live, wanted, removed, removed_support)
     votes = prior.joined(live.votes, count)
+    if not (noise.found or shown) and prior.votes is None:
+        # without noise there is no direction to it: that some classes are taken for others more often than the other
+        # way round would fill the small rate. Measured on human labels in which none were found (CIFAR-10N, random1,
+        # augmented, two seeds): average precision 0.51 with directions, 0.58 without
+        votes = torch.zeros_like(votes)
     return Audit(temperature, offset, noise, shown, before, left, unit, unit, votes).with_votes(votes)
 
 

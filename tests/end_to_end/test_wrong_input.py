@@ -102,7 +102,9 @@ def test_images_none_of_which_can_be_read(runfile: Make, shared_workers: None, d
     result = CliRunner().invoke(app, ["clean", str(file)])
     assert result.exit_code == 2, result.output
     [said] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert said.startswith(f"error: no training image can be read; the first is {tmp_path}/train/part.parquet sample_id")
+    assert said.startswith(
+        f"error: no training image can be read; the first is {tmp_path}/train/part.parquet sample_id"
+    )
     assert "not an image in a known format (40 bytes" in said
 
 
