@@ -29,8 +29,8 @@ from posttrain.influence import transition as transitions
 
 Source = Literal["held-out", "live", "comparison"]
 Doubt = Literal["few", "chance", "noisier"]
-"""Why the held-out labels say nothing: they are fewer than the surest that would be looked at; the boundary is not
-better on them than the most frequent of them would be; they are clearly worse than the live ones."""
+"""Why the held-out labels say nothing: they are fewer than the surest that would be looked at; the boundary agrees with
+them no more often than by chance; they are clearly worse than the live ones."""
 
 _OFFSETS = 257
 _LARGEST_OFFSET = 16.0
@@ -50,7 +50,7 @@ COMPARED = 0.1
 TOLD_APART = 0.2
 """Only where wrong labels would lie in that tail more often by this much."""
 GUESSING = 0.01
-"""A boundary is better than a guess only if that is so with this chance of error."""
+"""A boundary is better than a guess only if that is so with this probability of an error."""
 FAR = 5.0
 """Held-out labels are worse than live ones only by so many standard errors: a comparison that is wrong by chance would
 end a run. (Simulated, equal labels: the difference scatters by 1.4 of its standard errors, around 0.)"""
@@ -78,10 +78,12 @@ class Survey:
     """The same had each sample been given one of the other labels, all equally likely: what wrong labels look like."""
     labels: Float[Tensor, " classes"]
     """Samples by the label they were given."""
+    predicted: Float[Tensor, " classes"]
+    """Samples by their likeliest class."""
 
     def sums(self) -> tuple[Tensor, ...]:
         confident = self.confident, self.disagreeing, self.rivals, self.strangers
-        return self.count, self.support, self.votes, *confident, self.labels
+        return self.count, self.support, self.votes, *confident, self.labels, self.predicted
 
 
 @dataclass(frozen=True)
@@ -293,8 +295,9 @@ def survey(
     confident = torch.bincount(bins, minlength=_BINS).double()
     disagreeing = torch.bincount(bins[likeliest != labels], minlength=_BINS).double()
     count = torch.tensor(float(len(labels)), dtype=torch.float64, device=p.device)
-    given = torch.bincount(labels, minlength=p.shape[1]).double()
-    return count, support, transitions.votes(p, labels), confident, disagreeing, *_distances(scaled, labels), given
+    by_class = [torch.bincount(of, minlength=p.shape[1]).double() for of in (labels, likeliest)]
+    distances = _distances(scaled, labels)
+    return count, support, transitions.votes(p, labels), confident, disagreeing, *distances, *by_class
 
 
 def held_out_survey(features: Tensor, labels: Tensor, weights: Tensor, temperature: Tensor) -> tuple[Tensor, ...]:
@@ -386,7 +389,8 @@ def _doubt(held_out: Survey, live: Survey, removed: int) -> NoiseEstimate | None
     doubt: Doubt
     if counted < LEAST_CONFIDENT:
         doubt = "few"
-    elif _lowest(counted - wrong, counted, GUESSING) <= float(held_out.labels.max()) / counted:
+    # what predictions that know nothing of the labels would agree with them (Cohen 1960)
+    elif _lowest(counted - wrong, counted, GUESSING) <= float(held_out.labels @ held_out.predicted) / counted**2:
         doubt = "chance"
     elif not removed and more < -FAR * deviation:
         doubt = "noisier"

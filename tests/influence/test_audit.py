@@ -104,7 +104,7 @@ def of_bins(confident: Tensor, disagreeing: Tensor) -> Survey:
     votes = torch.zeros(3, 3, dtype=torch.float64)
     nothing = torch.zeros(4096, dtype=torch.float64)
     ones, no_class = torch.ones(257, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
-    return Survey(count, ones, votes, confident, disagreeing, nothing, nothing, no_class)
+    return Survey(count, ones, votes, confident, disagreeing, nothing, nothing, no_class, no_class)
 
 
 def evidence_of(of: Simulated, audit: Audit | None) -> Evidence:
@@ -278,6 +278,15 @@ def test_random_labels_are_not_taken_for_wrong_ones_where_the_boundary_guesses(s
         doubts.append(audits.audit(surveyed(guessing[0]), surveyed(guessing[1]), 1.0).noise.doubt)
     # one in a hundred may pass
     assert doubts.count("chance") >= 19
+
+
+def test_of_two_classes_and_a_fifth_of_wrong_labels_sixty_held_out_samples_are_enough():
+    """Better than a guess, though hardly better than always the more frequent label."""
+    noise, sizes = symmetric(2, 0.2), np.array([3.0, 2.0])
+    live = surveyed(simulated(1000, noise, apart=4.0, sizes=sizes, seed=99))
+    surveys = [surveyed(simulated(60, noise, apart=4.0, sizes=sizes, seed=seed)) for seed in range(40)]
+    doubts = [audits.audit(of, live, 1.0).noise.doubt for of in surveys]
+    assert doubts.count("chance") <= 2
 
 
 def flipped(of: Simulated, share: float, seed: int) -> Simulated:
