@@ -149,7 +149,8 @@ def read(config: RunFile, inputs: Inputs, progress: StepLog) -> tuple[dict[str, 
     from pipelines.inputs import refuse_one_class
 
     counts = splits["train"].class_counts
-    refuse_one_class(config, [name for name, count in zip(inputs.classes, counts, strict=True) if count])
+    split_off = " Or has the validation set taken the others (data.validation_share)?" if inputs.held_out_share else ""
+    refuse_one_class(config, [name for name, count in zip(inputs.classes, counts, strict=True) if count], split_off)
     return splits, {"files": inputs.listing, **{name: split.digest for name, split in splits.items()}}
 
 

@@ -132,12 +132,12 @@ def prepare(config: RunFile, *, only: Mapping[str, frozenset[str]] | None = None
     )
 
 
-def refuse_one_class(config: RunFile, classes: Sequence[str]) -> None:
-    """Raises LabelRangeError where fewer than two classes have training samples."""
+def refuse_one_class(config: RunFile, classes: Sequence[str], hint: str = "") -> None:
+    """Raises LabelRangeError where there are fewer than two of the classes that occur."""
     if len(classes) < 2:
         raise LabelRangeError(
             f"data.train = {config.data.train}: only one class ({classes[0] if classes else 'none'}); "
-            "at least two are needed: is data.label the right column?"
+            f"at least two are needed: is data.label the right column?{hint}"
         )
 
 

@@ -141,7 +141,7 @@ class CleaningRun:
     """By held-out set, how many images are training images, too (`Leaks.counts`)."""
     assert_held: Callable[[], None] = lambda: None
     """Raises where another process has taken the run folder over; called before a round is made last."""
-    noise: dict[str, float] | None = None
+    noise: dict[str, float | None] | None = None
     """The first estimate of the share of wrong labels, thus of the data as they came: rate, low, high, whether it is
     more than a clean set shows."""
 
@@ -268,8 +268,7 @@ class CleaningRun:
             "held_out_noise": audit.held_out_rate,
         }
         if self.noise is None:
-            self.noise = {"rate": noise.rate, "low": noise.low, "high": noise.high, "found": noise.found}
-            self.noise["known"] = noise.doubt is None
+            self.noise = told_of(noise.rate, noise.low, noise.high, found=noise.found, known=noise.doubt is None)
         return Scored(path, counts, noise)
 
     def select(self, state: State[Network], scored: Scored) -> Removal:
@@ -580,9 +579,9 @@ class CleaningRun:
         for done in rounds:
             self.tell_round(done, {})
             if self.noise is None and "noise_rate" in done.metrics:
-                self.noise = {name: done.metrics[f"noise_{name}"] for name in ("rate", "low", "high")}
-                self.noise["found"] = bool(done.metrics["noise_found"])
-                self.noise["known"] = bool(done.metrics.get("noise_known", 1.0))
+                found, known = (bool(done.metrics.get(f"noise_{name}", 1.0)) for name in ("found", "known"))
+                rate, low, high = (done.metrics[f"noise_{name}"] for name in ("rate", "low", "high"))
+                self.noise = told_of(rate, low, high, found=found, known=known)
         return State(rounds, self._read_checkpoint(rounds[-1].number), self._validation_samples)
 
     def network(self, weights: bytes, spec: ModelSpec | None = None) -> Network:
@@ -881,17 +880,21 @@ class CleaningRun:
         return ", ".join(parts)
 
 
+def told_of(rate: float, low: float, high: float, *, found: bool, known: bool) -> dict[str, float | None]:
+    """What the summary says of the share of wrong labels."""
+    if not known:
+        return {"rate": None, "low": None, "high": None, "found": False, "known": False}
+    return {"rate": rate, "low": low, "high": high, "found": found, "known": True}
+
+
 def in_words(noise: NoiseEstimate) -> str:
     """The estimate of the share of wrong labels, as a clause."""
     if noise.doubt is not None:
-        right = f"{noise.counted - noise.disagreeing:,} of {noise.counted:,}"
         return {
-            "few": f"with {noise.counted} validation samples nothing can be said of the labels; name a larger "
-            f"data.validation ({audits.LEAST_CONFIDENT} samples at least, better 500)",
-            "chance": f"on the validation labels the boundary is a guess ({right} right): do they mean the same "
-            "classes as those of data.train, and has the model learnt anything?",
-            "noisier": "the validation labels are clearly worse than the training labels, and say nothing of them; "
-            "name another data.validation",
+            "few": f"fewer than {audits.LEAST_CONFIDENT} validation samples tell nothing of the labels; name a larger "
+            "data.validation, or raise data.validation_share (better 500 samples)",
+            "chance": "the boundary agrees with the validation labels no more often than by chance: do they mean the "
+            "same classes as those of data.train, and has the model learnt anything?",
         }[noise.doubt]
     interval = f"{100 * noise.rate:.0f} %, between {100 * noise.low:.0f} and {100 * noise.high:.0f} %"
     if noise.source == "comparison":

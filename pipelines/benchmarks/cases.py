@@ -52,10 +52,6 @@ NETWORKS = ("memorised", "augmented")
 FOLDS = 5
 
 
-class NoDataError(FileNotFoundError):
-    """The folder of a data set is not there."""
-
-
 @dataclass(frozen=True)
 class DataSet:
     """What the cases take of a data set, and the network that is trained on it."""
@@ -237,6 +233,17 @@ def load(case: Case) -> Data:
     return Data(part(chosen[:-held_back]), part(chosen[-held_back:]), test, case.classes)
 
 
+def folder_of(dataset: str, split: str = "train") -> Path:
+    """Where a data set lies that is not embedded. Raises FileNotFoundError, with the way out."""
+    folder = Path(os.environ.get("POSTTRAIN_DATA", Path(__file__).parents[3] / "shared" / "data")) / dataset / split
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder}: no such folder; set POSTTRAIN_DATA to the folder that holds {dataset}/{split}, or take "
+            "--datasets digits alone"
+        )
+    return folder
+
+
 @cache
 def _whole(dataset: str, split: str) -> tuple[Tensor, dict[str, np.ndarray]]:
     image = DATASETS[dataset].image
@@ -248,14 +255,7 @@ def _whole(dataset: str, split: str) -> tuple[Tensor, dict[str, np.ndarray]]:
         columns = {"true": table["label"].to_numpy().astype(np.int64)}
         column = table["image"]
     else:
-        root = Path(os.environ.get("POSTTRAIN_DATA", Path(__file__).parents[3] / "shared" / "data"))
-        folder = root / dataset / split
-        if not folder.is_dir():
-            raise NoDataError(
-                f"{folder}: no such folder; set POSTTRAIN_DATA to the folder that holds {dataset}/{split}, or take "
-                "--datasets digits alone"
-            )
-        table = pyarrow.dataset.dataset(folder).to_table()
+        table = pyarrow.dataset.dataset(folder_of(dataset, split)).to_table()
         names = {"label_clean": "true", "label": "true", "label_aggre": "aggre", "label_random1": "random1"}
         columns = {names[name]: table[name].to_numpy().astype(np.int64) for name in table.column_names if name in names}
         column = table["image"]

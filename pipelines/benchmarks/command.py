@@ -62,13 +62,12 @@ def run(
     if not (options.report or options.readme):
         try:
             cases.train_on(options.device)
-        except ValueError as error:
+            for dataset in set(options.datasets) - {"digits"}:
+                cases.folder_of(dataset)
+        except (ValueError, FileNotFoundError) as error:
             parser.error(str(error))
-        try:
-            for number, case in enumerate(_begun(chosen, measure, options), start=1):
-                print(f"[{number}/{len(chosen)}] {case}", file=sys.stderr)
-        except cases.NoDataError as error:
-            parser.error(str(error))
+        for number, case in enumerate(_begun(chosen, measure, options), start=1):
+            print(f"[{number}/{len(chosen)}] {case}", file=sys.stderr)
     findings = [found for case in chosen if (found := kept(case)) is not None]
     if not findings:
         parser.error(f"{options.folder} holds nothing of these {len(chosen)} cases; measure them first")

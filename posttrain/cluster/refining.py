@@ -29,7 +29,7 @@ from torch.nn.functional import cross_entropy
 from posttrain.cluster.devices import BatchSize, computing_in, moved, name_of
 from posttrain.cluster.reading import Bucket, Progress, Split, explain
 from posttrain.cluster.workers import Network, load_network
-from posttrain.errors import DataError, RecipeError, StepError
+from posttrain.errors import RecipeError, StepError
 from posttrain.schema import FILE, IMAGE, LABEL, SAMPLE_ID, Excluded, ImageSpec, Precision, Relabelled, current_labels
 from posttrain.store.folder import RunFolder
 from posttrain.vision import models
@@ -391,7 +391,7 @@ class LiveImages:
         self._whole: tuple[Tensor, Tensor] | None = None
         self._readable = 0
         self._unreadable: str | None = None
-        """The first image that cannot be read, and why."""
+        """The first image that could not be read, and why."""
 
     def batches(self, size: int, steps: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """`steps` batches (uint8 [n, c, h, w], labels [n]); begins again where the rank has fewer samples."""
@@ -417,8 +417,11 @@ class LiveImages:
             elif rest is not None and taken == steps - 1:
                 return
             if taken == before:
-                if self._unreadable is not None and not self._readable:
-                    raise DataError(f"no training image can be read; the first is {self._unreadable}")
+                if self._unreadable is not None:
+                    raise StepError(
+                        f"of the images of a training worker {self._readable} can be read, and two are needed; the "
+                        f"first that cannot is {self._unreadable}"
+                    )
                 raise StepError("a training worker has fewer than two samples; use fewer ray.train_workers")
             again += 1
 

@@ -28,9 +28,9 @@ from torch import Tensor
 from posttrain.influence import transition as transitions
 
 Source = Literal["held-out", "live", "comparison"]
-Doubt = Literal["few", "chance", "noisier"]
+Doubt = Literal["few", "chance"]
 """Why the held-out labels say nothing: they are fewer than the surest that would be looked at; the boundary agrees with
-them no more often than by chance; they are clearly worse than the live ones."""
+them no more often than by chance."""
 
 _OFFSETS = 257
 _LARGEST_OFFSET = 16.0
@@ -49,11 +49,8 @@ COMPARED = 0.1
 """Held-out and live samples are compared by how many lie in the tail that holds this share of the held-out ones."""
 TOLD_APART = 0.2
 """Only where wrong labels would lie in that tail more often by this much."""
-GUESSING = 0.01
-"""A boundary is better than a guess only if that is so with this probability of an error."""
-FAR = 5.0
-"""Held-out labels are worse than live ones only by so many standard errors: a comparison that is wrong by chance would
-end a run. (Simulated, equal labels: the difference scatters by 1.4 of its standard errors, around 0.)"""
+BEYOND_CHANCE = 2.326
+"""Standard errors by which a boundary agrees with labels more often than a guess would: one-sided 99 %."""
 MISTAKEN = 0.1
 """Up to this share of the boundary's overall held-out error, its own errors are found among the most confident."""
 
@@ -112,8 +109,7 @@ class NoiseEstimate:
     where these alone tell that the live ones are worse, as in a network that has memorised their labels; it tends to
     be too low then (measured: half of the true share)."""
     doubt: Doubt | None = None
-    """Why nothing can be said of the live labels, where that is so; then nothing is found. `disagreeing` and `counted`
-    are of all held-out samples then."""
+    """Why the estimate is none: then `most` is 0, and it counts only where the user says how many may be removed."""
 
 
 @dataclass(frozen=True)
@@ -350,8 +346,9 @@ def audit(
 
     `prior`: what a former round found.
     """
-    doubt = _doubt(held_out, live, removed) if prior.votes is None else None
-    noise, shown, more = _noise(held_out, live, prior) if doubt is None else (doubt, prior.held_out_rate, 0.0)
+    noise, shown, more = _noise(held_out, live, prior)
+    if prior.votes is None and (doubt := _doubt(held_out)) is not None:
+        noise = replace(noise, most=0.0, doubt=doubt)
     wanted, classes = float(held_out.support[0] / held_out.count), len(live.votes)
     if not shown or noise.source == "comparison":
         # live and removed labels together are wrong this much more often than the held-out ones
@@ -378,25 +375,23 @@ def audit(
     return Audit(temperature, offset, noise, shown, before, left, unit, unit, votes).with_votes(votes)
 
 
-def _doubt(held_out: Survey, live: Survey, removed: int) -> NoiseEstimate | None:
-    """What is to be said where nothing can be known; None where it can.
+def _doubt(held_out: Survey) -> Doubt | None:
+    """Why nothing is to be concluded from these labels; None where it may be.
 
-    Of a boundary that only guesses, its own errors would be taken for wrong labels; held-out labels that are worse than
-    the live ones would have right ones removed. Where some were removed, live labels are the better ones anyway.
+    Of a boundary that only guesses, its own errors would be taken for wrong labels. By chance is how often the same
+    predictions would agree with the same labels in any other order, of which mean and variance are known (Hoeffding
+    1951). That held-out labels are worse than live ones, `_compared` does not tell: by a network that has memorised
+    its labels live ones look better, by up to ten standard errors where the last layer draws the boundary.
     """
-    counted, wrong = int(held_out.count), int(held_out.disagreeing.sum())
-    more, deviation = _compared(held_out, live)
-    doubt: Doubt
-    if counted < LEAST_CONFIDENT:
-        doubt = "few"
-    # what predictions that know nothing of the labels would agree with them (Cohen 1960)
-    elif _lowest(counted - wrong, counted, GUESSING) <= float(held_out.labels @ held_out.predicted) / counted**2:
-        doubt = "chance"
-    elif not removed and more < -FAR * deviation:
-        doubt = "noisier"
-    else:
-        return None
-    return NoiseEstimate(0.0, 0.0, 1.0, 0.0, wrong, counted, found=False, doubt=doubt)
+    n = float(held_out.count)
+    if n < LEAST_CONFIDENT:
+        return "few"
+    given, predicted = (of.cpu() / n for of in (held_out.labels, held_out.predicted))
+    by_chance = float(given @ predicted)
+    centred = torch.eye(len(given), dtype=torch.float64) - predicted[:, None] - given[None, :] + by_chance
+    variance = float(given @ centred.square() @ predicted) / (n - 1)
+    agreement = 1 - float(held_out.disagreeing.sum()) / n
+    return "chance" if agreement - by_chance <= BEYOND_CHANCE * math.sqrt(variance) else None
 
 
 def _noise(held_out: Survey, live: Survey, prior: Prior) -> tuple[NoiseEstimate, float, float]:
@@ -530,11 +525,11 @@ def _most_confident(of: Survey) -> tuple[int, int]:
     return taken
 
 
-def _lowest(number: int, counted: int, error: float = 0.05) -> float:
-    """One-sided bound from below on a share, 95 % by default (Clopper & Pearson 1934)."""
+def _lowest(disagreeing: int, counted: int) -> float:
+    """One-sided 95 % bound from below on a share (Clopper & Pearson 1934)."""
     from scipy.stats import beta  # pyright: ignore[reportMissingTypeStubs]  takes half a second: not at the top
 
-    return float(beta.ppf(error, number, counted - number + 1)) if number else 0.0
+    return float(beta.ppf(0.05, disagreeing, counted - disagreeing + 1)) if disagreeing else 0.0
 
 
 def _highest(disagreeing: int, counted: int) -> float:

@@ -294,10 +294,13 @@ def test_features_of_other_data_are_not_taken_up(
 @pytest.mark.parametrize(
     ("of_validation", "says"),
     [
-        (lambda table: table.slice(0, 20), "with 20 validation samples nothing can be said of the labels"),
+        (
+            lambda table: table.slice(0, 20),
+            "fewer than 50 validation samples tell nothing of the labels; name a larger data.validation",
+        ),
         (
             lambda table: table.set_column(2, "label", pa.array((table["true"].to_numpy() + 1) % 10)),
-            "on the validation labels the boundary is a guess (",
+            "the boundary agrees with the validation labels no more often than by chance",
         ),
     ],
 )
@@ -312,7 +315,7 @@ def test_nothing_goes_where_the_validation_labels_say_nothing(
     summary = run(tmp_path / "run", data={"validation": str(tmp_path / "validation.parquet")})
     assert summary["removed"] == 0
     assert says in summary["ended"]
-    assert (summary["noise"]["found"], summary["noise"]["known"]) == (False, False)
+    assert summary["noise"] == {"rate": None, "low": None, "high": None, "found": False, "known": False}
     shown = Console(file=io.StringIO(), width=120)
     print_summary(shown, summary)
     assert isinstance(shown.file, io.StringIO) and "not known" in shown.file.getvalue()

@@ -100,11 +100,10 @@ def test_images_none_of_which_can_be_read(runfile: Make, shared_workers: None, d
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(raw))
     result = CliRunner().invoke(app, ["clean", str(file)])
-    assert result.exit_code == 2, result.output
+    assert result.exit_code == 1, result.output
     [said] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert said.startswith(
-        f"error: no training image can be read; the first is {tmp_path}/train/part.parquet sample_id"
-    )
+    assert "of the images of a training worker 0 can be read, and two are needed" in said
+    assert f"the first that cannot is {tmp_path}/train/part.parquet sample_id" in said
     assert "not an image in a known format (40 bytes" in said
 
 
