@@ -142,8 +142,7 @@ class CleaningRun:
     assert_held: Callable[[], None] = lambda: None
     """Raises where another process has taken the run folder over; called before a round is made last."""
     noise: dict[str, float | None] | None = None
-    """The first estimate of the share of wrong labels, thus of the data as they came: rate, low, high, whether it is
-    more than a clean set shows."""
+    """The first estimate of the share of wrong labels, thus of the data as they came; see `told_of`."""
 
     def __post_init__(self) -> None:
         self.boundaries = Boundaries(
@@ -881,7 +880,10 @@ class CleaningRun:
 
 
 def told_of(rate: float, low: float, high: float, *, found: bool, known: bool) -> dict[str, float | None]:
-    """What the summary says of the share of wrong labels."""
+    """What the summary says of the share of wrong labels: its interval, whether it is more than a clean set shows.
+
+    Not `known`: the validation labels say nothing, and no figure stands for it.
+    """
     if not known:
         return {"rate": None, "low": None, "high": None, "found": False, "known": False}
     return {"rate": rate, "low": low, "high": high, "found": found, "known": True}

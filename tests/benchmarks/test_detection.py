@@ -191,7 +191,6 @@ def test_posttrain_finds_the_flipped_digits_that_a_network_has_memorised(tmp_pat
     assert default.average_precision is not None and default.average_precision > 0.95
     assert control.average_precision == pytest.approx(found.noise_rate, abs=0.06)
     assert default.precision_at_noise is not None and default.precision_at_noise > 0.95
-    # how many go follows an estimate from 50 held-out labels: over seeds and machines 0.85 to 0.98 were measured
-    assert found.removed.precision is not None and found.removed.precision > 0.8
+    assert found.removed.precision is not None and found.removed.precision > 0.95
     assert found.low < found.noise_rate < found.high
     assert found.train_accuracy > 0.99
