@@ -714,8 +714,9 @@ class _Reducer:
         arguments_in = [ray.put(plain)] if large else [plain]
         count = REDUCTION_GROUPS
         if fn is hessian_block:
-            # every group sends a matrix of (d C)^2 float64 to the driver
-            count = min(count, self._MATRICES_BYTES // (8 * arguments[0].numel() ** 2))
+            # every group sends a matrix of ((C - 1) d)^2 float64 to the driver
+            classes, dim = arguments[0].shape
+            count = min(count, self._MATRICES_BYTES // (8 * ((classes - 1) * dim) ** 2))
         return self.over_groups(
             reduction_groups(self._view.buckets, count),
             lambda actor, groups: actor.reduce.remote(self.view_in, self._view.key, groups, fn, arguments_in),

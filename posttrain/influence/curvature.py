@@ -58,49 +58,69 @@ class Influence:
     """||H^-1 (x_i (x) h_i)||^2."""
 
 
+def contrasts(classes: int) -> Float[Tensor, "classes contrasts"]:
+    """Orthonormal columns that are orthogonal to the ones, Helmert's contrasts; [classes, classes - 1], float64."""
+    columns = torch.ones(classes, classes, dtype=torch.float64).triu()[:, :-1]
+    size = torch.arange(1, classes, dtype=torch.float64)
+    columns[size.long(), size.long() - 1] = -size
+    return columns / (size * (size + 1)).sqrt()
+
+
+def among_contrasts(
+    probabilities: Float[Tensor, "batch classes"], basis: Float[Tensor, "classes contrasts"]
+) -> Float[Tensor, "batch contrasts contrasts"]:
+    """Q^T S_i Q with S_i = diag(p_i) - p_i p_i^T and the basis Q of the contrasts."""
+    size = basis.shape[1]
+    squares = (basis[:, :, None] * basis[:, None, :]).reshape(-1, size * size)
+    means = probabilities @ basis
+    return (probabilities @ squares).view(-1, size, size) - means[:, :, None] * means[:, None, :]
+
+
 def loo_residual(
-    residual: Float[Tensor, "batch classes"],
-    probabilities: Float[Tensor, "batch classes"],
-    leverage: Float[Tensor, "batch classes classes"],
-) -> Float[Tensor, "batch classes"]:
+    residual: Float[Tensor, "batch contrasts"],
+    s: Float[Tensor, "batch contrasts contrasts"],
+    leverage: Float[Tensor, "batch contrasts contrasts"],
+) -> Float[Tensor, "batch contrasts"]:
     """x_i = (I - S_i K_i)^-1 r_i, with which the removal of a sample acts on the probe; `leverage` is K_i.
 
     One Newton step on the objective without sample i, whose gradient is -g_i / n and whose curvature is
     H_i = H - S_i (x) h_i h_i^T / n, is H_i^-1 g_i / n = H^-1 (x_i (x) h_i) / n (Woodbury). To first order x_i is the
     residual at the leave-one-out logits z_i + K_i x_i, whence its name.
     """
-    s = torch.diag_embed(probabilities) - probabilities[:, :, None] * probabilities[:, None, :]
     system = torch.eye(residual.shape[1], dtype=residual.dtype, device=residual.device) - s @ leverage
     return torch.linalg.solve(system, residual[:, :, None])[:, :, 0]
 
 
 @dataclass(frozen=True)
 class ExactCurvature:
-    """H^-1 as a tensor [classes, d, classes, d]."""
+    """H^-1 among the contrasts Q of the classes (`contrasts`), as a tensor [classes - 1, d, classes - 1, d].
 
-    inverse: Float[Tensor, "classes dim classes dim"]
+    Along the ones, which S_i and r_i do not know, H is the damping alone: nothing that is asked for depends on it.
+    """
+
+    inverse: Float[Tensor, "contrasts dim contrasts dim"]
     damping: float
     count: int
 
-    # the intermediate [batch, classes, classes, d] is kept under 64 MB, and near the caches: with more samples at a
-    # time each took up to 1.7 times as long (measured with 2 to 100 classes)
+    # the intermediate [batch, classes - 1, classes - 1, d] is kept under 64 MB, and near the caches: with more samples
+    # at a time each took up to 1.7 times as long (measured with 2 to 100 classes)
     _CHUNK = 16_000_000
     _ROWS = 128
 
     def influence(self, features: Tensor, residual: Tensor, probabilities: Tensor) -> Influence:
-        classes, dim = self.inverse.shape[:2]
-        inverse = self.inverse.to(features)
-        # [d, C * C * d]: one matrix product serves the leverage and the solve
+        size, dim = self.inverse.shape[:2]
+        inverse, basis = self.inverse.to(features), contrasts(size + 1).to(features)
+        # [d, (C - 1)^2 d]: one matrix product serves the leverage and the solve
         unfolded = inverse.permute(1, 0, 2, 3).reshape(dim, -1)
         acting, shifts, norms = [], [], []
-        step = max(1, min(self._ROWS, self._CHUNK // (classes * classes * dim)))
+        step = max(1, min(self._ROWS, self._CHUNK // (size * size * dim)))
         batch = zip(features.split(step), residual.split(step), probabilities.split(step), strict=True)
         for h, r, p in batch:
-            rows = (h @ unfolded).view(len(h), classes, classes, dim)
+            rows = (h @ unfolded).view(len(h), size, size, dim)
             k = torch.einsum("bcke,be->bck", rows, h) / self.count
-            x = loo_residual(r, p, k)
-            acting.append(x)
-            shifts.append(torch.einsum("bck,bk->bc", k, x))
+            x = loo_residual(r @ basis, among_contrasts(p, basis), k)
+            acting.append(x @ basis.T)
+            shifts.append(torch.einsum("bck,bk->bc", k, x) @ basis.T)
             norms.append(torch.einsum("bcke,bc->bke", rows, x).square().sum(dim=(1, 2)))
         return Influence(torch.cat(acting), torch.cat(shifts), torch.cat(norms))
 
@@ -131,17 +151,18 @@ class EkfacCurvature:
         return Influence(residual, shift, (rotated.square() * (squares @ inverse.square().T)).sum(dim=1))
 
 
-def hessian_block(features: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor]:
-    """Sum over a block of S_i (x) h_i h_i^T, as a matrix [classes * d, classes * d]."""
-    _, p = class_probabilities(features, weights)
-    classes, dim = weights.shape
-    total = features.new_zeros(classes * dim, classes * dim)
-    for c in range(classes):
-        # the block row of class c: sum_i p_ic (1[c = k] - p_ik) h_i h_i^T for all k >= c; the rest by symmetry
-        weighted = features * p[:, c : c + 1]
-        others = torch.einsum("bk,bd->bkd", p[:, c:], features).reshape(len(features), (classes - c) * dim)
-        rows = -(weighted.T @ others)
-        rows[:, :dim] += weighted.T @ features
+def hessian_block(features: Tensor, labels: Tensor, weights: Tensor, basis: Tensor) -> tuple[Tensor]:
+    """Sum over a block of Q^T S_i Q (x) h_i h_i^T, as a matrix [(classes - 1) * d, (classes - 1) * d].
+
+    `basis` is Q, [classes, classes - 1]: the contrasts.
+    """
+    s = among_contrasts(class_probabilities(features, weights)[1], basis.to(features))
+    (batch, dim), size = features.shape, s.shape[1]
+    total = features.new_zeros(size * dim, size * dim)
+    for c in range(size):
+        # the block row of contrast c, for all k >= c; the rest by symmetry
+        others = (s[:, c, c:, None] * features[:, None, :]).reshape(batch, (size - c) * dim)
+        rows = features.T @ others
         total[c * dim : (c + 1) * dim, c * dim :] = rows
         total[c * dim :, c * dim : (c + 1) * dim] = rows.T
     return (total,)
@@ -171,7 +192,7 @@ def measure(reduce: Reduce, probe: Probe, kind: Kind) -> Curvature:
     classes, dim = probe.weights.shape
     n, damping = probe.count, probe.damping
     if kind == "exact":
-        hessian = reduce(hessian_block, probe.weights)[0].double() / n
+        hessian = reduce(hessian_block, probe.weights, contrasts(classes))[0].double() / n
         hessian.diagonal().add_(damping)
         factor, failed = torch.linalg.cholesky_ex(hessian)
         if int(failed):
@@ -179,7 +200,7 @@ def measure(reduce: Reduce, probe: Probe, kind: Kind) -> Curvature:
                 f"the probe's curvature is not positive definite (probe.damping = {damping:g}); "
                 "a larger probe.damping makes it so"
             )
-        inverse = torch.cholesky_inverse(factor).view(classes, dim, classes, dim)
+        inverse = torch.cholesky_inverse(factor).view(classes - 1, dim, classes - 1, dim)
         return ExactCurvature(inverse.float(), damping, n)
     _, second = reduce(second_moment)
     feature_basis = torch.linalg.eigh(second.double() / n).eigenvectors

@@ -16,6 +16,7 @@ from posttrain.influence.curvature import (
     Influence,
     Kind,
     class_factor,
+    contrasts,
     corrected_eigenvalues,
     hessian_block,
     measure,
@@ -102,9 +103,20 @@ def flat_hessian(small: Small) -> Tensor:
     return hessian(small.summed_loss)(small.probe.weights).reshape(C * D, C * D)
 
 
+@pytest.mark.parametrize("classes", [2, 3, 10])
+def test_the_contrasts_are_an_orthonormal_basis_of_what_is_orthogonal_to_the_ones(classes: int):
+    basis = contrasts(classes)
+    assert basis.shape == (classes, classes - 1)
+    torch.testing.assert_close(basis.T @ basis, torch.eye(classes - 1).double())
+    torch.testing.assert_close(basis.sum(dim=0), torch.zeros(classes - 1).double())
+
+
 def test_the_curvature_is_the_second_derivative_of_the_summed_loss(small: Small):
-    found = small.reduce(hessian_block, small.probe.weights)[0]
+    found = small.reduce(hessian_block, small.probe.weights, torch.eye(C).double())[0]
     torch.testing.assert_close(found, flat_hessian(small))
+    basis = torch.kron(contrasts(C), torch.eye(D).double())
+    found = small.reduce(hessian_block, small.probe.weights, contrasts(C))[0]
+    torch.testing.assert_close(found, basis.T @ flat_hessian(small) @ basis)
 
 
 def test_the_exact_inverse_is_that_of_the_second_derivative_of_the_plain_objective(small: Small):
@@ -114,7 +126,10 @@ def test_the_exact_inverse_is_that_of_the_second_derivative_of_the_plain_objecti
     second = hessian(plain)(small.probe.weights).reshape(C * D, C * D)
     found = measure(small.reduce, small.probe, "exact")
     assert isinstance(found, ExactCurvature)
-    product = found.inverse.double().reshape(C * D, C * D) @ second
+    # along the ones, of which the contrasts know nothing, the curvature is the damping
+    basis, ones = torch.kron(contrasts(C), torch.eye(D).double()), torch.ones(C, C).double() / C
+    inverse = found.inverse.double().reshape((C - 1) * D, (C - 1) * D)
+    product = (basis @ inverse @ basis.T + torch.kron(ones, torch.eye(D).double()) / DAMPING) @ second
     torch.testing.assert_close(product, torch.eye(C * D).double(), rtol=0, atol=1e-4)
 
 
@@ -149,7 +164,7 @@ def test_the_exact_influence_equals_a_plain_loop_with_the_dense_inverse(small: S
 def test_the_exact_influence_does_not_depend_on_the_size_of_its_chunks(small: Small, monkeypatch: pytest.MonkeyPatch):
     found = measure(small.reduce, small.probe, "exact")
     whole = influence_of(found, small)
-    monkeypatch.setattr(ExactCurvature, "_CHUNK", 7 * C * C * D)
+    monkeypatch.setattr(ExactCurvature, "_CHUNK", 7 * (C - 1) * (C - 1) * D)
     assert_same(influence_of(found, small), whole, rtol=1e-7, atol=1e-7)
 
 
@@ -241,7 +256,8 @@ def test_float32_features_give_the_influence_of_float64_ones(small: Small, kind:
 
 @pytest.mark.parametrize("fn", [hessian_block, class_factor, corrected_eigenvalues])
 def test_a_bucket_without_live_samples_adds_nothing(small: Small, fn: BlockFn):
-    more = (torch.eye(D).double(), torch.eye(C).double()) if fn is corrected_eigenvalues else ()
+    bases = {hessian_block: (contrasts(C),), corrected_eigenvalues: (torch.eye(D).double(), torch.eye(C).double())}
+    more = bases.get(fn, ())
     with_an_empty_block = over_blocks(small.features, small.labels, [20, 0, 10])
     found = with_an_empty_block(fn, small.probe.weights, *more)[0]
     torch.testing.assert_close(found, small.reduce(fn, small.probe.weights, *more)[0])

@@ -469,7 +469,7 @@ def random_system(classes: int, highest: float) -> tuple[Tensor, Tensor, Tensor]
 @pytest.mark.parametrize("classes", [3, 10, 80])
 def test_the_loo_residual_solves_its_equation_sample_by_sample(classes: int, highest: float):
     p, residual, leverage = random_system(classes, highest)
-    found = loo_residual(residual, p, leverage)
+    found = loo_residual(residual, torch.diag_embed(p) - p[:, :, None] * p[:, None, :], leverage)
     for q, r, k, own in zip(p, residual, leverage, found, strict=True):
         s = torch.diag(q) - torch.outer(q, q)
         inverse = torch.linalg.inv(torch.eye(classes).double() - s @ k)
