@@ -428,12 +428,16 @@ class OutOfSample:
 
     probabilities: np.ndarray
     seconds: float
+    """As the training of the networks took when it was done."""
+    fresh: bool
+    """Whether that was now, not in a run before."""
 
 
 def out_of_sample(case: Case, data: Data, folder: Path) -> OutOfSample:
     """From `FOLDS` networks, each trained on the other folds as the case's network was; kept in `folder`."""
     path = folder / "out_of_sample" / f"{case.key}.pt"
     found: Mapping[str, Any] | None = _kept(path)
+    fresh = found is None
     if found is None:
         began = time.perf_counter()
         fold = np.random.default_rng([case.seed, 2]).permutation(len(data.train)) % FOLDS
@@ -446,7 +450,7 @@ def out_of_sample(case: Case, data: Data, folder: Path) -> OutOfSample:
             )
         found = {"probabilities": probabilities, "seconds": time.perf_counter() - began}
         _keep(path, found)
-    return OutOfSample(found["probabilities"].numpy(), found["seconds"])
+    return OutOfSample(found["probabilities"].numpy(), found["seconds"], fresh)
 
 
 def _kept(path: Path) -> Mapping[str, Any] | None:

@@ -50,11 +50,12 @@ def measure(case: Case, folder: Path, folds: Folds = "train") -> Finding:
             return found
     data = cases.load(case)
     trained = cases.trained(case, data, folder)
+    both = found is None
     if found is None:
         found = _of_ours(case, data, trained.weights, ours(case, data, trained.weights))
     probabilities = None
     # an empty one fails where a peer asks for it all the same
-    out_of_sample = OutOfSample(np.empty((0, data.classes)), 0.0)
+    out_of_sample = OutOfSample(np.empty((0, data.classes)), 0.0, fresh=False)
     if any(method in AFTER_FOLDS for method in methods):
         out_of_sample = cases.out_of_sample(case, data, folder)
         probabilities = out_of_sample.probabilities
@@ -63,9 +64,10 @@ def measure(case: Case, folder: Path, folds: Folds = "train") -> Finding:
     rankings, flagged = list(found.rankings), None
     for method in methods:
         measured = PEERS[method](context)
-        rankings.append(
-            ranking("peer", method, measured.scores, wrong, seconds=measured.seconds, passes=measured.passes)
-        )
+        cost = {"seconds": measured.seconds, "passes": measured.passes}
+        found_now = ranking("peer", method, measured.scores, wrong, **cost)
+        alongside = both and (method not in AFTER_FOLDS or out_of_sample.fresh)
+        rankings.append(replace(found_now, alongside=alongside))
         flagged = measured.flagged if method == "confident_learning" else flagged
     changes: dict[str, Any] = {"rankings": tuple(rankings)}
     if flagged is not None:

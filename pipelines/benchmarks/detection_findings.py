@@ -38,6 +38,8 @@ class Ranking:
     seconds: float
     passes: float
     """Over the training images, see `peers.Measured`."""
+    alongside: bool
+    """Whether all that `seconds` counts was done in the run that took those of the default score."""
     hardware: str
     threads: int
 
@@ -104,7 +106,7 @@ class Finding:
 def ranking(
     kind: Kind, method: str, scores: np.ndarray, wrong: np.ndarray, *, seconds: float, passes: float
 ) -> Ranking:
-    """The figures of scores [n], larger is more suspect, against which labels are wrong: bool [n].
+    """The figures of scores [n], larger is more suspect, against which labels are wrong: bool [n]; alongside.
 
     Raises ValueError for scores that are not finite or not one for each sample.
     """
@@ -121,7 +123,7 @@ def ranking(
             float(roc_auc_score(wrong, scores)),
             float(wrong[first].mean()),
         )
-    return Ranking(kind, method, *quality, seconds, passes, hardware(), torch.get_num_threads())
+    return Ranking(kind, method, *quality, seconds, passes, True, hardware(), torch.get_num_threads())
 
 
 def removed(taken: np.ndarray, wrong: np.ndarray) -> Removed:

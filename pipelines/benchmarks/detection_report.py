@@ -119,8 +119,8 @@ def _head(findings: Sequence[Finding], command: str) -> list[str]:
         "",
         "Quality in percent, mean over cases ± standard deviation over seeds. Seconds are wall seconds on top of the",
         "trained network, the methods of a case one after the other in one process, but for what was added later.",
-        f"Those of cleanlab hold the training of its {cases.FOLDS} networks, as it took when they were trained; AUM",
-        "and TracIn need a training that was watched, which is not counted. A number in brackets: so many cases were",
+        f"Shares of seconds leave that out. Those of cleanlab hold the training of its {cases.FOLDS} networks; AUM and",
+        "TracIn need a training that was watched, which is not counted. A number in brackets: so many cases were",
         "measured, while others in the table have more; such a mean is over other cases, and never bold.",
     ]
 
@@ -146,11 +146,12 @@ def _verdict(findings: Sequence[Finding], ranked: Sequence[Method]) -> list[str]
     clear = [d for d in defeats(findings) if d.clear]
     lines.append(f"- Beaten by a peer by more than the spread over seeds: {len(clear)} times (listed below).")
     for name in AFTER_FOLDS:
-        shares = [100 * own / peer for own, peer in _timed_alike(findings, ("peer", name)) if peer]
+        shares = [100 * own / peer for own, peer in _timed_together(findings, ("peer", name)) if peer]
         if shares:
             lines.append(
-                f"- Its seconds as a share of those of {shown(('peer', name))}: "
-                f"median {statistics.median(shares):.1f} %, at most {max(shares):.1f} % ({len(shares)} cases)."
+                f"- Its seconds as a share of those of {shown(('peer', name))}, side by side in one run: "
+                f"median {statistics.median(shares):.1f} %, at most {max(shares):.1f} % "
+                f"({len(shares)} of {len(findings)} cases)."
             )
     return lines
 
@@ -159,7 +160,7 @@ def _overall(findings: Sequence[Finding], ranked: Sequence[Method]) -> list[str]
     noisy = _noisy(findings)
     rows: list[list[str]] = []
     for method in ranked:
-        ratios = [seconds / own for own, seconds in _timed_alike(findings, method)]
+        ratios = [seconds / own for own, seconds in _timed_together(findings, method)]
         rows.append(
             [
                 shown(method),
@@ -335,14 +336,10 @@ def _side_by_side(findings: Iterable[Finding], method: Method) -> list[tuple[flo
     return [(own, default) for own, default in pairs if own is not None and default is not None]
 
 
-def _timed_alike(findings: Iterable[Finding], method: Method) -> list[tuple[float, float]]:
-    """(the default's seconds, the method's) of the cases where one machine took both: of two they do not compare."""
+def _timed_together(findings: Iterable[Finding], method: Method) -> list[tuple[float, float]]:
+    """(the default's seconds, the method's) of the cases where one run took both: of two they do not compare."""
     pairs = [(f.of(*DEFAULT_METHOD), f.of(*method)) for f in findings]
-    return [
-        (own.seconds, other.seconds)
-        for own, other in pairs
-        if own and other and (own.hardware, own.threads) == (other.hardware, other.threads)
-    ]
+    return [(own.seconds, other.seconds) for own, other in pairs if own and other and other.alongside]
 
 
 def _complete(findings: Sequence[Finding], method: Method) -> bool:

@@ -13,7 +13,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from pipelines.benchmarks import cases, detection
 from pipelines.benchmarks.cases import Case, Data
-from pipelines.benchmarks.detection_findings import AFTER_FOLDS, DEFAULT, Removed, removed, table
+from pipelines.benchmarks.detection_findings import AFTER_FOLDS, DEFAULT, Finding, Removed, removed, table
 from pipelines.benchmarks.detection_report import report
 from pipelines.benchmarks.ours import Ours
 from pipelines.benchmarks.peers import PEERS, Context, Measured
@@ -174,6 +174,18 @@ def test_cleanlab_can_be_added_to_what_was_measured_without_it(quick: dict[str, 
     assert quick == {"confident_learning": 1, "self_confidence": 1}
     assert found.rankings[:-2] == without.rankings
     assert found.cleanlab_removed is not None and found.cleanlab_suggested_accuracy is not None
+
+
+def test_seconds_count_as_alongside_where_all_of_them_were_spent_in_the_run(quick: dict[str, int], tmp_path: Path):
+    def before(found: Finding) -> set[str]:
+        return {r.method for r in found.rankings if not r.alongside}
+
+    assert not before(detection.measure(NOISY, tmp_path))
+    # the networks are there already
+    tmp_path.joinpath("detection", f"{NOISY.key}.json").unlink()
+    assert before(detection.measure(NOISY, tmp_path)) == {"confident_learning", "self_confidence"}
+    detection.measure(CLEAN, tmp_path, "none")
+    assert before(detection.measure(CLEAN, tmp_path)) == {"confident_learning", "self_confidence"}
 
 
 # -- everything as it is -----------------------------------------------------------------------------------

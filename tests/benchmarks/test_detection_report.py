@@ -24,6 +24,7 @@ def finding(noise: str = "pair 20", network: str = "memorised", seed: int = 0, *
             value,
             2.0 if name == "ours" else 20.0,
             1.0,
+            True,
             "a machine",
             1,
         )
@@ -104,15 +105,15 @@ def test_a_method_that_is_not_measured_everywhere_says_so_and_never_wins():
     assert order == [f"| posttrain `{DEFAULT}` (default)", "| random", "| cleanlab, confident learning"]
     # it did win the one kind of noise that it was measured on
     assert rows[1] == "| cleanlab, confident learning | **95.0** |  | 95.0 (1) |"
-    assert "median 10.0 %, at most 10.0 % (1 cases)" in text
+    assert "median 10.0 %, at most 10.0 % (1 of 2 cases)" in text
 
 
-def test_seconds_of_two_machines_are_not_compared():
+def test_seconds_of_two_runs_are_not_compared():
     of_one = finding("pair 20", ours=0.9, confident_learning=0.95)
     first, second = finding("pair 40", ours=0.5, confident_learning=0.6).rankings
-    elsewhere = replace(second, hardware="another machine", seconds=1.0)
-    of_two = replace(finding("pair 40", ours=0.5), rankings=(first, elsewhere))
-    assert "median 10.0 %, at most 10.0 % (1 cases)" in report([of_one, of_two], "command")
+    before = replace(second, alongside=False, seconds=1.0)
+    of_two = replace(finding("pair 40", ours=0.5), rankings=(first, before))
+    assert "median 10.0 %, at most 10.0 % (1 of 2 cases)" in report([of_one, of_two], "command")
     text = report([of_two], "command")
     assert "Its seconds as a share" not in text
     assert "| 60.0 | 60.0 | 60.0 | 1.00 |  | 1.0 | 1 of 1 |" in text.replace("**", "")

@@ -196,7 +196,7 @@ def test_tracin_weights_each_checkpoint_by_the_rate_of_its_epoch():
     case = Case("digits", "symmetric 40", "augmented", 0)
     data = cases.load(case)
     trained = cases.train(case, data.train, seed=0, watch=True)
-    context = Context(case, data, trained, OutOfSample(np.empty((0, 10)), 0.0))
+    context = Context(case, data, trained, OutOfSample(np.empty((0, 10)), 0.0, fresh=False))
     measured = peers.by_tracin(context)
     epochs = 60
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=3e-3)
