@@ -106,7 +106,7 @@ class Finding:
 def ranking(
     kind: Kind, method: str, scores: np.ndarray, wrong: np.ndarray, *, seconds: float, passes: float
 ) -> Ranking:
-    """The figures of scores [n], larger is more suspect, against which labels are wrong: bool [n]; alongside.
+    """The figures of scores [n], larger is more suspect, against which labels are wrong: bool [n]; timed alongside.
 
     Raises ValueError for scores that are not finite or not one for each sample.
     """
