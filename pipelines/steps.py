@@ -246,6 +246,11 @@ class CleaningRun:
                     tell(int(counts.sum()), boundary.probes[0].count)
                 if not counts.any():
                     raise StepError("no sample is left to score; the run folder's quarantine.parquet says why")
+                if np.count_nonzero(counts) == 1:
+                    raise StepError(
+                        f"only one class ({self.inputs.classes[int(counts.argmax())]}) is left to score, and at least "
+                        "two are needed; the run folder's quarantine.parquet says what was left out, and why"
+                    )
 
             self.folder.write_row_groups(path, tables())
         noise = audit.noise

@@ -107,6 +107,22 @@ def test_images_none_of_which_can_be_read(runfile: Make, shared_workers: None, d
     assert "not an image in a known format (40 bytes" in said
 
 
+def test_images_that_can_be_read_of_one_class_alone(
+    runfile: Make, shared_workers: None, digits: Digits, tmp_path: Path
+) -> None:
+    table = digits.table("train")
+    labels = table["label"].to_pylist()
+    images = [
+        image if label == 3 else image[:40] for image, label in zip(table["image"].to_pylist(), labels, strict=True)
+    ]
+    folder = written(table.set_column(1, "image", pa.array(images, pa.binary())), tmp_path / "data")
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(runfile(tmp_path / "run", data={"train": folder})))
+    result = CliRunner().invoke(app, ["clean", str(file)])
+    assert result.exit_code == 1, result.output
+    assert "only one class (3) is left" in result.stderr and "quarantine.parquet" in result.stderr
+
+
 def test_a_missing_file(runfile: Make, tmp_path: Path) -> None:
     raw = runfile(tmp_path / "run", data={"train": str(tmp_path / "absent")})
     assert refused(raw, tmp_path) == (
