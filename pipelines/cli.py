@@ -1,7 +1,7 @@
 """The command line: `posttrain clean`, `posttrain pretrain`, `posttrain tune`, `posttrain schema`.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 failed after work had
-begun, 2 the input has to change, 130 interrupted. Nothing heavy is imported before a command needs it.
+begun, 2 the input has to change, 130 interrupted, 143 terminated. Nothing heavy is imported before it is needed.
 """
 
 from __future__ import annotations
@@ -9,16 +9,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
 from posttrain import __version__
-from posttrain.errors import PosttrainError
+from posttrain.errors import PosttrainError, Terminated
 
 if TYPE_CHECKING:
     from posttrain.config import JobFile, RunFile
@@ -191,7 +194,7 @@ def _carry_out(
 ) -> None:
     """Load the run file, do the work, print its summary if asked to; errors become one line and a code."""
     try:
-        with _nothing_on_stdout() if as_json else contextlib.nullcontext():
+        with _terminable(), _nothing_on_stdout() if as_json else contextlib.nullcontext():
             summary = work(load(runfile, overrides))
     except (PosttrainError, OSError) as error:
         from posttrain.report.visible import visible
@@ -206,16 +209,34 @@ def _carry_out(
             told += "; mend it and start the same command again"
         typer.echo(told, err=True)
         raise typer.Exit(code) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if verbose:
             traceback.print_exc()
-        typer.echo("interrupted; start the same command again to go on", err=True)
-        raise typer.Exit(130) from None
+        what, code = ("terminated", 143) if isinstance(error, Terminated) else ("interrupted", 130)
+        typer.echo(f"{what}; start the same command again to go on", err=True)
+        raise typer.Exit(code) from None
     if as_json:
         # JSON has no NaN: a figure that is not known is null
         typer.echo(json.dumps(json.loads(json.dumps(summary), parse_constant=lambda _: None)))
     if code := summary.get("exit_code", 0):
         raise typer.Exit(code)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Within, SIGTERM ends the work as an interrupt does: Ray is shut down and MLflow told."""
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -162,6 +163,18 @@ def test_an_interrupted_command_says_how_to_go_on(pipeline):
     result = pipeline("clean", raising(KeyboardInterrupt()))
     assert result.exit_code == 130
     assert result.stderr == "interrupted; start the same command again to go on\n"
+
+
+def test_a_command_that_is_told_to_end_says_how_to_go_on_and_leaves_the_callers_handler(pipeline):
+    def told_to_end(config, **_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    before = signal.getsignal(signal.SIGTERM)
+    result = pipeline("clean", told_to_end)
+    assert result.exit_code == 143
+    assert result.stderr == "terminated; start the same command again to go on\n"
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_fault_of_our_own_keeps_its_traceback(pipeline):

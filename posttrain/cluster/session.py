@@ -6,8 +6,10 @@ import contextlib
 import logging
 import os
 import re
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,6 +91,18 @@ def _on_loopback() -> Iterator[None]:
 
 
 @contextmanager
+def _same_end() -> Iterator[None]:
+    """A Ray that starts in here leaves the caller's handler of SIGTERM; its own prints a stack and aborts."""
+    mine = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if mine and callable(before):
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def session(
     *,
     address: str | None = None,
@@ -122,6 +136,7 @@ def session(
             refuse_unreachable(address)
         try:
             with contextlib.ExitStack() as stack:
+                stack.enter_context(_same_end())
                 if not verbose:
                     stack.enter_context(_silent_stderr())
                 if not address:

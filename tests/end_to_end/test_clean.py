@@ -6,6 +6,7 @@ import copy
 import csv
 import io
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -435,8 +436,9 @@ def test_on_clean_labels_next_to_nothing_is_removed(run: Run, digits: Digits, tm
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_a_process_killed_outright_and_started_again_ends_the_same(
-    runfile: Callable[..., dict[str, Any]], tmp_path: Path
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_process_that_is_ended_and_started_again_ends_the_same(
+    runfile: Callable[..., dict[str, Any]], tmp_path: Path, how: signal.Signals
 ) -> None:
     def start(path: Path) -> subprocess.Popen[bytes]:
         raw = runfile(path, tracking={"uri": None})
@@ -445,7 +447,7 @@ def test_a_process_killed_outright_and_started_again_ends_the_same(
         return subprocess.Popen(
             [sys.executable, "-m", "pipelines.cli", "clean", str(file)],
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stderr=(tmp_path / "said").open("wb"),
         )
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -455,8 +457,11 @@ def test_a_process_killed_outright_and_started_again_ends_the_same(
     while not (killed / "rounds" / "0001" / "round.json").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    process.kill()
-    process.wait()
+    process.send_signal(how)
+    code, said = process.wait(timeout=60), (tmp_path / "said").read_text()
+    if how == signal.SIGTERM:
+        assert code == 143 and said.endswith("terminated; start the same command again to go on\n")
+        assert "***" not in said and "Traceback" not in said
     assert not (killed / "summary.json").exists()
     assert start(killed).wait(timeout=600) == 0
     assert_same_result(killed, whole)
