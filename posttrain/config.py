@@ -367,7 +367,7 @@ class Removal(Section):
     budget: float = Field(default=0.05, gt=0, lt=1)
     """Largest share of the live samples removed or relabelled in one round."""
     class_floor: float = Field(default=0.1, ge=0, le=1)
-    """Smallest share of its initial live samples that each class keeps."""
+    """Smallest share of its initial live samples that each class keeps; it keeps one in any case."""
     max_rounds: int = Field(default=10, ge=1)
     """Rounds after which the run stops in any case."""
     minimum: float = Field(default=0.002, ge=0, lt=1)

@@ -47,11 +47,11 @@ def in_one_round(live: int, budget: float) -> int:
 
 
 def caps(live: np.ndarray, samples: np.ndarray, class_floor: float) -> np.ndarray:
-    """int64 [classes]: how many samples each class may lose, so that it keeps a share of all its samples.
+    """int64 [classes]: how many samples each class may lose, so that it keeps a share of all its samples, or one.
 
     `live` and `samples` are counts by class, of those that take part and of all.
     """
-    floors = np.ceil(class_floor * samples).astype(np.int64)
+    floors = np.maximum(np.ceil(class_floor * samples), samples > 0).astype(np.int64)
     return np.maximum(live - floors, 0)
 
 

@@ -40,7 +40,8 @@ def test_a_round_takes_a_share_of_the_live_samples_but_always_one():
 def test_every_class_keeps_its_share_of_all_its_samples():
     live, samples = np.array([100, 11, 10, 5, 0]), np.array([100, 101, 100, 100, 10])
     assert policy.caps(live, samples, 0.1).tolist() == [90, 0, 0, 0, 0]
-    assert policy.caps(live, samples, 0.0).tolist() == live.tolist()
+    # without a floor one stays of each that has any
+    assert policy.caps(live, samples, 0.0).tolist() == np.maximum(live - (samples > 0), 0).tolist()
 
 
 @pytest.mark.parametrize(

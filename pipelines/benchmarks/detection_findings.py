@@ -38,10 +38,10 @@ class Ranking:
     seconds: float
     passes: float
     """Over the training images, see `peers.Measured`."""
-    alongside: bool
-    """Whether all that `seconds` counts was done in the run that took those of the default score."""
     hardware: str
     threads: int
+    alongside: bool = False
+    """Whether all that `seconds` counts is known to have been done in the run that took those of the default score."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def ranking(
             float(roc_auc_score(wrong, scores)),
             float(wrong[first].mean()),
         )
-    return Ranking(kind, method, *quality, seconds, passes, True, hardware(), torch.get_num_threads())
+    return Ranking(kind, method, *quality, seconds, passes, hardware(), torch.get_num_threads(), alongside=True)
 
 
 def removed(taken: np.ndarray, wrong: np.ndarray) -> Removed:

@@ -119,9 +119,10 @@ def _head(findings: Sequence[Finding], command: str) -> list[str]:
         "",
         "Quality in percent, mean over cases ± standard deviation over seeds. Seconds are wall seconds on top of the",
         "trained network, the methods of a case one after the other in one process, but for what was added later.",
-        f"Shares of seconds leave that out. Those of cleanlab hold the training of its {cases.FOLDS} networks; AUM and",
-        "TracIn need a training that was watched, which is not counted. A number in brackets: so many cases were",
-        "measured, while others in the table have more; such a mean is over other cases, and never bold.",
+        "Shares of seconds are of the cases alone where one run took both, cleanlab's networks included. Its seconds",
+        f"hold the training of those {cases.FOLDS}; AUM and TracIn need a training that was watched, which is not",
+        "counted. A number in brackets: so many cases were measured, while others in the table have more; such a mean is",
+        "over other cases, and never bold.",
     ]
 
 
@@ -149,7 +150,7 @@ def _verdict(findings: Sequence[Finding], ranked: Sequence[Method]) -> list[str]
         shares = [100 * own / peer for own, peer in _timed_together(findings, ("peer", name)) if peer]
         if shares:
             lines.append(
-                f"- Its seconds as a share of those of {shown(('peer', name))}, side by side in one run: "
+                f"- Its seconds as a share of those of {shown(('peer', name))}, one after the other in one run: "
                 f"median {statistics.median(shares):.1f} %, at most {max(shares):.1f} % "
                 f"({len(shares)} of {len(findings)} cases)."
             )

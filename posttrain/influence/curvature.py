@@ -3,9 +3,9 @@
     H = (1/n) sum_i S_i (x) h_i h_i^T + damping * I,     S_i = diag(p_i) - p_i p_i^T
 
 K_i = X_i (nH)^-1 X_i^T with X_i = I_C (x) h_i^T is a sample's leverage: how far its logits follow its own residual.
-`exact` keeps the (d C) x (d C) matrix, `ekfac` its Kronecker factors with corrected eigenvalues (George et al.
-2018; Grosse et al. 2023): in the basis U_B (x) U_A of the factors B = mean S_i and A = mean h_i h_i^T the diagonal
-of H is kept exactly, and the rest is taken as zero.
+`exact` keeps the matrix, d (C - 1) x d (C - 1) among the contrasts of the classes, `ekfac` its Kronecker factors with
+corrected eigenvalues (George et al. 2018; Grosse et al. 2023): in the basis U_B (x) U_A of the factors B = mean S_i
+and A = mean h_i h_i^T the diagonal of H is kept exactly, and the rest is taken as zero.
 """
 
 # torch.linalg, Tensor.norm and Tensor.split carry no complete types
@@ -67,22 +67,33 @@ def contrasts(classes: int) -> Float[Tensor, "classes contrasts"]:
 
 
 def among_contrasts(
-    probabilities: Float[Tensor, "batch classes"], basis: Float[Tensor, "classes contrasts"]
-) -> Float[Tensor, "batch contrasts contrasts"]:
-    """Q^T S_i Q with S_i = diag(p_i) - p_i p_i^T and the basis Q of the contrasts."""
-    size = basis.shape[1]
-    squares = (basis[:, :, None] * basis[:, None, :]).reshape(-1, size * size)
-    means = probabilities @ basis
-    return (probabilities @ squares).view(-1, size, size) - means[:, :, None] * means[:, None, :]
+    probabilities: Float[Tensor, "batch classes"],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Q^T S_i Q for the contrasts Q, as (lower, upper, diagonal), each [batch, classes - 1].
+
+    The product is symmetric, and entry (j, k) is lower_j upper_k for j < k: with a_k = 1 / sqrt((k + 1) (k + 2)) the
+    column k of Q is a_k (k + 1 ones, then -(k + 1), then zeros), so that
+
+        lower_k = (Q^T p)_k,  upper_k = a_k (sum_{l > k} p_l + (k + 1) p_{k+1}),
+        diagonal_k = a_k^2 (sum_{l <= k} p_l + (k + 1)^2 p_{k+1}) - lower_k^2.
+    """
+    size = torch.arange(1, probabilities.shape[1], dtype=torch.float64)
+    scale, size = (size * (size + 1)).rsqrt().to(probabilities), size.to(probabilities)
+    first = probabilities.cumsum(dim=1)[:, :-1]
+    last = probabilities.flip(1).cumsum(dim=1).flip(1)[:, 1:]
+    following = size * probabilities[:, 1:]
+    lower = scale * (first - following)
+    return lower, scale * (last + following), scale.square() * (first + size * following) - lower.square()
 
 
 def loo_residual(
-    residual: Float[Tensor, "batch contrasts"],
-    s: Float[Tensor, "batch contrasts contrasts"],
-    leverage: Float[Tensor, "batch contrasts contrasts"],
-) -> Float[Tensor, "batch contrasts"]:
-    """x_i = (I - S_i K_i)^-1 r_i, with which the removal of a sample acts on the probe; `leverage` is K_i.
+    residual: Float[Tensor, "batch basis"],
+    s: Float[Tensor, "batch basis basis"],
+    leverage: Float[Tensor, "batch basis basis"],
+) -> Float[Tensor, "batch basis"]:
+    """x_i = (I - S_i K_i)^-1 r_i, with which the removal of a sample acts on the probe; `s` is S_i, `leverage` K_i.
 
+    All three in one orthonormal basis, of all classes or of the contrasts, which hold r_i and what S_i maps to.
     One Newton step on the objective without sample i, whose gradient is -g_i / n and whose curvature is
     H_i = H - S_i (x) h_i h_i^T / n, is H_i^-1 g_i / n = H^-1 (x_i (x) h_i) / n (Woodbury). To first order x_i is the
     residual at the leave-one-out logits z_i + K_i x_i, whence its name.
@@ -95,15 +106,15 @@ def loo_residual(
 class ExactCurvature:
     """H^-1 among the contrasts Q of the classes (`contrasts`), as a tensor [classes - 1, d, classes - 1, d].
 
-    Along the ones, which S_i and r_i do not know, H is the damping alone: nothing that is asked for depends on it.
+    S_i times the ones is 0 and so is the sum of r_i: along the ones H is the damping alone, and never acts.
     """
 
     inverse: Float[Tensor, "contrasts dim contrasts dim"]
     damping: float
     count: int
 
-    # the intermediate [batch, classes - 1, classes - 1, d] is kept under 64 MB, and near the caches: with more samples
-    # at a time each took up to 1.7 times as long (measured with 2 to 100 classes)
+    # the intermediate [batch, classes - 1, classes - 1, d] is kept under 64 MB, and with few classes near a CPU's
+    # caches: with more samples at a time each took up to 1.7 times as long
     _CHUNK = 16_000_000
     _ROWS = 128
 
@@ -118,7 +129,9 @@ class ExactCurvature:
         for h, r, p in batch:
             rows = (h @ unfolded).view(len(h), size, size, dim)
             k = torch.einsum("bcke,be->bck", rows, h) / self.count
-            x = loo_residual(r @ basis, among_contrasts(p, basis), k)
+            lower, upper, diagonal = among_contrasts(p)
+            above = (lower[:, :, None] * upper[:, None, :]).triu(1)
+            x = loo_residual(r @ basis, above + above.transpose(1, 2) + torch.diag_embed(diagonal), k)
             acting.append(x @ basis.T)
             shifts.append(torch.einsum("bck,bk->bc", k, x) @ basis.T)
             norms.append(torch.einsum("bcke,bc->bke", rows, x).square().sum(dim=(1, 2)))
@@ -151,17 +164,18 @@ class EkfacCurvature:
         return Influence(residual, shift, (rotated.square() * (squares @ inverse.square().T)).sum(dim=1))
 
 
-def hessian_block(features: Tensor, labels: Tensor, weights: Tensor, basis: Tensor) -> tuple[Tensor]:
+def hessian_block(features: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor]:
     """Sum over a block of Q^T S_i Q (x) h_i h_i^T, as a matrix [(classes - 1) * d, (classes - 1) * d].
 
-    `basis` is Q, [classes, classes - 1]: the contrasts.
+    Q are the contrasts of the classes.
     """
-    s = among_contrasts(class_probabilities(features, weights)[1], basis.to(features))
-    (batch, dim), size = features.shape, s.shape[1]
+    lower, upper, diagonal = among_contrasts(class_probabilities(features, weights)[1])
+    (batch, dim), size = features.shape, diagonal.shape[1]
     total = features.new_zeros(size * dim, size * dim)
     for c in range(size):
         # the block row of contrast c, for all k >= c; the rest by symmetry
-        others = (s[:, c, c:, None] * features[:, None, :]).reshape(batch, (size - c) * dim)
+        row = torch.cat([diagonal[:, c : c + 1], lower[:, c : c + 1] * upper[:, c + 1 :]], dim=1)
+        others = (row[:, :, None] * features[:, None, :]).reshape(batch, (size - c) * dim)
         rows = features.T @ others
         total[c * dim : (c + 1) * dim, c * dim :] = rows
         total[c * dim :, c * dim : (c + 1) * dim] = rows.T
@@ -187,12 +201,12 @@ def corrected_eigenvalues(
 def measure(reduce: Reduce, probe: Probe, kind: Kind) -> Curvature:
     """The curvature at the probe's optimum.
 
-    Raises SingularCurvatureError where it is not positive definite.
+    Raises SingularCurvatureError where it is not positive definite (`exact`: among the contrasts).
     """
     classes, dim = probe.weights.shape
     n, damping = probe.count, probe.damping
     if kind == "exact":
-        hessian = reduce(hessian_block, probe.weights, contrasts(classes))[0].double() / n
+        hessian = reduce(hessian_block, probe.weights)[0].double() / n
         hessian.diagonal().add_(damping)
         factor, failed = torch.linalg.cholesky_ex(hessian)
         if int(failed):

@@ -24,9 +24,9 @@ def finding(noise: str = "pair 20", network: str = "memorised", seed: int = 0, *
             value,
             2.0 if name == "ours" else 20.0,
             1.0,
-            True,
             "a machine",
             1,
+            alongside=True,
         )
         for name, value in average_precision.items()
     )

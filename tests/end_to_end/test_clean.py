@@ -444,11 +444,10 @@ def test_a_process_that_is_ended_and_started_again_ends_the_same(
         raw = runfile(path, tracking={"uri": None})
         file = tmp_path / f"{path.name}.yaml"
         file.write_text(yaml.safe_dump(raw))
-        return subprocess.Popen(
-            [sys.executable, "-m", "pipelines.cli", "clean", str(file)],
-            stdout=subprocess.DEVNULL,
-            stderr=(tmp_path / "said").open("wb"),
-        )
+        with (tmp_path / "said").open("wb") as said:
+            return subprocess.Popen(
+                [sys.executable, "-m", "pipelines.cli", "clean", str(file)], stdout=subprocess.DEVNULL, stderr=said
+            )
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert start(whole).wait(timeout=600) == 0

@@ -15,6 +15,7 @@ from posttrain.influence.curvature import (
     ExactCurvature,
     Influence,
     Kind,
+    among_contrasts,
     class_factor,
     contrasts,
     corrected_eigenvalues,
@@ -42,7 +43,7 @@ class Small:
 
     @property
     def residual(self) -> Tensor:
-        return self.probabilities - torch.nn.functional.one_hot(self.labels, C)
+        return self.probabilities - torch.nn.functional.one_hot(self.labels, len(self.probe.weights))
 
     def summed_loss(self, weights: Tensor) -> Tensor:
         """The plain objective less its penalty, times n; for autograd."""
@@ -55,12 +56,16 @@ class Small:
 
 @pytest.fixture(scope="module")
 def small() -> Small:
+    return small_of(C)
+
+
+def small_of(classes: int) -> Small:
     generator = torch.Generator().manual_seed(5)
     features = torch.randn(N, D, generator=generator, dtype=torch.float64)
     # not standard normal: the factors A and B must not be multiples of the identity
     features = features @ torch.randn(D, D, generator=generator, dtype=torch.float64)
-    weights = torch.randn(C, D, generator=generator, dtype=torch.float64)
-    return Small(features, torch.arange(N) % C, Probe(weights, DAMPING, N, 0.0, 0.0))
+    weights = torch.randn(classes, D, generator=generator, dtype=torch.float64)
+    return Small(features, torch.arange(N) % classes, Probe(weights, DAMPING, N, 0.0, 0.0))
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class Plain:
     inverse: Tensor
 
     def leverage(self, h: Tensor) -> Tensor:
-        x = torch.kron(torch.eye(C).to(h), h[None, :])
+        x = torch.kron(torch.eye(len(self.inverse) // len(h)).to(h), h[None, :])
         return x @ self.inverse @ x.T / N
 
     def __call__(self, features: Tensor, acting: Tensor) -> Influence:
@@ -111,11 +116,18 @@ def test_the_contrasts_are_an_orthonormal_basis_of_what_is_orthogonal_to_the_one
     torch.testing.assert_close(basis.sum(dim=0), torch.zeros(classes - 1).double())
 
 
-def test_the_curvature_is_the_second_derivative_of_the_summed_loss(small: Small):
-    found = small.reduce(hessian_block, small.probe.weights, torch.eye(C).double())[0]
-    torch.testing.assert_close(found, flat_hessian(small))
+@pytest.mark.parametrize("classes", [2, 3, 10])
+def test_s_among_the_contrasts_is_the_plain_product(classes: int):
+    p = torch.randn(20, classes, generator=torch.Generator().manual_seed(0), dtype=torch.float64).softmax(dim=1)
+    for q, lower, upper, diagonal in zip(p, *among_contrasts(p), strict=True):
+        known = contrasts(classes).T @ (torch.diag(q) - torch.outer(q, q)) @ contrasts(classes)
+        torch.testing.assert_close(diagonal, known.diagonal())
+        torch.testing.assert_close(torch.outer(lower, upper).triu(1), known.triu(1))
+
+
+def test_the_curvature_is_the_second_derivative_of_the_summed_loss_among_the_contrasts(small: Small):
+    found = small.reduce(hessian_block, small.probe.weights)[0]
     basis = torch.kron(contrasts(C), torch.eye(D).double())
-    found = small.reduce(hessian_block, small.probe.weights, contrasts(C))[0]
     torch.testing.assert_close(found, basis.T @ flat_hessian(small) @ basis)
 
 
@@ -150,10 +162,12 @@ def test_the_hessian_product_is_that_of_autograd(small: Small):
         torch.testing.assert_close(found, known)
 
 
-def test_the_exact_influence_equals_a_plain_loop_with_the_dense_inverse(small: Small):
+@pytest.mark.parametrize("classes", [2, 3, 5])
+def test_the_exact_influence_equals_a_plain_loop_with_the_dense_inverse(classes: int):
+    small = small_of(classes)
     plain = Plain(torch.linalg.inv(dense_hessian(small.features, small.probe.weights, DAMPING)))
     acting = [
-        torch.linalg.solve(torch.eye(C).double() - s @ plain.leverage(h), r)
+        torch.linalg.solve(torch.eye(classes).double() - s @ plain.leverage(h), r)
         for h, s, r in zip(small.features, small.single_s(), small.residual, strict=True)
     ]
     found = measure(small.reduce, small.probe, "exact")
@@ -256,8 +270,7 @@ def test_float32_features_give_the_influence_of_float64_ones(small: Small, kind:
 
 @pytest.mark.parametrize("fn", [hessian_block, class_factor, corrected_eigenvalues])
 def test_a_bucket_without_live_samples_adds_nothing(small: Small, fn: BlockFn):
-    bases = {hessian_block: (contrasts(C),), corrected_eigenvalues: (torch.eye(D).double(), torch.eye(C).double())}
-    more = bases.get(fn, ())
+    more = (torch.eye(D).double(), torch.eye(C).double()) if fn is corrected_eigenvalues else ()
     with_an_empty_block = over_blocks(small.features, small.labels, [20, 0, 10])
     found = with_an_empty_block(fn, small.probe.weights, *more)[0]
     torch.testing.assert_close(found, small.reduce(fn, small.probe.weights, *more)[0])
