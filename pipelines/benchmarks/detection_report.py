@@ -121,8 +121,8 @@ def _head(findings: Sequence[Finding], command: str) -> list[str]:
         "trained network, the methods of a case one after the other in one process, but for what was added later.",
         "Shares of seconds are of the cases alone where one run took both, cleanlab's networks included. Its seconds",
         f"hold the training of those {cases.FOLDS}; AUM and TracIn need a training that was watched, which is not",
-        "counted. A number in brackets: so many cases were measured, while others in the table have more; such a mean is",
-        "over other cases, and never bold.",
+        "counted. A number in brackets: so many cases were measured, while others in the table have more; such a mean",
+        "is over other cases, and never bold.",
     ]
 
 
