@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 import typer
 
 from posttrain import __version__
-from posttrain.errors import PosttrainError, Terminated
+from posttrain.errors import PosttrainError
 
 if TYPE_CHECKING:
     from posttrain.config import JobFile, RunFile
@@ -193,8 +193,9 @@ def _carry_out(
     load: Callable[[Path | None, list[str] | tuple[()]], File] = _load,
 ) -> None:
     """Load the run file, do the work, print its summary if asked to; errors become one line and a code."""
+    terminated = threading.Event()
     try:
-        with _terminable(), _nothing_on_stdout() if as_json else contextlib.nullcontext():
+        with _terminable(terminated), _nothing_on_stdout() if as_json else contextlib.nullcontext():
             summary = work(load(runfile, overrides))
     except (PosttrainError, OSError) as error:
         from posttrain.report.visible import visible
@@ -209,10 +210,10 @@ def _carry_out(
             told += "; mend it and start the same command again"
         typer.echo(told, err=True)
         raise typer.Exit(code) from None
-    except KeyboardInterrupt as error:
+    except KeyboardInterrupt:
         if verbose:
             traceback.print_exc()
-        what, code = ("terminated", 143) if isinstance(error, Terminated) else ("interrupted", 130)
+        what, code = ("terminated", 143) if terminated.is_set() else ("interrupted", 130)
         typer.echo(f"{what}; start the same command again to go on", err=True)
         raise typer.Exit(code) from None
     if as_json:
@@ -223,11 +224,13 @@ def _carry_out(
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Within, SIGTERM ends the work as an interrupt does: Ray is shut down and MLflow told."""
+def _terminable(told: threading.Event) -> Iterator[None]:
+    """Within, SIGTERM ends the work as an interrupt does, Ray shut down and MLflow told, and sets `told`."""
 
     def end(number: int, frame: FrameType | None) -> NoReturn:
-        raise Terminated
+        # not an exception of its own: while Ray waits, it makes a KeyboardInterrupt of any
+        told.set()
+        raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
         yield

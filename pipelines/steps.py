@@ -24,7 +24,7 @@ from posttrain.cluster.reading import Split
 from posttrain.cluster.workers import Network, Verdict, View, Workers, load_network, scores_key
 from posttrain.config import RunFile
 from posttrain.config import Training as TrainingSection
-from posttrain.errors import PosttrainError, StepError
+from posttrain.errors import DataError, PosttrainError, StepError
 from posttrain.influence import audit as audits
 from posttrain.influence import curvature, probe
 from posttrain.influence.audit import NoiseEstimate
@@ -247,9 +247,11 @@ class CleaningRun:
                 if not counts.any():
                     raise StepError("no sample is left to score; the run folder's quarantine.parquet says why")
                 if np.count_nonzero(counts) == 1:
-                    raise StepError(
-                        f"only one class ({self.inputs.classes[int(counts.argmax())]}) is left to score, and at least "
-                        "two are needed; the run folder's quarantine.parquet says what was left out, and why"
+                    raise DataError(
+                        f"data.train = {self.config.data.train}: only one class "
+                        f"({self.inputs.classes[int(counts.argmax())]}) is left, and at least two are needed; "
+                        "quarantine.parquet in the run folder says what was left out, and why: mend that, and name "
+                        "another run.path"
                     )
 
             self.folder.write_row_groups(path, tables())

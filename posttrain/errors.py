@@ -59,7 +59,3 @@ class RecipeError(StepError):
 
 class HeldError(PosttrainError):
     """Another job holds the lease; nothing was done."""
-
-
-class Terminated(KeyboardInterrupt):
-    """The process was asked to end (SIGTERM, as by a scheduler): it ends as when it is interrupted."""

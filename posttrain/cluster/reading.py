@@ -777,7 +777,7 @@ def _labels(column: pa.ChunkedArray, classes: tuple[str, ...], where: str, name:
             at = pc.index(unknown, True).as_py()
             raise LabelRangeError(
                 f"{where}: label {column[at].as_py()!r} at sample_id {ids[at].as_py()!r} is not among the "
-                f"{len(classes)} classes; set data.classes or correct the label"
+                f"{len(classes)} classes (column {name!r}); set data.classes or correct the label"
             )
         return pc.fill_null(index, -1).to_numpy().astype(np.int32)
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import re
@@ -91,15 +92,29 @@ def _on_loopback() -> Iterator[None]:
 
 
 @contextmanager
-def _same_end() -> Iterator[None]:
-    """A Ray that starts in here leaves the caller's handler of SIGTERM; its own prints a stack and aborts."""
-    mine = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGTERM)
+def _end_by_caller() -> Iterator[None]:
+    """A Ray that starts in here leaves it to the caller how SIGTERM ends the program.
+
+    The caller's handler stays, where there is one: Ray's own prints a stack and aborts. And Ray's processes are in
+    groups of their own: of a signal to the program's group, as `timeout` sends it, they would die first, and take the
+    driver with them before it can say a word.
+    """
+    from ray._private import services, utils
+
+    handler = signal.getsignal(signal.SIGTERM)
+    mine = threading.current_thread() is threading.main_thread() and callable(handler)
+    before = services.ConsolePopen, utils.set_sigterm_handler
+    if os.name == "posix":
+        services.ConsolePopen = functools.partial(services.ConsolePopen, process_group=0)
+    if mine:
+        utils.set_sigterm_handler = lambda _: None
     try:
         yield
     finally:
-        if mine and callable(before):
-            signal.signal(signal.SIGTERM, before)
+        services.ConsolePopen, utils.set_sigterm_handler = before
+        if mine:
+            # that of Ray's C++ side
+            signal.signal(signal.SIGTERM, handler)
 
 
 @contextmanager
@@ -136,7 +151,7 @@ def session(
             refuse_unreachable(address)
         try:
             with contextlib.ExitStack() as stack:
-                stack.enter_context(_same_end())
+                stack.enter_context(_end_by_caller())
                 if not verbose:
                     stack.enter_context(_silent_stderr())
                 if not address:
@@ -149,6 +164,9 @@ def session(
                     # it gives its processes half a minute, which a busy machine may need for other things
                     ray.shutdown()
                     ray.init(**options)
+        except KeyboardInterrupt:
+            ray.shutdown()
+            raise
         except Exception as error:  # where a process of its own does not come up, Ray raises no subclass
             if not address:
                 raise StepError(

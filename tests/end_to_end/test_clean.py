@@ -6,6 +6,7 @@ import copy
 import csv
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -446,7 +447,10 @@ def test_a_process_that_is_ended_and_started_again_ends_the_same(
         file.write_text(yaml.safe_dump(raw))
         with (tmp_path / "said").open("wb") as said:
             return subprocess.Popen(
-                [sys.executable, "-m", "pipelines.cli", "clean", str(file)], stdout=subprocess.DEVNULL, stderr=said
+                [sys.executable, "-m", "pipelines.cli", "clean", str(file)],
+                stdout=subprocess.DEVNULL,
+                stderr=said,
+                process_group=0,
             )
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -456,7 +460,11 @@ def test_a_process_that_is_ended_and_started_again_ends_the_same(
     while not (killed / "rounds" / "0001" / "round.json").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(how)
+    if how == signal.SIGTERM:
+        # as `timeout` and systemd do: Ray's processes must not hear of it
+        os.killpg(process.pid, how)
+    else:
+        process.send_signal(how)
     code, said = process.wait(timeout=60), (tmp_path / "said").read_text()
     if how == signal.SIGTERM:
         assert code == 143 and said.endswith("terminated; start the same command again to go on\n")

@@ -119,8 +119,10 @@ def test_images_that_can_be_read_of_one_class_alone(
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(runfile(tmp_path / "run", data={"train": folder})))
     result = CliRunner().invoke(app, ["clean", str(file)])
-    assert result.exit_code == 1, result.output
-    assert "only one class (3) is left" in result.stderr and "quarantine.parquet" in result.stderr
+    assert result.exit_code == 2, result.output
+    assert (
+        f"data.train = {folder}: only one class (3) is left" in result.stderr and "quarantine.parquet" in result.stderr
+    )
 
 
 def test_a_missing_file(runfile: Make, tmp_path: Path) -> None:
