@@ -370,7 +370,7 @@ def finish(run: CleaningRun, outcome: rounds.Outcome[Network], began: float) -> 
             files["clean data set"] = folder.path("cleaned")
         if run.config.results.cleaned in ("both", "manifest"):
             kept = results.write_manifest(folder, last_scores, run.excluded, run.relabelled)
-            files["its ids"] = folder.path("cleaned", "manifest.parquet")
+            files["its ids"] = folder.path("manifest.parquet")
         files |= {
             "what was removed": folder.path("removed.parquet"),
             "issues": folder.path("issues.csv"),

@@ -570,7 +570,7 @@ def differences(run: Path, expected: Path) -> list[str]:
 def misplaced(run: Path) -> int:
     """Training samples that are not in exactly one of kept, removed and quarantined."""
     try:
-        manifest = pq.read_table(run / "cleaned" / "manifest.parquet")["sample_id"].to_pylist()
+        manifest = pq.read_table(run / "manifest.parquet")["sample_id"].to_pylist()
         quarantined = pq.read_table(run / "quarantine.parquet").to_pylist()
         removed = pq.read_table(run / "removed.parquet")["sample_id"].to_pylist()
         images = [

@@ -133,7 +133,7 @@ def _for_spreadsheets(column: Any) -> Any:
 
 
 def write_manifest(folder: RunFolder, last_scores: str | None, excluded: Excluded, relabelled: Relabelled) -> int:
-    """`cleaned/manifest.parquet`: id and present label of every kept sample; returns their number."""
+    """`manifest.parquet`: id and present label of every kept sample; returns their number."""
 
     def tables() -> Iterator[pa.Table]:
         for table in folder.row_groups(last_scores, [SAMPLE_ID, LABEL, BUCKET, ROW]) if last_scores else ():
@@ -141,7 +141,7 @@ def write_manifest(folder: RunFolder, last_scores: str | None, excluded: Exclude
             yield live.select([SAMPLE_ID]).append_column(LABEL, pa.array(_present(live, relabelled), pa.int32()))
 
     nothing = pa.table({SAMPLE_ID: pa.array([], pa.int64()), LABEL: pa.array([], pa.int32())})
-    return folder.write_row_groups(folder.path("cleaned", "manifest.parquet"), tables(), of_none=nothing)
+    return folder.write_row_groups(folder.path("manifest.parquet"), tables(), of_none=nothing)
 
 
 def _present(table: pa.Table, relabelled: Relabelled) -> np.ndarray:

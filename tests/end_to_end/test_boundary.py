@@ -252,5 +252,5 @@ def test_clean_digits_lose_nothing_and_a_network_that_is_good_stays_as_it_is(
     pretrained = (tmp_path / "run" / "pretrained" / "model.safetensors").read_bytes()
     untouched = (tmp_path / "run" / "model.safetensors").read_bytes() == pretrained
     assert untouched == (summary["rounds"] == 0)
-    kept = pq.read_table(tmp_path / "run" / "cleaned" / "manifest.parquet")
+    kept = pq.read_table(tmp_path / "run" / "manifest.parquet")
     assert kept.num_rows == summary["live"]

@@ -85,7 +85,7 @@ def test_leaking_samples_are_left_out_of_the_training_set_with_their_reason(clea
     assert set(rows.index) == {*range(5000, 5020), 5900} and set(rows["split"]) == {"train"}
     assert rows.loc[5001, "reason"] == "the same image as 1201 of the test set (data.leakage = exclude_training)"
     assert rows.loc[5007, "reason"].startswith("nearly the same image as 1207")
-    kept = pq.read_table(folder / "cleaned" / "manifest.parquet")["sample_id"].to_pylist()
+    kept = pq.read_table(folder / "manifest.parquet")["sample_id"].to_pylist()
     assert not {*kept, *removed_ids(folder)} & set(rows.index)
 
 

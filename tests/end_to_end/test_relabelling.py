@@ -79,7 +79,7 @@ def test_the_clean_data_set_and_its_manifest_carry_the_new_labels(
     folder = Path(relabelling()["run"])
     new, removed = relabelled(folder), set(removed_ids(folder))
     expected = {i: new.get(i, int(digits.given[i])) for i in digits.splits["train"] if i not in removed}
-    manifest = pq.read_table(folder / "cleaned" / "manifest.parquet")
+    manifest = pq.read_table(folder / "manifest.parquet")
     assert dict(zip(manifest["sample_id"].to_pylist(), manifest["label"].to_pylist(), strict=True)) == expected
     parts = pa.concat_tables([pq.read_table(path) for path in sorted((folder / "cleaned").glob("part-*.parquet"))])
     assert dict(zip(parts["id"].to_pylist(), parts["label"].to_pylist(), strict=True)) == expected
@@ -171,7 +171,7 @@ def test_a_run_that_relabels_keeps_the_new_labels_over_an_interruption(
     assert_same_result(tmp_path / "run", whole["run"])
     for key in ("relabelled", "removed", "live", "relabel_accuracy", "ended", "noise"):
         assert again[key] == whole[key]
-    manifests = [pq.read_table(Path(r) / "cleaned" / "manifest.parquet") for r in (tmp_path / "run", whole["run"])]
+    manifests = [pq.read_table(Path(r) / "manifest.parquet") for r in (tmp_path / "run", whole["run"])]
     assert manifests[0].equals(manifests[1])
 
 

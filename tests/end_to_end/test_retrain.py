@@ -251,7 +251,7 @@ def test_a_refined_network_and_new_labels_are_what_the_next_start_goes_on_from(
     }
 
     def manifest(run: str) -> dict[str, int]:
-        table = pq.read_table(Path(run) / "cleaned" / "manifest.parquet")
+        table = pq.read_table(Path(run) / "manifest.parquet")
         return dict(zip(table["sample_id"].to_pylist(), table["label"].to_pylist(), strict=True))
 
     def samples(day: dict[str, Any]) -> int:

@@ -64,7 +64,7 @@ def test_images_that_crash_the_decoder_are_quarantined_before_they_can_end_the_t
     assert {split: [row["sample_id"] for row in rows if row["split"] == split] for split in FATAL} == FATAL
     assert {row["reason"] for row in rows} == {"each of 3 processes where it was decoded ended by SIGSEGV"}
     assert "processes ended at the images of bucket 0 of train; looking for the one that does it" in done.stderr
-    manifest = pq.read_table(tmp_path / "run" / "cleaned" / "manifest.parquet")["sample_id"].to_pylist()
+    manifest = pq.read_table(tmp_path / "run" / "manifest.parquet")["sample_id"].to_pylist()
     removed = pq.read_table(tmp_path / "run" / "removed.parquet")["sample_id"].to_pylist()
     assert sorted([*manifest, *removed, *FATAL["train"]]) == list(range(1000))
 

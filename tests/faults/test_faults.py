@@ -75,7 +75,7 @@ def test_what_a_writer_that_died_left_is_a_difference(copy: tuple[Path, Path]) -
 
 def test_a_sample_in_no_place_or_in_two_is_counted(copy: tuple[Path, Path]) -> None:
     spoiled, _ = copy
-    path = spoiled / "cleaned" / "manifest.parquet"
+    path = spoiled / "manifest.parquet"
     manifest = pq.read_table(path)
     removed = pq.read_table(spoiled / "removed.parquet")
     pq.write_table(manifest.slice(1), path)

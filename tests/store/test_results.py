@@ -232,7 +232,7 @@ def test_scores_of_the_last_committed_round_do_not_bring_its_removals_back(run: 
 
 def test_the_manifest_lists_what_is_kept_with_its_given_label(run: Finished):
     assert results.write_manifest(run.folder, run.folder.round(2, "scores.parquet"), run.excluded, {}) == 115
-    found = pq.read_table(run.folder.path("cleaned", "manifest.parquet")).to_pandas()
+    found = pq.read_table(run.folder.path("manifest.parquet")).to_pandas()
     gone = [i for positions in REMOVED_IN.values() for i in positions]
     expected = run.scored[1].drop(index=gone).reset_index(drop=True)
     assert found.columns.tolist() == ["sample_id", "label"]
@@ -245,7 +245,7 @@ def test_the_manifest_lists_relabelled_samples_with_their_new_label(relabelling:
     # the scores of round 3 know the new labels, those of round 2 do not
     run, scores = relabelling, relabelling.folder.round(last, "scores.parquet")
     assert results.write_manifest(run.folder, scores, run.excluded, run.relabelled) == 115
-    found = pq.read_table(run.folder.path("cleaned", "manifest.parquet")).to_pandas()
+    found = pq.read_table(run.folder.path("manifest.parquet")).to_pandas()
     gone = [at for positions in REMOVED_IN.values() for at in positions]
     changed = [at for positions in RELABELLED_IN.values() for at in positions]
     expected = scored_samples(1, run.text).drop(index=gone)
@@ -257,7 +257,7 @@ def test_the_manifest_lists_relabelled_samples_with_their_new_label(relabelling:
 
 def test_a_manifest_without_scores_is_empty(run: Finished):
     assert results.write_manifest(run.folder, None, {}, {}) == 0
-    assert pq.read_table(run.folder.path("cleaned", "manifest.parquet")).column_names == ["sample_id", "label"]
+    assert pq.read_table(run.folder.path("manifest.parquet")).column_names == ["sample_id", "label"]
 
 
 def test_live_rows_are_those_whose_bucket_and_row_are_not_excluded(run: Finished):
