@@ -64,10 +64,17 @@ def measure(case: Case, folder: Path, folds: Folds = "train") -> Finding:
     rankings, flagged = list(found.rankings), None
     for method in methods:
         measured = PEERS[method](context)
-        cost = {"seconds": measured.seconds, "passes": measured.passes}
-        found_now = ranking("peer", method, measured.scores, wrong, **cost)
-        alongside = both and (method not in AFTER_FOLDS or out_of_sample.fresh)
-        rankings.append(replace(found_now, alongside=alongside))
+        rankings.append(
+            ranking(
+                "peer",
+                method,
+                measured.scores,
+                wrong,
+                seconds=measured.seconds,
+                passes=measured.passes,
+                alongside=both and (method not in AFTER_FOLDS or out_of_sample.fresh),
+            )
+        )
         flagged = measured.flagged if method == "confident_learning" else flagged
     changes: dict[str, Any] = {"rankings": tuple(rankings)}
     if flagged is not None:
@@ -84,7 +91,7 @@ def _of_ours(case: Case, data: Data, weights: bytes, found: Ours) -> Finding:
     wrong = data.train.given != data.train.true
     right = found.suggested == data.train.true
     head = models.find_head(model, classes=data.classes)
-    cost = {"seconds": found.seconds, "passes": found.passes}
+    cost: dict[str, Any] = {"seconds": found.seconds, "passes": found.passes, "alongside": True}
     return Finding(
         case=case,
         samples=len(data.train),

@@ -104,9 +104,16 @@ class Finding:
 
 
 def ranking(
-    kind: Kind, method: str, scores: np.ndarray, wrong: np.ndarray, *, seconds: float, passes: float
+    kind: Kind,
+    method: str,
+    scores: np.ndarray,
+    wrong: np.ndarray,
+    *,
+    seconds: float,
+    passes: float,
+    alongside: bool = False,
 ) -> Ranking:
-    """The figures of scores [n], larger is more suspect, against which labels are wrong: bool [n]; timed alongside.
+    """The figures of scores [n], larger is more suspect, against which labels are wrong: bool [n].
 
     Raises ValueError for scores that are not finite or not one for each sample.
     """
@@ -123,7 +130,7 @@ def ranking(
             float(roc_auc_score(wrong, scores)),
             float(wrong[first].mean()),
         )
-    return Ranking(kind, method, *quality, seconds, passes, hardware(), torch.get_num_threads(), alongside=True)
+    return Ranking(kind, method, *quality, seconds, passes, hardware(), torch.get_num_threads(), alongside)
 
 
 def removed(taken: np.ndarray, wrong: np.ndarray) -> Removed:

@@ -111,7 +111,7 @@ def class_probabilities(
 
 def hits(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> Tensor:
     """bool [batch]: where the given label has the largest logit, the first of equal ones."""
-    # argmax(dim=1) took 9 times as long with 10 classes, and more without the outer classes
+    # argmax took 9 times as long with 10 classes
     return logits.T.max(dim=0).indices == labels
 
 
