@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 import ray.exceptions
+from pyarrow import fs
 
 from posttrain import errors
 from posttrain.errors import DataError, DuplicateIdError, LabelRangeError, PosttrainError, StepError
@@ -65,6 +66,12 @@ _NOISE_DRAW = 2
 
 _TRIES = 4
 """Of a task of Ray Data whose process ends, where that may be the fault of an image."""
+
+_PATH = "path"
+"""Column in which Ray Data gives the path of a file."""
+
+_TASKS = 256
+"""Of Ray Data at most, where posttrain itself reads the files in them."""
 
 SMALL_BYTES = 64 * 2**20
 """Data of so many bytes at most, once they are unpacked, are read and sorted in the driver's own process."""
@@ -189,7 +196,7 @@ def _refuse_unfit(dataset: pads.FileSystemDataset, source: ParquetSource) -> tup
         for key, name in _columns(source):
             times = schema.names.count(name)
             if times != 1:
-                what = f"no column {name!r}" if not times else f"{times} columns {name!r}"
+                what = f"no column {name!r}{_of_a_folder(path, name)}" if not times else f"{times} columns {name!r}"
                 raise DataError(f"{path}: {what}; the file has {_briefly(schema.names)}; set {key}{elsewhere}")
             field = schema.field(name)
             if "arrow_pickled_object" in _kinds_within(field):
@@ -208,6 +215,12 @@ def _refuse_unfit(dataset: pads.FileSystemDataset, source: ParquetSource) -> tup
         rows += of_file
         unpacked += size
     return rows, unpacked
+
+
+def _of_a_folder(path: str, name: str) -> str:
+    """What to add where a folder is named after the column that a file lacks, as Hive does with its partitions."""
+    folder = next((part for part in PurePosixPath(path).parts[:-1] if part.startswith(f"{name}=")), None)
+    return "" if folder is None else f" (the name of the folder {folder} is not read)"
 
 
 def _footers(dataset: pads.FileSystemDataset) -> Iterator[tuple[str, pa.Schema, int, int]]:
@@ -244,6 +257,14 @@ def _columns(source: ParquetSource) -> Iterator[tuple[str, str]]:
 
 def _columns_read(source: ParquetSource) -> list[str]:
     return list(dict.fromkeys(name for _, name in _columns(source)))
+
+
+def _path_column(source: ParquetSource) -> str:
+    """The name under which the path of its file goes beside each row: "path", or one that no column read has."""
+    name = _PATH
+    while name in _columns_read(source):
+        name = f"_{name}"
+    return name
 
 
 def _kinds_within(field: pa.Field) -> str:
@@ -610,7 +631,11 @@ def _tables_of(source: Source, listing: Listing) -> Iterator[pa.Table]:
             table = patiently(read)
         except _NOT_READABLE as error:
             raise _no_parquet(fragment.path, error) from None
-        yield table.append_column("path", pa.array([fragment.path] * table.num_rows, pa.string()))
+        yield _with_path(table, fragment.path, _path_column(source))
+
+
+def _with_path(table: pa.Table, path: str, name: str) -> pa.Table:
+    return table.append_column(name, pa.array([path] * table.num_rows, pa.string()))
 
 
 def _refuse_unreadable(source: Source) -> None:
@@ -648,8 +673,40 @@ def _dataset_of(source: Source, listing: Listing) -> ray.data.Dataset:
         paths = [path for path, _ in listing.files]
         return ray.data.read_binary_files(paths, filesystem=files, include_paths=True)
     dataset = _dataset(source)
-    read = ray.data.read_parquet(list(dataset.files), filesystem=dataset.filesystem, include_paths=True)
-    return read.select_columns([*_columns_read(source), "path"])
+    columns = _columns_read(source)
+    if _PATH in columns:
+        # Ray Data would put the path of the file in its place
+        paths = [{_PATH: path} for path in dataset.files]
+        files = ray.data.from_items(paths, override_num_blocks=min(len(paths), _TASKS))
+        return files.map_batches(
+            cast(Any, _by_row_group),
+            batch_format="pyarrow",
+            fn_kwargs={"filesystem": dataset.filesystem, "columns": columns, "path_column": _path_column(source)},
+        )
+    read = ray.data.read_parquet(
+        list(dataset.files),
+        filesystem=dataset.filesystem,
+        include_paths=True,
+        # else a folder `label=0` would overwrite a column `label` of its files
+        partitioning=None,
+        # else it would pass over what is not called .parquet; these files are known to be Parquet
+        file_extensions=None,
+    )
+    return read.select_columns([*columns, _PATH])
+
+
+def _by_row_group(
+    files: pa.Table, *, filesystem: fs.FileSystem, columns: list[str], path_column: str
+) -> Iterator[pa.Table]:
+    """The columns of each of the Parquet files, row group by row group, with the path of the file beside them."""
+    for path in files[_PATH].to_pylist():
+        fragment = pads.ParquetFileFormat().make_fragment(path, filesystem)
+        try:
+            for group in patiently(fragment.split_by_row_group):
+                table = patiently(functools.partial(group.to_table, columns=columns))
+                yield _with_path(table, path, path_column)
+        except _NOT_READABLE as error:
+            raise _no_parquet(path, error) from None
 
 
 def normalise(
@@ -684,11 +741,11 @@ def normalise(
         id_column, image_column, label_column = (
             (source.id, source.image, source.label) if parquet else ("id", IMAGE, LABEL)
         )
-        where = table["path"][0].as_py() if parquet and table.num_rows else getattr(source, "name", "")
+        files = table[_path_column(source)] if parquet else pa.array([source.name] * table.num_rows, pa.string())
+        where = files[0].as_py() if parquet and table.num_rows else getattr(source, "name", "")
         ids = _ids(table[id_column], where, id_column)
         labels = _labels(table[label_column], classes, where, label_column, ids)
         images = table[image_column]
-        files = table["path"] if parquet else pa.array([source.name] * table.num_rows, pa.string())
         if parquet and source.true_label:
             true_labels = _labels(table[source.true_label], classes, where, source.true_label, ids)
     keys = ids.to_numpy(zero_copy_only=False)
