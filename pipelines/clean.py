@@ -437,6 +437,7 @@ def write_model(run: CleaningRun, model: Network) -> None:
         "image_size": list(spec.image.size),
         "mean": list(spec.image.mean),
         "std": list(spec.image.std),
+        "background": list(spec.image.background),
     }
     text = "# Written by posttrain: this section of a run file takes the refined model.\n"
     run.folder.write_bytes(
@@ -495,5 +496,6 @@ def log_model(tracking: Tracking | Outbox, model: Network, weights: Path) -> str
             "mean": spec.image.mean,
             "std": spec.image.std,
             "shape": spec.image.shape,
+            "background": spec.image.background,
         },
     )

@@ -94,12 +94,14 @@ def prepare(config: RunFile, *, only: Mapping[str, frozenset[str]] | None = None
     head = models.find_head(model, classes=len(classes), name=config.model.head)
     side = config.model.image_size
     channels = config.model.channels
+    background = config.model.background
     image = ImageSpec(
         channels,
         (side, side) if isinstance(side, int) else side,
         _per_channel(config.model.mean, channels),
         _per_channel(config.model.std, channels),
         config.data.image_shape or listings["train"].image_shape,
+        (background, background, background) if isinstance(background, int) else background,
     )
     # refuses images that the network cannot take, layers and a head that do not fit, before any work
     example = _example(image)

@@ -24,7 +24,7 @@ from posttrain.cluster.reading import Split
 from posttrain.cluster.workers import Network, Verdict, View, Workers, load_network, scores_key
 from posttrain.config import RunFile
 from posttrain.config import Training as TrainingSection
-from posttrain.errors import DataError, PosttrainError, StepError
+from posttrain.errors import DataError, FeaturelessError, PosttrainError, RecipeError, StepError
 from posttrain.influence import audit as audits
 from posttrain.influence import curvature, probe
 from posttrain.influence.audit import NoiseEstimate
@@ -184,7 +184,7 @@ class CleaningRun:
     def fit(self, state: State[Network], backbone: str) -> Drawn:
         """The boundary on the live samples."""
         with self.progress.step("fit"):
-            return self.boundaries.draw(backbone, self.live, number=state.number + 1)
+            return self._drawn(backbone, number=state.number + 1)
 
     def score(self, state: State[Network], backbone: str, drawn: Drawn) -> Scored:
         """Every score of every live sample, streamed to the round's `scores.parquet`."""
@@ -470,7 +470,7 @@ class CleaningRun:
         self.progress.begin_round(number)
         backbone = self.embedded(state.model, ("train", "validation"))
         with self.progress.step("fit"):
-            drawn = self.boundaries.draw(backbone, self.live, number=number)
+            drawn = self._drawn(backbone, number=number)
         before, after = last.metrics["validation_accuracy"], drawn.boundary.accuracy
         if not policy.boundary_is_taken(scope, state.number, before, after, state.validation_samples):
             return state
@@ -742,12 +742,31 @@ class CleaningRun:
             labels = relabelled_rows(np.full(len(rows), bucket), rows, new, labels)
         return Live(merged(self.excluded, removal.excluded), labels)
 
+    def _drawn(self, backbone: str, *, number: int) -> Drawn:
+        """The boundary on the live samples. Raises DataError or RecipeError where no feature tells them apart."""
+        try:
+            return self.boundaries.draw(backbone, self.live, number=number)
+        except FeaturelessError as error:
+            config = self.config
+            if number and config.refine.scope != "head":
+                raise RecipeError(
+                    f"after round {number - 1} the network sees no difference between the {self._live():,} training "
+                    f"images ({error}); lower refine.learning_rate ({config.refine.learning_rate:g})"
+                ) from error
+            train = f"data.train = {config.data.train}" if config.data.train else f"data.source = {config.data.source}"
+            raise DataError(
+                f"{train}: the {self._live():,} training images that can be read all look the same to the network "
+                f"({error}); set data.image ({config.data.image}) to the column that holds the pictures, "
+                f"model.background ({config.model.background}) to a colour from which they stand out where their shape "
+                "is in the alpha channel alone, and model.mean and model.std to those that the model was trained with"
+            ) from error
+
     def _without_removal(self, backbone: str) -> dict[str, float]:
         """What a removal has to be compared with: a new head, and the chosen boundary, with nothing removed.
 
         The boundary is chosen here for round 1, too.
         """
-        drawn = self.boundaries.draw(backbone, self.live, number=0)
+        drawn = self._drawn(backbone, number=0)
         of_head = [c for c in self.boundaries.choices[-1].candidates() if c[0] == self.inputs.spec.head]
         damping = of_head[0][1] if of_head else self.config.probe.damping[len(self.config.probe.damping) // 2]
         head = self.boundaries.of(backbone, [(self.inputs.spec.head, damping)], self.live)

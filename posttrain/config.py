@@ -220,6 +220,9 @@ class Data(Section):
         return self
 
 
+Byte = Annotated[int, Field(ge=0, le=255)]
+
+
 class Model(Section):
     """The model as it is: how to build it, its weights, and what its images look like."""
 
@@ -241,6 +244,9 @@ class Model(Section):
     """Subtracted from pixels scaled to 0..1: one number, or one per channel."""
     std: tuple[Annotated[float, Field(gt=0)], ...] = (0.5,)
     """What the difference is divided by: one number, or one per channel."""
+    background: Byte | tuple[Byte, Byte, Byte] = 255
+    """What images with an alpha channel are laid on, as the model was trained: a grey (0 is black, 255 white), or red,
+    green and blue."""
 
     @field_validator("weights")
     @classmethod

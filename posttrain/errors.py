@@ -45,6 +45,10 @@ class TrackingError(InputError):
     """The tracking server cannot be reached or refuses."""
 
 
+class FeaturelessError(PosttrainError):
+    """No layer has a feature that differs from one live sample to another: there is nothing to draw a boundary on."""
+
+
 class SingularCurvatureError(PosttrainError):
     """The probe's curvature is not positive definite."""
 

@@ -99,6 +99,8 @@ class ImageSpec:
     std: tuple[float, ...]
     shape: tuple[int, ...] | None = None
     """(H, W) or (H, W, C) of cells that hold raw uint8 pixels instead of an encoded image."""
+    background: tuple[int, int, int] = (255, 255, 255)
+    """Red, green and blue of what lies behind images with an alpha channel."""
 
 
 @dataclass(frozen=True)

@@ -259,7 +259,9 @@ def _whole(dataset: str, split: str) -> tuple[Tensor, dict[str, np.ndarray]]:
         names = {"label_clean": "true", "label": "true", "label_aggre": "aggre", "label_random1": "random1"}
         columns = {names[name]: table[name].to_numpy().astype(np.int64) for name in table.column_names if name in names}
         column = table["image"]
-    pixels, readable, _ = decode_column(column, channels=image.channels, size=image.size, shape=image.shape)
+    pixels, readable, _ = decode_column(
+        column, channels=image.channels, size=image.size, shape=image.shape, background=image.background
+    )
     assert readable.all()
     return pixels, columns
 

@@ -786,7 +786,9 @@ def _noisy(
         from posttrain.vision.images import decode_column  # torch: the other kinds read without it
 
         spec = noise.image
-        pixels, readable, _ = decode_column(images, channels=spec.channels, size=spec.size, shape=spec.shape)
+        pixels, readable, _ = decode_column(
+            images, channels=spec.channels, size=spec.size, shape=spec.shape, background=spec.background
+        )
         seen = given & readable
         noisy[seen] = instance_dependent(
             labels[seen], ids[seen], pixels.numpy()[given[readable]], classes=classes, rate=noise.rate, seed=seed

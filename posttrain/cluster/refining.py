@@ -446,8 +446,9 @@ class LiveImages:
             block = self._get(bucket.block)
             rows = np.setdiff1d(np.arange(block.num_rows), self._excluded.get(bucket.index, np.empty(0, np.int32)))
             block = block.take(rows)
+            spec = self._spec
             decoded, readable, reasons = decode_column(
-                block[IMAGE], channels=self._spec.channels, size=self._spec.size, shape=self._spec.shape
+                block[IMAGE], channels=spec.channels, size=spec.size, shape=spec.shape, background=spec.background
             )
             self._readable += int(readable.sum())
             if reasons and self._unreadable is None:

@@ -384,7 +384,9 @@ def embed_block(
     rows = np.setdiff1d(np.arange(block.num_rows), skip)
     block = block.take(pa.array(rows))
     image = spec.image
-    pixels, readable, reasons = decode_column(block[IMAGE], channels=image.channels, size=image.size, shape=image.shape)
+    pixels, readable, reasons = decode_column(
+        block[IMAGE], channels=image.channels, size=image.size, shape=image.shape, background=image.background
+    )
     labels = block[LABEL].to_numpy()
     why = dict(zip(np.flatnonzero(~readable).tolist(), reasons, strict=True))
     why |= {int(at): "no label" for at in np.flatnonzero(readable & (labels < 0))}

@@ -19,6 +19,7 @@ import bisect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Literal
 
 import torch
@@ -49,8 +50,10 @@ COMPARED = 0.1
 """Held-out and live samples are compared by how many lie in the tail that holds this share of the held-out ones."""
 TOLD_APART = 0.2
 """Only where wrong labels would lie in that tail more often by this much."""
-BEYOND_CHANCE = 2.326
-"""Standard errors by which a boundary agrees with labels more often than a guess would: one-sided 99 %."""
+GUESSES = 0.01
+"""How often a boundary that only guesses may pass for one that does not: one-sided 99 %."""
+BEYOND_CHANCE = Fraction("2.326")
+"""The same in standard errors."""
 MISTAKEN = 0.1
 """Up to this share of the boundary's overall held-out error, its own errors are found among the most confident."""
 
@@ -383,15 +386,53 @@ def _doubt(held_out: Survey) -> Doubt | None:
     1951). That held-out labels are worse than live ones, `_compared` does not tell: by a network that has memorised
     its labels live ones look better, by up to ten standard errors where the last layer draws the boundary.
     """
-    n = float(held_out.count)
+    n = int(held_out.count)
     if n < LEAST_CONFIDENT:
         return "few"
-    given, predicted = (of.cpu() / n for of in (held_out.labels, held_out.predicted))
-    by_chance = float(given @ predicted)
-    centred = torch.eye(len(given), dtype=torch.float64) - predicted[:, None] - given[None, :] + by_chance
-    variance = float(given @ centred.square() @ predicted) / (n - 1)
-    agreement = 1 - float(held_out.disagreeing.sum()) / n
-    return "chance" if agreement - by_chance <= BEYOND_CHANCE * math.sqrt(variance) else None
+    given, predicted = ([int(samples) for samples in of.tolist()] for of in (held_out.labels, held_out.predicted))
+    return "chance" if _agree_by_chance(n - int(held_out.disagreeing.sum()), n, given, predicted) else None
+
+
+def _agree_by_chance(agreeing: int, n: int, given: Sequence[int], predicted: Sequence[int]) -> bool:
+    """Whether so many of n > 2 samples agree by chance, with so many labels and predictions of each class.
+
+    In whole numbers and fractions throughout: where all predictions, or all labels, are of one class, the variance is
+    0, the agreement exactly that of a guess, and a difference by rounding would pass for more. With S = sum_c g_c p_c,
+    d_cq = n^2 [c = q] - n p_c - n g_q + S, and M_k = sum_cq g_c p_q d_cq^k,
+
+        mean = S / n,    variance = M_2 / (n^4 (n - 1)),    third central moment = M_3 / (n^5 (n - 1) (n - 2)).
+
+    The limit is the quantile by Cornish & Fisher (1938), half a sample further since counts are whole: where few are to
+    be expected, as of predictions that are nearly all of one class, one lucky sample would else be enough. Of two
+    classes the distribution itself is known (Fisher's exact test).
+    """
+    total = sum(g * p for g, p in zip(given, predicted, strict=True))
+    by_row, by_column = [total - n * p for p in predicted], [-n * g for g in given]
+
+    def moment(k: int) -> int:
+        # over all pairs of classes as if none were equal, and what the equal ones add: linear in the classes
+        apart = (
+            math.comb(k, j)
+            * sum(g * u**j for g, u in zip(given, by_row, strict=True))
+            * sum(p * v ** (k - j) for p, v in zip(predicted, by_column, strict=True))
+            for j in range(k + 1)
+        )
+        rows = zip(given, predicted, by_row, by_column, strict=True)
+        return sum(apart) + sum(g * p * ((n * n + u + v) ** k - (u + v) ** k) for g, p, u, v in rows)
+
+    second = moment(2)
+    if not second:
+        return True
+    occurring = [(g, p) for g, p in zip(given, predicted, strict=True) if g + p]
+    if len(occurring) == 2:
+        from scipy.stats import hypergeom  # pyright: ignore[reportMissingTypeStubs]  takes half a second
+
+        g, p = occurring[0]
+        # h samples of the first class agree, and n - g - p + h of the second
+        return float(hypergeom.sf((agreeing - n + g + p) // 2 - 1, n, g, p)) > GUESSES
+    skewed = (BEYOND_CHANCE**2 - 1) / 6 * Fraction(max(0, moment(3)), n * (n - 2) * second)
+    beyond = agreeing - Fraction(total, n) - Fraction(1, 2) - skewed
+    return beyond <= 0 or beyond**2 * n**4 * (n - 1) <= BEYOND_CHANCE**2 * second
 
 
 def _noise(held_out: Survey, live: Survey, prior: Prior) -> tuple[NoiseEstimate, float, float]:

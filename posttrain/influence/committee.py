@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from posttrain.errors import FeaturelessError
 from posttrain.influence import audit as audits
 from posttrain.influence import probe as probes
 from posttrain.influence import transition as transitions
@@ -111,10 +112,15 @@ def draw(
 ) -> Boundary:
     """The boundary of the best committee among probes on the candidates (layer, damping).
 
-    Every candidate is fitted on the live samples, and compared on the held-out ones.
+    Every candidate is fitted on the live samples, and compared on the held-out ones. A layer whose features are all
+    constant is no candidate; raises FeaturelessError where there is no other.
     """
-    layers = tuple(dict.fromkeys(layer for layer, _ in candidates))
-    standardizers = standardizers_of(live, layers)
+    named = tuple(dict.fromkeys(layer for layer, _ in candidates))
+    found = zip(named, standardizers_of(live, named), strict=True)
+    usable = {layer: standardizer for layer, standardizer in found if standardizer.varies}
+    if not usable:
+        raise FeaturelessError(f"its features are constant in {', '.join(named)}")
+    layers, standardizers = tuple(usable), tuple(usable.values())
     tried: list[Fit] = []
     for layer, standardizer in zip(layers, standardizers, strict=True):
         start: Tensor | None = None

@@ -41,6 +41,8 @@ class Standardizer:
 
     mean: Float[Tensor, " raw"]
     scale: Float[Tensor, " raw"]
+    varies: bool = True
+    """Whether any feature is not constant."""
 
     @staticmethod
     def from_moments(count: Tensor, total: Tensor, square: Tensor) -> Standardizer:
@@ -50,7 +52,7 @@ class Standardizer:
         # what varies less than float16 can tell apart is constant: dividing by it would amplify rounding
         constant = variance <= (1e-3 * mean.abs().clamp_min(1e-3)) ** 2
         scale = torch.where(constant, torch.ones_like(variance), variance.sqrt())
-        return Standardizer(mean, scale)
+        return Standardizer(mean, scale, not bool(constant.all()))
 
     def __call__(self, features: Float[Tensor, "batch raw"], dtype: torch.dtype = torch.float32) -> Tensor:
         """[batch, raw + 1]: standardised, a 1 appended."""

@@ -48,13 +48,16 @@ class PosttrainModel(PythonModel):
         else:
             cells = list(model_input)
         shape = tuple(image["shape"]) if image["shape"] else None
+        options = {"channels": image["channels"], "size": tuple(image["size"]), "shape": shape}
+        if "background" in image:
+            options["background"] = tuple(image["background"])
         probabilities = np.empty((len(cells), self.recipe["classes"]), dtype=np.float32)
         for start in range(0, len(cells), _BATCH):
             pixels = []
             for row, cell in enumerate(cells[start : start + _BATCH], start):
                 try:
                     cell = base64.b64decode(cell, validate=True) if isinstance(cell, str) else cell
-                    pixels.append(decode(cell, channels=image["channels"], size=tuple(image["size"]), shape=shape))
+                    pixels.append(decode(cell, **options))
                 except (UnreadableImage, ValueError) as error:
                     raise ValueError(f"image {row} cannot be read: {error}") from error
             with torch.inference_mode():

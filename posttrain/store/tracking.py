@@ -229,8 +229,8 @@ class Tracking:
         """The URI (models:/m-...) of the logged model, for `mlflow.pyfunc.load_model`; it holds no pickle.
 
         `weights`: a safetensors file. `image`: channels, size (height, width), mean, std, shape (of raw
-        cells, or None). posttrain's code travels with the model; a factory of the user's own must be
-        importable where the model is loaded. A model of this name that the run has already stays.
+        cells, or None), background (behind alpha). posttrain's code travels with the model; a factory of the user's
+        own must be importable where the model is loaded. A model of this name that the run has already stays.
         """
         recipe = {
             "factory": factory,

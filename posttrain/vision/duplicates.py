@@ -49,7 +49,8 @@ def grey(cells: Iterable[object], shape: tuple[int, ...] | None) -> tuple[np.nda
     for cell in cells:
         try:
             image = _opened(cell, shape)
-            light = image if image.mode == "L" else image.convert("L")
+            light = _without_alpha(image) if image.has_transparency_data else image
+            light = light if light.mode == "L" else light.convert("L")
             pixels.append(light.resize((SIDE, SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0).tobytes())
             readable.append(True)
         except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError):
@@ -69,6 +70,17 @@ def _opened(cell: object, shape: tuple[int, ...] | None) -> Image.Image:
     values = np.frombuffer(cell, np.uint8) if isinstance(cell, bytes) else np.asarray(cell)
     values = values.reshape(shape or values.shape).astype(np.uint8)
     return Image.fromarray(values[..., 0] if values.ndim == 3 and values.shape[2] == 1 else values)
+
+
+def _without_alpha(image: Image.Image) -> Image.Image:
+    """Grey, laid on white, or where nothing is to be seen on that, on black: the shape may be in the alpha alone."""
+    rgba = image.convert("RGBA")
+    found = Image.new("L", image.size)
+    for behind in ("white", "black"):
+        found = Image.alpha_composite(Image.new("RGBA", image.size, behind), rgba).convert("L")
+        if np.asarray(found).std() >= _FLAT:
+            break
+    return found
 
 
 def prints(pixels: np.ndarray) -> Prints:

@@ -27,6 +27,8 @@ except ImportError:  # announced by torchvision 0.29; Pillow decodes these forma
 
 Augmentation = Literal["none", "crop", "crop_flip"]
 
+WHITE = (255, 255, 255)
+
 PIXEL_LIMIT = 178_956_970
 """Most pixels of an image that is decoded: where Pillow, too, refuses a decompression bomb."""
 
@@ -47,18 +49,25 @@ class UnreadableImage(ValueError):  # noqa: N818  a finding about a cell, no fai
     """An image cannot be had from this cell; the message is the short reason that goes into quarantine."""
 
 
-def decode(cell: object, *, channels: int, size: tuple[int, int], shape: tuple[int, ...] | None = None) -> Tensor:
+def decode(
+    cell: object,
+    *,
+    channels: int,
+    size: tuple[int, int],
+    shape: tuple[int, ...] | None = None,
+    background: tuple[int, int, int] = WHITE,
+) -> Tensor:
     """The image in one table cell, uint8 [channels, height, width].
 
     A cell holds an encoded image (bytes), raw pixels (bytes, where `shape` gives (H, W) or (H, W, C)), an
     array or nested list of whole numbers 0..255 as (H, W), (H, W, C) or (C, H, W), or a dict {"bytes": ...}.
     Another size is resized by its short side (bilinear, antialiased) and cropped to the centre; grey and RGB
-    are converted into each other; alpha is dropped; of an animation the first frame counts; EXIF rotation is
-    applied. Raises UnreadableImage with the reason.
+    are converted into each other; what has alpha is laid on the `background` (red, green, blue); of an animation the
+    first frame counts; EXIF rotation is applied. Raises UnreadableImage with the reason.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _decode(cell, channels, size, shape).contiguous()
+        return _decode(cell, channels, size, shape, background).contiguous()
 
 
 def decode_column(
@@ -67,6 +76,7 @@ def decode_column(
     channels: int,
     size: tuple[int, int],
     shape: tuple[int, ...] | None = None,
+    background: tuple[int, int, int] = WHITE,
 ) -> tuple[Tensor, np.ndarray, list[str]]:
     """All readable images of a column, which rows those are, and why the others are not.
 
@@ -76,7 +86,7 @@ def decode_column(
     Raises DataError where the column's type cannot hold images.
     """
     chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
-    parts = [_decode_chunk(_plain(chunk), channels, size, shape) for chunk in chunks]
+    parts = [_decode_chunk(_plain(chunk), channels, size, shape, background) for chunk in chunks]
     if len(parts) == 1:
         return parts[0]
     nothing = torch.empty((0, channels, *size), dtype=torch.uint8)
@@ -133,7 +143,13 @@ def _mirrored(index: Tensor, length: int) -> Tensor:
     return length - 1 - (length - 1 - index.abs()).abs()
 
 
-def _decode(cell: object, channels: int, size: tuple[int, int], shape: tuple[int, ...] | None) -> Tensor:
+def _decode(
+    cell: object,
+    channels: int,
+    size: tuple[int, int],
+    shape: tuple[int, ...] | None,
+    background: tuple[int, int, int],
+) -> Tensor:
     if isinstance(cell, Mapping):
         cell = cell.get("bytes")
     if cell is None:
@@ -142,18 +158,22 @@ def _decode(cell: object, channels: int, size: tuple[int, int], shape: tuple[int
         if not len(cell):
             raise UnreadableImage("empty")
         if shape is None:
-            return _fitted(_decoded(bytes(cell), channels), channels, size)
+            return _fitted(_decoded(bytes(cell), channels, background), channels, size, background)
         pixels = np.frombuffer(cell, np.uint8)
     else:
         try:
             pixels = np.asarray(cell)
         except ValueError:
             raise UnreadableImage("rows of different length") from None
-    return _fitted(_planar(pixels[None], shape)[0], channels, size)
+    return _fitted(_planar(pixels[None], shape)[0], channels, size, background)
 
 
 def _decode_chunk(
-    column: pa.Array, channels: int, size: tuple[int, int], shape: tuple[int, ...] | None
+    column: pa.Array,
+    channels: int,
+    size: tuple[int, int],
+    shape: tuple[int, ...] | None,
+    background: tuple[int, int, int],
 ) -> tuple[Tensor, np.ndarray, list[str]]:
     readable = np.array(column.is_valid())
     cells = column.drop_null() if column.null_count else column
@@ -162,7 +182,7 @@ def _decode_chunk(
         dense = _dense(cells, shape)
         if dense is not None:
             try:
-                images = _fitted(_planar(dense, shape), channels, size).contiguous()
+                images = _fitted(_planar(dense, shape), channels, size, background).contiguous()
                 return images, readable, ["no image"] * missing
             except UnreadableImage:
                 pass  # the loop below finds out which of the cells it is
@@ -173,7 +193,7 @@ def _decode_chunk(
         warnings.simplefilter("ignore")
         for row, cell in zip(np.flatnonzero(readable).tolist(), _each(cells), strict=True):
             try:
-                images[done] = _decode(cell, channels, size, shape)
+                images[done] = _decode(cell, channels, size, shape, background)
                 done += 1
             except UnreadableImage as reason:
                 readable[row] = False
@@ -292,10 +312,17 @@ def _planar(pixels: np.ndarray, shape: tuple[int, ...] | None) -> Tensor:
     return torch.from_numpy(np.array(pixels, order="C"))
 
 
-def _fitted(images: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
+def _laid_on(images: Tensor, background: tuple[int, int, int]) -> Tensor:
+    """uint8 [..., 4, h, w] with alpha as [..., 3, h, w]: colour x alpha + background x (1 - alpha), rounded."""
+    alpha = images[..., 3:, :, :].int()
+    behind = torch.tensor(background, dtype=torch.int32).view(3, 1, 1)
+    return ((images[..., :3, :, :] * alpha + behind * (255 - alpha) + 127) // 255).to(torch.uint8)
+
+
+def _fitted(images: Tensor, channels: int, size: tuple[int, int], background: tuple[int, int, int]) -> Tensor:
     """uint8 [..., c, h, w] with the number of channels and the size asked for."""
     if images.shape[-3] == 4:
-        images = images[..., :3, :, :]
+        images = _laid_on(images, background)
     if images.shape[-3] != channels:
         rgb = (*images.shape[:-3], 3, *images.shape[-2:])
         images = transform.rgb_to_grayscale(images) if channels == 1 else images.expand(rgb)
@@ -311,7 +338,7 @@ def _fitted(images: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
     return images
 
 
-def _decoded(data: bytes, channels: int) -> Tensor:
+def _decoded(data: bytes, channels: int, background: tuple[int, int, int]) -> Tensor:
     """Encoded bytes as uint8 [c, h, w]; c is `channels` wherever the decoder can do that itself."""
     declared = _declared_size(data)
     if declared is not None:
@@ -323,7 +350,7 @@ def _decoded(data: bytes, channels: int) -> Tensor:
             return decode_image(torch.frombuffer(data, dtype=torch.uint8), mode, apply_exif_orientation=True)
         except RuntimeError:
             pass  # Pillow reads some of these after all, and says of the others what is wrong with them
-    return _decoded_by_pillow(data, channels)
+    return _decoded_by_pillow(data, channels, background)
 
 
 def _declared_size(data: bytes) -> tuple[int, int] | None:
@@ -356,7 +383,7 @@ def _pillow_formats() -> list[str]:
     return [name for name in _PILLOW_FORMATS if name in Image.OPEN]
 
 
-def _decoded_by_pillow(data: bytes, channels: int) -> Tensor:
+def _decoded_by_pillow(data: bytes, channels: int, background: tuple[int, int, int]) -> Tensor:
     kind = "image"
     try:
         with Image.open(io.BytesIO(data), formats=_pillow_formats()) as image:
@@ -367,6 +394,9 @@ def _decoded_by_pillow(data: bytes, channels: int) -> Tensor:
                 return torch.from_numpy(((np.array(upright, np.uint32) + 128) // 257).astype(np.uint8))[None]
             if upright.mode in ("I", "F"):
                 raise UnreadableImage(f"{kind} with 32-bit pixels, whose range is not known")
+            if upright.has_transparency_data:
+                behind = Image.new("RGBA", upright.size, background)
+                upright = Image.alpha_composite(behind, upright.convert("RGBA")).convert("RGB")
             # by way of RGB: of other modes, such as CMYK, grey would be another
             grey = channels == 1 and upright.mode != "L"
             colour = upright.convert("RGB") if grey or channels == 3 else upright

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from small_data import Digits
+from PIL import Image
+from small_data import Digits, removed_ids
 from typer.testing import CliRunner
 
 from pipelines.benchmarks import bad_input
 from pipelines.cli import app
+from posttrain.cluster import reading
 from posttrain.cluster.session import refuse_unreachable
 from posttrain.errors import ConfigError
 
@@ -123,6 +127,78 @@ def test_images_that_can_be_read_of_one_class_alone(
     assert (
         f"data.train = {folder}: only one class (3) is left" in result.stderr and "quarantine.parquet" in result.stderr
     )
+
+
+def in_alpha_alone(pixels: np.ndarray) -> bytes:
+    """The image as a black one whose shape is in the alpha channel."""
+    image = Image.new("RGBA", pixels.shape[::-1], "black")
+    image.putalpha(Image.fromarray(255 - pixels))
+    stream = io.BytesIO()
+    image.save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def alpha_alone(digits: Digits, folder: Path, kind: str) -> dict[str, Any]:
+    """The data section of digits whose shape is in the alpha channel alone."""
+    names = ("train", "validation")
+    folder.mkdir()
+    for split in names:
+        images = {i: in_alpha_alone(digits.images[i]) for i in digits.splits[split]}
+        if kind == "parquet":
+            pq.write_table(
+                digits.table(split, image=pa.array(list(images.values()), pa.binary())), folder / f"{split}.parquet"
+            )
+            continue
+        for i, image in images.items():
+            own = folder / split / str(digits.given[i])
+            own.mkdir(parents=True, exist_ok=True)
+            (own / f"{i:04d}.png").write_bytes(image)
+    found = {split: str(folder / (f"{split}.parquet" if kind == "parquet" else split)) for split in names}
+    return {"source": kind, **found, "test": None, **({} if kind == "parquet" else {"true_label": None})}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "folder"])
+@pytest.mark.parametrize("small", [True, False])
+def test_images_that_all_look_the_same(
+    runfile: Make,
+    shared_workers: None,
+    digits: Digits,
+    tmp_path: Path,
+    kind: str,
+    small: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not small:
+        monkeypatch.setattr(reading, "SMALL_BYTES", 0)
+    raw = runfile(tmp_path / "run", data=alpha_alone(digits, tmp_path / "data", kind), model={"background": 0})
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(raw))
+    for _ in range(2):  # a second start says the same
+        result = CliRunner().invoke(app, ["clean", str(file)])
+        assert result.exit_code == 2, result.output
+        [said] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        assert (
+            f"data.train = {raw['data']['train']}: the 900 training images that can be read all look the same" in said
+        )
+        assert "set data.image (image)" in said and "model.background (0)" in said
+        assert not list((tmp_path / "run").rglob("removed.parquet")) and not (tmp_path / "run" / "cleaned").exists()
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_shapes_in_the_alpha_channel_alone_are_cleaned_as_any_others(
+    run: Callable[..., dict[str, Any]],
+    digits: Digits,
+    undisturbed: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    small: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not small:
+        monkeypatch.setattr(reading, "SMALL_BYTES", 0)
+    data = alpha_alone(digits, tmp_path / "data", "parquet")
+    run(tmp_path / "run", data=data)
+    # black where the alpha is, on white: the very digits
+    assert removed_ids(tmp_path / "run") == removed_ids(undisturbed()["run"])
 
 
 def test_a_missing_file(runfile: Make, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -282,7 +283,7 @@ def test_random_labels_are_not_taken_for_wrong_ones_where_the_boundary_guesses(s
 
 
 @pytest.mark.parametrize(
-    ("rate", "rare", "samples"), [(0.2, 0.4, 60), (0.2, 0.1, 100), (0.3, 0.1, 300), (0.1, 0.02, 1000), (0.0, 0.02, 200)]
+    ("rate", "rare", "samples"), [(0.2, 0.4, 60), (0.2, 0.1, 150), (0.3, 0.1, 300), (0.1, 0.02, 1000), (0.0, 0.02, 200)]
 )
 def test_a_boundary_that_is_right_is_no_guess_where_classes_are_unequal(rate: float, rare: float, samples: int):
     """Better than a guess, though hardly better than always the more frequent label."""
@@ -292,6 +293,75 @@ def test_a_boundary_that_is_right_is_no_guess_where_classes_are_unequal(rate: fl
     right = [replace(of, logits=torch.nn.functional.one_hot(of.true, 2).double() * 5) for of in drawn]
     doubts = [audits.audit(surveyed(of), live, 1.0).noise.doubt for of in right]
     assert doubts.count("chance") <= 2
+
+
+def doubt_of(predicted: Tensor, labels: Tensor, classes: int) -> str | None:
+    """What is doubted where held-out samples are predicted and labelled so."""
+    logits = 5 * torch.nn.functional.one_hot(predicted, classes).double()
+    return audits.audit(Survey(*survey(logits, labels, 1.0)), LIVE[classes], 1.0).noise.doubt
+
+
+LIVE = {classes: surveyed(simulated(200, symmetric(classes, 0.1))) for classes in (2, 3, 10)}
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10])
+def test_predictions_or_labels_of_one_class_alone_are_chance_whatever_their_number(classes: int):
+    drawn = np.random.default_rng(classes)
+    for n in [*range(50, 130), 999, 1200, 9999]:
+        labels = torch.from_numpy(drawn.choice(classes, n, p=drawn.dirichlet(np.full(classes, 0.5))))
+        for only in range(min(classes, 3)):
+            same = torch.full_like(labels, only)
+            assert doubt_of(same, labels, classes) == "chance", (n, only)
+            assert doubt_of(labels, same, classes) == "chance", (n, only)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10])
+@pytest.mark.parametrize("others", [1, 2, 5])
+def test_predictions_nearly_all_of_one_class_pass_for_more_than_chance_in_one_of_a_hundred_cases(
+    classes: int, others: int
+):
+    drawn = np.random.default_rng(others)
+    doubts = []
+    for _ in range(400):
+        n = int(drawn.integers(50, 400))
+        predicted = torch.zeros(n, dtype=torch.long)
+        predicted[:others] = torch.from_numpy(drawn.integers(1, classes, others))
+        labels = torch.from_numpy(drawn.choice(classes, n, p=drawn.dirichlet(np.full(classes, 1.0))))
+        doubts.append(doubt_of(predicted, labels, classes))
+    # 4 are to be expected at most
+    assert doubts.count(None) <= 9
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10])
+@pytest.mark.parametrize("even", [0.5, 5.0])
+def test_predictions_by_chance_pass_for_more_in_one_of_a_hundred_cases(classes: int, even: float):
+    drawn = np.random.default_rng(0)
+    doubts = []
+    for _ in range(400):
+        n = int(drawn.integers(50, 400))
+        guesses, sizes = (drawn.dirichlet(np.full(classes, even)) for _ in range(2))
+        predicted, labels = (torch.from_numpy(drawn.choice(classes, n, p=p)) for p in (guesses, sizes))
+        doubts.append(doubt_of(predicted, labels, classes))
+    assert doubts.count(None) <= 9
+
+
+def test_the_moments_of_agreement_are_those_over_all_orders():
+    """By the limit: with the quantile in plain floats from all 5,040 orders of seven labels."""
+    given, predicted = [3, 2, 2], [4, 2, 1]
+    labels, guesses = np.repeat(range(3), given), np.repeat(range(3), predicted)
+    agreeing = np.array([(np.array(order) == guesses).sum() for order in permutations(labels)])
+    spread, skewed = agreeing.std(), ((agreeing - agreeing.mean()) ** 3).mean()
+    z = 2.326
+    limit = agreeing.mean() + z * spread + 0.5 + max(0.0, (z * z - 1) / 6 * skewed / spread**2)
+    for k in range(8):
+        assert audits._agree_by_chance(k, 7, given, predicted) == (k <= limit)
+
+
+def test_a_few_right_answers_are_no_guess_where_there_are_many_classes():
+    labels = torch.arange(200) % 10
+    for right, doubt in ((0, "chance"), (20, "chance"), (60, None), (200, None)):
+        predicted = torch.where(torch.arange(200) < right, labels, (labels + 1 + torch.arange(200) // 10 % 9) % 10)
+        assert doubt_of(predicted, labels, 10) == doubt
 
 
 def test_agreement_by_chance_is_that_of_labels_in_any_other_order():

@@ -12,6 +12,7 @@ from refits import digits, over_blocks
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from posttrain.errors import FeaturelessError
 from posttrain.influence import audit as audits
 from posttrain.influence.committee import (
     Boundary,
@@ -69,6 +70,23 @@ CANDIDATES = [(layer, damping) for layer in ("pixels", "units") for damping in (
 @pytest.fixture(scope="module")
 def boundary(seen: tuple[Layered, Layered]) -> Boundary:
     return draw(*seen, candidates=CANDIDATES, classes=10)
+
+
+def with_blank(seen: tuple[Layered, Layered]) -> tuple[Layered, Layered]:
+    """The same with a layer whose features are those of one and the same image."""
+    both = [replace(of, features={**of.features, "blank": torch.full((len(of.labels), 5), 0.3).half()}) for of in seen]
+    return both[0], both[1]
+
+
+def test_a_layer_without_variance_is_no_candidate(seen: tuple[Layered, Layered], boundary: Boundary):
+    found = draw(*with_blank(seen), candidates=[("blank", 0.3), *CANDIDATES], classes=10)
+    assert {fit.layer for fit in found.tried} == {"pixels", "units"}
+    assert found.members == boundary.members and torch.equal(found.weights, boundary.weights)
+
+
+def test_where_no_layer_has_variance_there_is_no_boundary(seen: tuple[Layered, Layered]):
+    with pytest.raises(FeaturelessError, match="constant in blank"):
+        draw(*with_blank(seen), candidates=[("blank", 0.3), ("blank", 0.03)], classes=10)
 
 
 # -- one linear head ---------------------------------------------------------------------------------------

@@ -56,6 +56,40 @@ def test_every_pixel_mode_is_converted_as_pillow_converts_it(mode: str, kind: st
     assert np.abs(found.numpy().astype(int) - np.asarray(expected)).max() <= (1 if kind != "JPEG" else 3)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("background", [(255, 255, 255), (0, 0, 0), (10, 200, 90)])
+def test_alpha_is_laid_on_the_background_the_same_in_every_kind_of_cell(
+    channels: int, background: tuple[int, int, int]
+):
+    colours, alpha = PIXELS.astype(float), PIXELS[:, :, :1] / 255
+    expected = (colours * alpha + np.array(background) * (1 - alpha)).round().astype(np.uint8)
+    cell = np.dstack([PIXELS, PIXELS[:, :, 0]])
+    wanted = decode(expected, channels=channels, size=SIZE)
+    raw = pa.array([cell.tobytes()], pa.binary())
+    for found in (
+        decode(cell, channels=channels, size=SIZE, background=background),
+        decode(encoded(cell, "PNG"), channels=channels, size=SIZE, background=background),
+        decode_column(raw, channels=channels, size=SIZE, shape=cell.shape, background=background)[0][0],
+    ):
+        # grey is made by Pillow in one case and by torchvision in the other
+        assert (found.int() - wanted.int()).abs().max() <= (channels == 1)
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "P", "L", "RGB"])
+def test_a_shape_in_the_alpha_channel_alone_is_seen_on_white(mode: str):
+    shape = Image.fromarray(np.kron([[255, 0], [0, 255]], np.ones((4, 4))).astype(np.uint8))
+    if mode in ("P", "L", "RGB"):  # one colour is transparent
+        image = Image.eval(shape, lambda value: 0 if value else 1).convert(mode)
+        data = encoded(image, "PNG", transparency=(1, 1, 1) if mode == "RGB" else image.getpixel((7, 0)))
+    else:
+        image = Image.new("RGBA", (8, 8), "black")
+        image.putalpha(shape)
+        data = encoded(image.convert(mode), "PNG")
+    found = decode(data, channels=1, size=(8, 8))
+    assert torch.equal(found[0], 255 - torch.from_numpy(np.array(shape)))
+    assert decode(data, channels=1, size=(8, 8), background=(0, 0, 0)).max() <= 1
+
+
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_16_bit_grey_is_scaled_and_not_clipped(kind: str):
     deep = np.array([[0, 257], [128 * 257, 65535]], np.uint16)
@@ -105,7 +139,7 @@ def test_sizes_that_are_not_square_are_covered(size: tuple[int, int]):
         PIXELS.tolist(),
         PIXELS.astype(np.int64),
         RGB.numpy(),
-        np.dstack([PIXELS, PIXELS[:, :, 0]]),
+        np.dstack([PIXELS, np.full_like(PIXELS[:, :, 0], 255)]),
         {"bytes": encoded(PIXELS, "PNG"), "path": None},
         bytearray(encoded(PIXELS, "PNG")),
     ],
