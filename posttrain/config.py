@@ -334,7 +334,7 @@ Positive = Annotated[float, Field(gt=0)]
 class Probe(Section):
     """The linear softmax head that is fitted on the frozen features."""
 
-    damping: Annotated[
+    l2: Annotated[
         tuple[Positive, ...],
         Field(min_length=1),
         BeforeValidator(_several, json_schema_input_type=Positive | tuple[Positive, ...]),
@@ -539,7 +539,7 @@ class Search(Section):
         "removal.budget": Distribution(loguniform=(0.02, 0.1)),
         "removal.max_rounds": Distribution(integers=(4, 12)),
         "probe.layers": Distribution(choice=("auto", "last")),
-        "probe.damping": Distribution(loguniform=(0.003, 1.0)),
+        "probe.l2": Distribution(loguniform=(0.003, 1.0)),
         # both shows its boundary at its end alone: by its rounds it would be stopped for being worse
         "refine.scope": Distribution(choice=("head", "network")),
         "refine.learning_rate": Distribution(loguniform=(0.001, 0.03)),

@@ -27,7 +27,7 @@ def standard_error(accuracy: float, samples: int) -> float:
     return math.sqrt(share * (1 - share) / n)
 
 
-def dealt_with(history: Sequence[Round]) -> int:
+def acted_on(history: Sequence[Round]) -> int:
     """Samples removed or relabelled so far."""
     return sum(done.removed + done.relabelled for done in history)
 
@@ -38,7 +38,7 @@ def allowance(history: Sequence[Round], share: float, *, removed_before: int = 0
     What former runs of the same job dealt with counts along: relabelled samples are live, removed ones are not.
     """
     of = history[0].live + removed_before
-    return max(0, int(share * of) - dealt_with(history) - removed_before - relabelled_before)
+    return max(0, int(share * of) - acted_on(history) - removed_before - relabelled_before)
 
 
 def in_one_round(live: int, budget: float) -> int:

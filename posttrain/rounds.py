@@ -147,7 +147,7 @@ def limit_reached(state: State[Model], limits: Limits) -> str | None:
 def nothing_left(state: State[Model], cut: Cut) -> str:
     """The reason where there is nothing (more) to do."""
     if cut.exhausted:
-        done = policy.dealt_with(state.history)
+        done = policy.acted_on(state.history)
         of_user = None if cut.share is None else f"removal.share = {cut.share:g}"
         if not done:
             return f"no sample goes: {of_user + '; ' if of_user else ''}{cut.estimate}"

@@ -1,7 +1,7 @@
 """The columns that cross a boundary, and the order that all samples share.
 
-A sample is a row `sample_id` (int64 or string), `image`, `label`. Samples are put into *buckets* by a hash of
-their id: which bucket a sample is in, and where in it, depends on its id and on the number of samples alone, so
+A sample is a row `sample_id` (int64 or string), `image`, `label`. Samples are put into *partitions* by a hash of
+their id: which partition a sample is in, and where in it, depends on its id and on the number of samples alone, so
 that no result can depend on files, blocks or workers.
 """
 
@@ -22,14 +22,14 @@ FEATURES = "features"
 TRUE_LABEL = "true_label"
 FILE = "file"
 ORDER = "order"
-BUCKET = "bucket"
+PARTITION = "partition"
 ROW = "row"
 DIGEST = "image_digest"
 SUPPORT = "self_confidence"
 """Probability of the given label, leave-one-out and calibrated."""
 
 NO_SUPPORT = pa.table(
-    {BUCKET: pa.array([], pa.int32()), ROW: pa.array([], pa.int32()), SUPPORT: pa.array([], pa.float32())}
+    {PARTITION: pa.array([], pa.int32()), ROW: pa.array([], pa.int32()), SUPPORT: pa.array([], pa.float32())}
 )
 """Of no samples."""
 
@@ -38,8 +38,8 @@ SPLITS = ("train", "validation", "test")
 Precision = Literal["float32", "bfloat16", "float16"]
 """In which number format a network's matrix products and convolutions are carried out."""
 
-BUCKET_ROWS = 2048
-"""Samples per bucket, on average: a few megabytes of features, a tenth of a second of work."""
+PARTITION_ROWS = 2048
+"""Samples per partition, on average: a few megabytes of features, a tenth of a second of work."""
 
 _WORD = 2**64 - 1
 ORDER_BITS = 60
@@ -78,14 +78,14 @@ def _mixed(words: np.ndarray) -> np.ndarray:
     return words ^ (words >> np.uint64(31))
 
 
-def bucket_count(samples: int) -> int:
-    """How many buckets `samples` are put into: a function of their number alone."""
-    return max(4, -(-samples // BUCKET_ROWS))
+def partition_count(samples: int) -> int:
+    """How many partitions `samples` are put into: a function of their number alone."""
+    return max(4, -(-samples // PARTITION_ROWS))
 
 
-def bucket_boundaries(buckets: int) -> list[int]:
-    """The `buckets - 1` order keys at which one bucket ends and the next begins."""
-    return [(2**ORDER_BITS * i) // buckets for i in range(1, buckets)]
+def partition_boundaries(partitions: int) -> list[int]:
+    """The `partitions - 1` order keys at which one partition ends and the next begins."""
+    return [(2**ORDER_BITS * i) // partitions for i in range(1, partitions)]
 
 
 @dataclass(frozen=True)
@@ -119,46 +119,48 @@ class ModelSpec:
 
 
 Excluded = dict[int, np.ndarray]
-"""bucket -> rows in it (int32, sorted) that take no part: removed or quarantined."""
+"""partition -> rows in it (int32, sorted) that take no part: removed or quarantined."""
 
 
 def merged(some: Excluded, others: Excluded) -> Excluded:
     """The rows of either."""
     both = dict(some)
-    for bucket, rows in others.items():
-        both[bucket] = np.union1d(both.get(bucket, np.empty(0, np.int32)), rows).astype(np.int32)
+    for partition, rows in others.items():
+        both[partition] = np.union1d(both.get(partition, np.empty(0, np.int32)), rows).astype(np.int32)
     return both
 
 
-def excluded_rows(buckets: np.ndarray, rows: np.ndarray, before: Excluded | None = None) -> Excluded:
-    """`before` with the rows of a table of (bucket, row) added."""
-    new = {int(bucket): np.unique(rows[buckets == bucket]).astype(np.int32) for bucket in np.unique(buckets)}
+def excluded_rows(partitions: np.ndarray, rows: np.ndarray, before: Excluded | None = None) -> Excluded:
+    """`before` with the rows of a table of (partition, row) added."""
+    new = {
+        int(partition): np.unique(rows[partitions == partition]).astype(np.int32) for partition in np.unique(partitions)
+    }
     return merged(before or {}, new)
 
 
 Relabelled = dict[int, tuple[np.ndarray, np.ndarray]]
-"""bucket -> (rows in it, int32, sorted; their new labels, int32)."""
+"""partition -> (rows in it, int32, sorted; their new labels, int32)."""
 
 
 def relabelled_rows(
-    buckets: np.ndarray, rows: np.ndarray, labels: np.ndarray, before: Relabelled | None = None
+    partitions: np.ndarray, rows: np.ndarray, labels: np.ndarray, before: Relabelled | None = None
 ) -> Relabelled:
-    """`before` with the rows of a table of (bucket, row, new label) added; no row may be in both."""
+    """`before` with the rows of a table of (partition, row, new label) added; no row may be in both."""
     both = dict(before or {})
-    for bucket in np.unique(buckets):
-        mine = buckets == bucket
-        known, given = both.get(int(bucket), (np.empty(0, np.int32), np.empty(0, np.int32)))
+    for partition in np.unique(partitions):
+        mine = partitions == partition
+        known, given = both.get(int(partition), (np.empty(0, np.int32), np.empty(0, np.int32)))
         all_rows = np.concatenate([known, rows[mine].astype(np.int32)])
         order = np.argsort(all_rows, kind="stable")
-        both[int(bucket)] = (all_rows[order], np.concatenate([given, labels[mine].astype(np.int32)])[order])
+        both[int(partition)] = (all_rows[order], np.concatenate([given, labels[mine].astype(np.int32)])[order])
     return both
 
 
-def current_labels(labels: np.ndarray, rows: np.ndarray, bucket: int, relabelled: Relabelled) -> np.ndarray:
-    """The labels of a bucket's `rows` (sorted) with the new ones in their place."""
-    if bucket not in relabelled or not len(rows):
+def current_labels(labels: np.ndarray, rows: np.ndarray, partition: int, relabelled: Relabelled) -> np.ndarray:
+    """The labels of a partition's `rows` (sorted) with the new ones in their place."""
+    if partition not in relabelled or not len(rows):
         return labels
-    changed, new = relabelled[bucket]
+    changed, new = relabelled[partition]
     at = np.searchsorted(rows, changed).clip(max=len(rows) - 1)
     there = rows[at] == changed
     labels = labels.copy()
@@ -169,17 +171,17 @@ def current_labels(labels: np.ndarray, rows: np.ndarray, bucket: int, relabelled
 def excluded_digest(excluded: Excluded) -> str:
     """16 hexadecimal digits that tell one set of excluded rows from another."""
     digest = hashlib.sha256()
-    for bucket in sorted(excluded):
-        digest.update(f"{bucket}:".encode() + excluded[bucket].astype(np.int32).tobytes())
+    for partition in sorted(excluded):
+        digest.update(f"{partition}:".encode() + excluded[partition].astype(np.int32).tobytes())
     return digest.hexdigest()[:16]
 
 
 def relabelled_digest(relabelled: Relabelled) -> str:
     """16 hexadecimal digits that tell one set of new labels from another."""
     digest = hashlib.sha256()
-    for bucket in sorted(relabelled):
-        rows, labels = relabelled[bucket]
-        digest.update(f"{bucket}:".encode() + rows.astype(np.int32).tobytes() + labels.astype(np.int32).tobytes())
+    for partition in sorted(relabelled):
+        rows, labels = relabelled[partition]
+        digest.update(f"{partition}:".encode() + rows.astype(np.int32).tobytes() + labels.astype(np.int32).tobytes())
     return digest.hexdigest()[:16]
 
 

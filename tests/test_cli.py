@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 import posttrain
-from pipelines.cli import app
+from posttrain.cli import app
 from posttrain.config import RunFile, schema
 from posttrain.errors import DataError, StepError
 
@@ -27,14 +27,14 @@ def clean(config, *, verbose, quiet):
     print("from Python"); os.write(1, b"from a native library\\n"); os.system("echo from a child")
     atexit.register(lambda: os.write(1, b"at the end\\n"))
     return {"run": config.run.path, "removal_recall": float("nan"), "quiet": quiet}
-sys.modules["pipelines.clean"] = types.SimpleNamespace(clean=clean)
-from pipelines.cli import main
+sys.modules["posttrain.runs.clean"] = types.SimpleNamespace(clean=clean)
+from posttrain.cli import main
 main()
 """
 
 
 def command(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
-    program = ["-c", code] if code else ["-m", "pipelines.cli"]
+    program = ["-c", code] if code else ["-m", "posttrain.cli"]
     # `python -m` and `-c` find the packages in the current folder, installed or not
     return subprocess.run(
         [sys.executable, *program, *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
@@ -72,7 +72,7 @@ def test_help_answers_in_about_a_second():
 
 
 def test_neither_help_nor_schema_imports_anything_heavy():
-    code = "import sys; from pipelines.cli import app; app(['schema'], standalone_mode=False); "
+    code = "import sys; from posttrain.cli import app; app(['schema'], standalone_mode=False); "
     code += "print(*sys.modules)"
     loaded = set(command(code=code).stdout.splitlines()[-1].split())
     assert not loaded & {"torch", "ray", "mlflow", "numpy", "pandas", "pyarrow", "matplotlib", "sklearn"}
@@ -195,7 +195,7 @@ def test_output_into_a_closed_pipe_is_no_traceback():
     reading, writing = os.pipe()
     os.close(reading)
     result = subprocess.run(
-        [sys.executable, "-m", "pipelines.cli", "schema"],
+        [sys.executable, "-m", "posttrain.cli", "schema"],
         cwd=REPOSITORY,
         stdout=writing,
         stderr=subprocess.PIPE,

@@ -81,7 +81,7 @@ def test_what_dump_writes_load_takes_back_unchanged(write):
             "model.mean=[0.4914, 0.4822, 0.4465]",
             "data.train=[a.parquet, 's3://b/ü c.parquet']",
             "data.classes=[cat, 'no', '7']",
-            "probe.damping=[1e-5, 1]",
+            "probe.l2=[1e-5, 1]",
         ],
     )
     again = load(write(dump(config)))
@@ -194,9 +194,9 @@ def test_a_new_setting_survives_writing_and_reading_and_is_a_difference(write, o
     assert Draft202012Validator(schema()).is_valid(yaml.safe_load(dump(config)))
 
 
-def test_one_damping_needs_no_list():
-    assert load(None, ["probe.damping=0.5"]).probe.damping == (0.5,)
-    assert load(None, ["probe.damping=[0.5, 1]"]).probe.damping == (0.5, 1.0)
+def test_one_l2_needs_no_list():
+    assert load(None, ["probe.l2=0.5"]).probe.l2 == (0.5,)
+    assert load(None, ["probe.l2=[0.5, 1]"]).probe.l2 == (0.5, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -208,9 +208,9 @@ def test_one_damping_needs_no_list():
         ("data.source=pq", "data.source = \"pq\": should be 'digits', 'parquet', 'folder' or 'torchvision'"),
         ("model.image_size=big", 'model.image_size = "big": should be a valid integer'),
         ("model.image_size=0", "model.image_size = 0: should be greater than or equal to 1"),
-        ("probe.damping=[0.1, 0]", "probe.damping = [0.1, 0]: should be greater than 0"),
-        ("probe.damping=[]", "probe.damping = []: should hold at least 1 value"),
-        ("probe.damping=-1", "probe.damping = -1: should be greater than 0"),
+        ("probe.l2=[0.1, 0]", "probe.l2 = [0.1, 0]: should be greater than 0"),
+        ("probe.l2=[]", "probe.l2 = []: should hold at least 1 value"),
+        ("probe.l2=-1", "probe.l2 = -1: should be greater than 0"),
         ("probe.layers=[]", "probe.layers = []: should hold at least 1 value or should be 'auto' or 'last'"),
         ("probe.width=7", "probe.width = 7: should be greater than or equal to 8"),
         ("probe.exact_limit=-1", "probe.exact_limit = -1: should be greater than or equal to 0"),
@@ -460,7 +460,7 @@ def test_a_space_takes_the_place_of_the_default_and_survives_writing_and_reading
 
 def test_values_of_a_search_are_checked_and_leave_the_rest_of_the_run_file():
     before = load(None, ["removal.patience=3"])
-    after = before.with_values({"removal.budget": 0.2, "probe.damping": 0.5})
-    assert differences(before, after) == ["probe.damping: [1.0, 0.1, 0.01] -> [0.5]", "removal.budget: 0.05 -> 0.2"]
+    after = before.with_values({"removal.budget": 0.2, "probe.l2": 0.5})
+    assert differences(before, after) == ["probe.l2: [1.0, 0.1, 0.01] -> [0.5]", "removal.budget: 0.05 -> 0.2"]
     with pytest.raises(ValueError, match="less than 1"):
         before.with_values({"removal.budget": 2})

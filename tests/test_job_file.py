@@ -14,7 +14,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from typer.testing import CliRunner
 
-from pipelines.cli import app
+from posttrain.cli import app
 from posttrain.config import JobFile, Run, load, load_job, schema
 from posttrain.errors import ConfigError, DataError, HeldError
 
@@ -87,9 +87,9 @@ def command(monkeypatch: pytest.MonkeyPatch, write: Write) -> Callable[..., Any]
     """Installs a function as the pipeline `retrain` or `rollback`, and runs that command on a job file."""
 
     def run(name: str, function: Callable[..., dict[str, Any]], *arguments: str) -> Any:
-        module = ModuleType("pipelines.retrain")
+        module = ModuleType("posttrain.jobs.retrain")
         setattr(module, name, function)
-        monkeypatch.setitem(sys.modules, "pipelines.retrain", module)
+        monkeypatch.setitem(sys.modules, "posttrain.jobs.retrain", module)
         return CliRunner().invoke(app, [name, str(write("job: {name: x}")), *arguments])
 
     return run
@@ -99,7 +99,7 @@ def command(monkeypatch: pytest.MonkeyPatch, write: Write) -> Callable[..., Any]
     ("outcome", "code"), [("promoted", 0), ("nothing new", 0), ("not promoted", 10), ("alarm", 11)]
 )
 def test_the_exit_code_says_what_became_of_the_run(command: Callable[..., Any], outcome: str, code: int) -> None:
-    from pipelines.retrain import EXIT_CODES
+    from posttrain.jobs.retrain import EXIT_CODES
 
     assert EXIT_CODES[outcome] == code
     summary = {"outcome": outcome, "exit_code": code}
@@ -151,7 +151,7 @@ def test_the_schema_of_a_job_file_is_printed_on_request() -> None:
 def test_a_rollback_before_the_first_run_is_refused_and_leaves_nothing_behind(write: Write, tmp_path: Path) -> None:
     path = write(f"{{job: {{name: x}}, run: {{path: {tmp_path / 'job'}}}}}")
     result = subprocess.run(
-        [sys.executable, "-m", "pipelines.cli", "rollback", str(path)],
+        [sys.executable, "-m", "posttrain.cli", "rollback", str(path)],
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,

@@ -18,8 +18,8 @@ import yaml
 from jsonschema import Draft202012Validator, ValidationError
 from packaging.requirements import Requirement
 
-from pipelines.cli import app
 from posttrain import config
+from posttrain.cli import app
 from posttrain.config import RunFile
 
 REPOSITORY = Path(__file__).parent.parent

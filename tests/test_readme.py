@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 import typer.main
 
-from pipelines.cli import app
+from posttrain.cli import app
 from posttrain.config import JobFile, Removal, RunFile, load, load_job
 
 REPOSITORY = Path(__file__).parent.parent

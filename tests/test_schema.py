@@ -7,15 +7,15 @@ import pytest
 from scipy.stats import chisquare
 
 from posttrain.schema import (
-    BUCKET_ROWS,
     ORDER_BITS,
+    PARTITION_ROWS,
     Relabelled,
-    bucket_boundaries,
-    bucket_count,
     current_labels,
     excluded_digest,
     excluded_rows,
     order_key,
+    partition_boundaries,
+    partition_count,
     relabelled_digest,
     relabelled_rows,
     stream_seed,
@@ -26,7 +26,7 @@ PATHS = np.array(["a", "train/cat/1.png", "é"], object)
 
 
 def test_order_keys_stay_the_same_from_release_to_release():
-    # a run folder holds (bucket, row): other keys would make every old run point at other samples
+    # a run folder holds (partition, row): other keys would make every old run point at other samples
     integers = np.array([0, 1, -5, 2**62])
     assert order_key(integers).tolist() == [
         752221890588809190,
@@ -86,24 +86,24 @@ def test_draws_of_different_seeds_have_nothing_to_do_with_each_other_or_with_the
     assert uniform(ids, 1).tolist() == draws[1].tolist()
 
 
-def test_bucket_boundaries_part_the_keys_evenly():
-    for buckets in (4, 7, 1000):
-        edges = [0, *bucket_boundaries(buckets), 2**ORDER_BITS]
+def test_partition_boundaries_part_the_keys_evenly():
+    for partitions in (4, 7, 1000):
+        edges = [0, *partition_boundaries(partitions), 2**ORDER_BITS]
         widths = [high - low for low, high in pairwise(edges)]
-        assert len(widths) == buckets
+        assert len(widths) == partitions
         assert max(widths) - min(widths) <= 1
 
 
-def test_samples_spread_evenly_over_the_buckets():
-    count = bucket_count(100_000)
-    sizes = np.histogram(order_key(np.arange(100_000)), [0, *bucket_boundaries(count), 2**ORDER_BITS])[0]
+def test_samples_spread_evenly_over_the_partitions():
+    count = partition_count(100_000)
+    sizes = np.histogram(order_key(np.arange(100_000)), [0, *partition_boundaries(count), 2**ORDER_BITS])[0]
     assert sizes.sum() == 100_000
     assert chisquare(sizes).pvalue > 1e-3
 
 
-def test_the_number_of_buckets_follows_from_the_number_of_samples():
-    assert [bucket_count(n) for n in (0, 1, 4 * BUCKET_ROWS, 4 * BUCKET_ROWS + 1)] == [4, 4, 4, 5]
-    assert bucket_count(1_000_000) == -(-1_000_000 // BUCKET_ROWS)
+def test_the_number_of_partitions_follows_from_the_number_of_samples():
+    assert [partition_count(n) for n in (0, 1, 4 * PARTITION_ROWS, 4 * PARTITION_ROWS + 1)] == [4, 4, 4, 5]
+    assert partition_count(1_000_000) == -(-1_000_000 // PARTITION_ROWS)
 
 
 def test_excluded_rows_are_the_union_sorted_and_without_repetition():
@@ -131,7 +131,7 @@ def test_the_digest_tells_sets_of_rows_apart_and_nothing_else():
 
 
 def as_pairs(relabelled: Relabelled) -> dict[int, list[tuple[int, int]]]:
-    """bucket -> (row, new label)."""
+    """partition -> (row, new label)."""
     return {b: list(zip(rows.tolist(), labels.tolist(), strict=True)) for b, (rows, labels) in relabelled.items()}
 
 
@@ -146,12 +146,12 @@ def test_relabelled_rows_are_sorted_and_keep_each_row_with_its_label():
 def test_relabelled_rows_do_not_depend_on_the_order_or_the_rounds_in_which_they_came():
     draw = np.random.default_rng(0)
     at = draw.permutation(600)[:200]
-    buckets, rows, labels = at // 100, at % 100, draw.integers(0, 10, 200)
-    at_once = relabelled_rows(buckets, rows, labels)
+    partitions, rows, labels = at // 100, at % 100, draw.integers(0, 10, 200)
+    at_once = relabelled_rows(partitions, rows, labels)
     in_rounds: Relabelled = {}
     for part in np.array_split(draw.permutation(200), 7):
-        in_rounds = relabelled_rows(buckets[part], rows[part], labels[part], in_rounds)
-    expected = dict(zip(zip(buckets.tolist(), rows.tolist(), strict=True), labels.tolist(), strict=True))
+        in_rounds = relabelled_rows(partitions[part], rows[part], labels[part], in_rounds)
+    expected = dict(zip(zip(partitions.tolist(), rows.tolist(), strict=True), labels.tolist(), strict=True))
     for found in (at_once, in_rounds):
         assert {(b, row): label for b, pairs in as_pairs(found).items() for row, label in pairs} == expected
         assert all((np.diff(rows) > 0).all() for rows, _ in found.values())
@@ -169,7 +169,7 @@ def test_relabelled_rows_leave_what_they_are_added_to_as_it_was():
 
 @pytest.mark.parametrize("there", ["all", "none", "first", "last", "some"])
 def test_current_labels_are_the_new_ones_of_the_rows_that_are_there(there: str):
-    # a bucket has rows 0..99; the quarantined and the removed are missing from a table of it
+    # a partition has rows 0..99; the quarantined and the removed are missing from a table of it
     draw = np.random.default_rng(1)
     changed = np.sort(draw.permutation(100)[:30])
     new = {int(row): int(label) for row, label in zip(changed, draw.integers(10, 20, 30), strict=True)}
@@ -186,11 +186,11 @@ def test_current_labels_are_the_new_ones_of_the_rows_that_are_there(there: str):
     found = current_labels(given, rows, 3, relabelled)
     assert found.tolist() == [new.get(row, label) for row, label in zip(rows.tolist(), given.tolist(), strict=True)]
     assert found.dtype == given.dtype
-    # features and labels of a bucket are kept by the workers: another view of it has other labels
+    # features and labels of a partition are kept by the workers: another view of it has other labels
     assert given.tolist() == as_it_was.tolist()
 
 
-def test_current_labels_of_another_bucket_or_of_no_rows_are_the_given_ones():
+def test_current_labels_of_another_partition_or_of_no_rows_are_the_given_ones():
     relabelled = relabelled_rows(np.array([3, 3]), np.array([0, 5]), np.array([1, 1]))
     labels = np.array([7, 8], np.int32)
     assert current_labels(labels, np.array([0, 5]), 2, relabelled).tolist() == [7, 8]
@@ -207,7 +207,7 @@ def test_current_labels_can_be_given_twice():
 
 def test_the_digest_tells_new_labels_apart_and_nothing_else():
     new = relabelled_rows(np.array([1, 1, 3]), np.array([2, 5, 0]), np.array([7, 8, 9]))
-    wide = {bucket: (rows.astype(np.int64), labels.astype(np.int64)) for bucket, (rows, labels) in new.items()}
+    wide = {partition: (rows.astype(np.int64), labels.astype(np.int64)) for partition, (rows, labels) in new.items()}
     backwards = dict(reversed(new.items()))
     assert relabelled_digest(new) == relabelled_digest(wide) == relabelled_digest(backwards)
     others: list[Relabelled] = [

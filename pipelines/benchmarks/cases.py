@@ -20,7 +20,7 @@ import pyarrow.dataset
 import torch
 from torch import Tensor, nn
 
-from posttrain.cluster.refining import Training, fit_network
+from posttrain.cluster.training import Training, fit_network
 from posttrain.schema import ImageSpec, stream_seed, uniform
 from posttrain.vision import models, noise
 from posttrain.vision.images import decode_column, normalize
@@ -324,7 +324,7 @@ def train(
     watch: bool = False,
     after_step: Callable[[nn.Module], None] | None = None,
 ) -> Trained:
-    """The case's network, trained on a part's given labels as posttrain trains it; `watch` keeps what peers need.
+    """The case's network, trained on a part's given labels as posttrain trains it; `watch` keeps what baselines need.
 
     AUM sums the margins of each sample's own training step; its cost is nothing but the bookkeeping.
     """

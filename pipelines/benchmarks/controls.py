@@ -26,11 +26,11 @@ from rich.console import Console
 
 from pipelines.benchmarks.hardware import hardware
 from pipelines.benchmarks.tables import percent
-from pipelines.clean import begun, finish, first_model, opened
-from pipelines.steps import CleaningRun, average_precisions
 from posttrain import rounds
 from posttrain.config import RunFile, load
 from posttrain.report.progress import StepLog
+from posttrain.runs.clean import begun, finish, first_model, opened
+from posttrain.runs.steps import CleaningRun, average_precisions
 from posttrain.schema import Round
 
 CONTROLS = {"posttrain": "mislabel_odds", "random removal": "random", "removal by loss": "loss", "no removal": None}

@@ -1,7 +1,7 @@
 """Which samples have a wrong label? posttrain's scores beside published ones, on the same networks.
 
 `python -m pipelines.benchmarks.detection --seeds 0 1 2` takes every case of `cases`, trains its network, ranks its
-training samples by every score of posttrain and by every peer of `peers`, one after the other in one process, and
+training samples by every score of posttrain and by every peer of `baselines`, one after the other in one process, and
 compares the ranks with the true labels, which no method sees. What is finished stays in `--folder`, one file
 for each case: started again, it goes on with what is missing. `--report` only writes the tables of what is there,
 `--readme` prints the short one.
@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipelines.benchmarks import cases, command, peers
+from pipelines.benchmarks import baselines, cases, command
+from pipelines.benchmarks.baselines import PEERS, Context
 from pipelines.benchmarks.cases import NOISES, Case, Data, OutOfSample
 from pipelines.benchmarks.detection_findings import (
     AFTER_FOLDS,
@@ -33,7 +34,6 @@ from pipelines.benchmarks.detection_findings import (
 )
 from pipelines.benchmarks.detection_report import report, short
 from pipelines.benchmarks.ours import Ours, ours
-from pipelines.benchmarks.peers import PEERS, Context
 from posttrain.vision import models
 
 Folds = Literal["train", "kept", "none"]
@@ -80,7 +80,7 @@ def measure(case: Case, folder: Path, folds: Folds = "train") -> Finding:
     if flagged is not None:
         changes["cleanlab_removed"] = removed(flagged, wrong)
     if probabilities is not None:
-        changes["cleanlab_suggested_accuracy"] = _share(peers.suggested(probabilities) == data.train.true, wrong)
+        changes["cleanlab_suggested_accuracy"] = _share(baselines.suggested(probabilities) == data.train.true, wrong)
     found = replace(found, **changes)
     keep(found, folder)
     return found
@@ -107,7 +107,7 @@ def _of_ours(case: Case, data: Data, weights: bytes, found: Ours) -> Finding:
         removed_confidence=float(found.confidence[found.selected].mean()) if found.selected.any() else None,
         calibration_error=calibration_error(found.confidence[found.selected], right[found.selected]),
         layers=found.layers,
-        dampings=found.dampings,
+        l2_values=found.l2_values,
         tried=tuple(Tried(*entry) for entry in found.table),
         last_layer=head,
         last_layer_auroc=ranking("ours", DEFAULT, found.last_layer, wrong, **cost).auroc,
@@ -123,7 +123,7 @@ def _share(right: np.ndarray, among: np.ndarray) -> float | None:
 
 
 def wanted(case: Case, folder: Path, folds: Folds) -> list[str]:
-    """The peers to measure on a case."""
+    """The baselines to measure on a case."""
     there = folds == "train" or (folds == "kept" and (folder / "out_of_sample" / f"{case.key}.pt").exists())
     return [method for method in PEERS if there or method not in AFTER_FOLDS]
 

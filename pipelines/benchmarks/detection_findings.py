@@ -19,7 +19,7 @@ from posttrain.config import Removal
 
 DEFAULT: str = Removal().score
 AFTER_FOLDS = ("confident_learning", "self_confidence")
-"""The peers that need out-of-sample predictions, thus `cases.FOLDS` more networks."""
+"""The baselines that need out-of-sample predictions, thus `cases.FOLDS` more networks."""
 BINS = 15
 
 Kind = Literal["ours", "peer"]
@@ -37,7 +37,7 @@ class Ranking:
     """Precision among as many of the most suspect samples as there are wrong labels."""
     seconds: float
     passes: float
-    """Over the training images, see `peers.Measured`."""
+    """Over the training images, see `baselines.Measured`."""
     hardware: str
     threads: int
     alongside: bool = False
@@ -60,7 +60,7 @@ class Tried:
     """A probe that was fitted, and what it is worth on held-out labels, as noisy as the rest."""
 
     layer: str
-    damping: float
+    l2: float
     loss: float
     accuracy: float
 
@@ -87,7 +87,7 @@ class Finding:
     calibration_error: float | None
     """`calibration_error` of the confidence in the suggestions, over what posttrain would remove."""
     layers: tuple[str, ...]
-    dampings: tuple[float, ...]
+    l2_values: tuple[float, ...]
     tried: tuple[Tried, ...]
     last_layer: str
     last_layer_auroc: float | None

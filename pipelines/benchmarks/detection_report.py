@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 from pipelines.benchmarks import cases
+from pipelines.benchmarks.baselines import PEERS
 from pipelines.benchmarks.cases import NETWORKS, NOISES
 from pipelines.benchmarks.detection_findings import AFTER_FOLDS, BINS, DEFAULT, Finding, Kind, Ranking, Tried
-from pipelines.benchmarks.peers import PEERS
 from pipelines.benchmarks.tables import document, fewer, grouped, head, markdown, with_spread
 
 Method = tuple[Kind, str]
@@ -68,7 +68,7 @@ class Defeat:
 
 
 def defeats(findings: Sequence[Finding]) -> list[Defeat]:
-    """The peers that have a higher mean average precision than the default score, the largest difference first."""
+    """The baselines that have a higher mean average precision than the default score, the largest difference first."""
     found: list[Defeat] = []
     for (dataset, noise, network), group in grouped(findings, "dataset", "noise", "network").items():
         for name in PEERS:
@@ -280,7 +280,7 @@ def _layers(findings: Sequence[Finding]) -> list[str]:
                 *(_percent(group, attrgetter(name)) for name in ACCURACIES),
             ]
         )
-    columns = ["data set", "network", "layers in the committee (cases)", "best layer alone (cases)"]
+    columns = ["data set", "network", "layers in the ensemble (cases)", "best layer alone (cases)"]
     columns += ["its held-out accuracy", "the last layer's", "AUROC of the default", "of the last layer alone"]
     columns += ["network, given labels", "network, test", "boundary, test"]
     return [

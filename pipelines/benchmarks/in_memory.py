@@ -11,16 +11,15 @@ from pipelines.benchmarks import cases
 from pipelines.benchmarks.cases import Case, Data, Part
 from pipelines.benchmarks.ours import InMemory, embedded, evidence
 from pipelines.benchmarks.training import refining, round_seed, trained_on
-from pipelines.boundary import Choice
-from pipelines.steps import in_words
 from posttrain import policy, rounds
 from posttrain.config import Probe as ProbeSection
 from posttrain.config import Removal
-from posttrain.influence import audit as audits
-from posttrain.influence import committee, scores, selection
-from posttrain.influence.audit import NoiseEstimate
-from posttrain.influence.committee import Boundary
+from posttrain.influence import calibration, ensemble, scores, selection
+from posttrain.influence.calibration import NoiseEstimate
+from posttrain.influence.ensemble import ProbeEnsemble
 from posttrain.rounds import Cut, State, Steps
+from posttrain.runs.boundary import Choice
+from posttrain.runs.steps import in_words
 from posttrain.schema import Round
 from posttrain.vision import layers, models
 
@@ -47,7 +46,7 @@ class Model:
     """What a round leaves behind."""
 
     weights: bytes = field(repr=False)
-    boundary: Boundary | None = None
+    boundary: ProbeEnsemble | None = None
     """What classifies in place of the network's own head."""
 
 
@@ -83,10 +82,10 @@ class Start:
     """Those to try."""
     features: Features
     test: InMemory
-    boundary: Boundary
+    boundary: ProbeEnsemble
     """Chosen, and drawn by all samples."""
-    head: Boundary
-    """A probe on the head's input, its damping by held-out loss, fitted on all samples."""
+    head: ProbeEnsemble
+    """A probe on the head's input, its l2 by held-out loss, fitted on all samples."""
     accuracies: dict[str, float]
     """Of the network itself, by split."""
 
@@ -99,18 +98,18 @@ def start(case: Case, data: Data, weights: bytes) -> Start:
     train, validation, test = (
         embedded(case, model, names, part, PROBE.width) for part in (data.train, data.validation, data.test)
     )
-    tried = [(name, damping) for name in names for damping in PROBE.damping]
-    boundary = committee.draw(train, validation, candidates=tried, classes=data.classes)
+    tried = [(name, l2) for name in names for l2 in PROBE.l2]
+    boundary = ensemble.draw(train, validation, candidates=tried, classes=data.classes)
     of_head = [candidate for candidate in best_by_layer(boundary) if candidate[0] == head]
-    new = committee.refit(train, validation, of_head, classes=data.classes)
+    new = ensemble.refit(train, validation, of_head, classes=data.classes)
     return Start(
         weights, names, Features(train, validation), test, boundary, new, network_accuracies(case, data, weights)
     )
 
 
-def best_by_layer(boundary: Boundary) -> list[tuple[str, float]]:
-    """(layer, damping) of each layer's best: what later rounds try."""
-    tried = tuple((fit.layer, fit.damping, fit.loss, fit.accuracy) for fit in boundary.tried)
+def best_by_layer(boundary: ProbeEnsemble) -> list[tuple[str, float]]:
+    """(layer, l2) of each layer's best: what later rounds try."""
+    tried = tuple((fit.layer, fit.l2, fit.loss, fit.accuracy) for fit in boundary.tried)
     return Choice("", boundary.members, tried).candidates()
 
 
@@ -130,12 +129,12 @@ class CleaningInMemory:
     estimates: list[Estimate] = field(default_factory=list)
     _removed_support: float = 0.0
     """Sum of the removed samples' given labels' probabilities."""
-    _prior: audits.Prior = audits.UNKNOWN
+    _prior: calibration.Prior = calibration.UNKNOWN
     """What the first round that found wrong labels saw of them."""
     _most: float = 0.0
     """Largest share of wrong labels that any round thought possible."""
     _features: tuple[bytes, Features] = field(init=False)
-    _chosen: tuple[bytes, Boundary] = field(init=False)
+    _chosen: tuple[bytes, ProbeEnsemble] = field(init=False)
 
     def __post_init__(self) -> None:
         self.kept = np.ones(len(self.data.train), bool)
@@ -154,19 +153,19 @@ class CleaningInMemory:
             self._features = (weights, Features(train, validation))
         return self._features[1]
 
-    def fit(self, state: State[Model], features: Features) -> Boundary:
+    def fit(self, state: State[Model], features: Features) -> ProbeEnsemble:
         """The boundary on the live samples: of a refined network its members are chosen anew."""
         if state.model.boundary is not None:
             return state.model.boundary
         weights, chosen = self._chosen
         if weights != state.model.weights:
             live, candidates = rows(features.train, self.kept), best_by_layer(chosen)
-            chosen = committee.draw(live, features.validation, candidates=candidates, classes=self.data.classes)
+            chosen = ensemble.draw(live, features.validation, candidates=candidates, classes=self.data.classes)
             self._chosen = (state.model.weights, chosen)
         return chosen
 
-    def score(self, state: State[Model], features: Features, boundary: Boundary) -> scores.Evidence:
-        """The audited evidence on the live samples."""
+    def score(self, state: State[Model], features: Features, boundary: ProbeEnsemble) -> scores.Evidence:
+        """The calibrated evidence on the live samples."""
         live = replace(self.data, train=self.data.train.rows(self.kept))
         train, removed = rows(features.train, self.kept), int((~self.kept).sum())
         found = evidence(
@@ -179,17 +178,17 @@ class CleaningInMemory:
             removed_support=self._removed_support,
             prior=self._prior,
         )
-        assert found.audit is not None
-        noise = found.audit.noise
+        assert found.noise_model is not None
+        noise = found.noise_model.noise
         if self._prior.votes is None:
-            self._prior = found.audit.prior
+            self._prior = found.noise_model.prior
         self.estimates.append(Estimate(noise.rate, noise.low, noise.high, noise.found))
         return found
 
     def select(self, state: State[Model], found: scores.Evidence) -> Taken:
         """The round's cut: at most the budget, at most what is estimated to be wrong, no class below its floor."""
-        assert found.audit is not None
-        noise, live = found.audit.noise, int(self.kept.sum())
+        assert found.noise_model is not None
+        noise, live = found.noise_model.noise, int(self.kept.sum())
         self._most = max(self._most, noise.most)
         in_all = policy.allowance(state.history, self._most)
         cut, gone = taken(
@@ -209,12 +208,12 @@ class CleaningInMemory:
             removal.live, removal.cut.candidates, removal.cut.total, 0, in_words(removal.noise), removal.exhausted
         )
 
-    def refine(self, state: State[Model], features: Features, removal: Taken, boundary: Boundary) -> Model:
+    def refine(self, state: State[Model], features: Features, removal: Taken, boundary: ProbeEnsemble) -> Model:
         """The model without this round's samples: the boundary drawn again, or the whole network trained on."""
         kept = self.kept & ~removal.gone
         if self.mode == "head":
             live = rows(features.train, kept)
-            drawn = committee.refit(live, features.validation, boundary.members, classes=self.data.classes)
+            drawn = ensemble.refit(live, features.validation, boundary.members, classes=self.data.classes)
             return Model(state.model.weights, drawn)
         weights, steps = trained_on(
             self.case,
@@ -303,7 +302,7 @@ def taken(
     return cut, gone
 
 
-def boundary_accuracies(boundary: Boundary, test: InMemory) -> dict[str, float]:
+def boundary_accuracies(boundary: ProbeEnsemble, test: InMemory) -> dict[str, float]:
     """Of a boundary, on both held-out sets: of the validation set it is known."""
     logits = test.side_by_side(boundary.layers, boundary.standardizers) @ boundary.weights.float().T
     accuracy = float((logits.argmax(dim=1) == test.labels).double().mean())

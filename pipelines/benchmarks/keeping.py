@@ -56,8 +56,8 @@ def write_digits(folder: Path, samples: int) -> None:
 
 @contextlib.contextmanager
 def careless(pool: type[Any]) -> Iterator[None]:
-    """Runs in here keep no scores but those of finished rounds, wait for no disk, and hold no lease on their folder."""
-    from posttrain.store import folder, lease
+    """Runs in here keep no scores but those of finished rounds, wait for no disk, and hold no lock on their folder."""
+    from posttrain.store import folder, lock
 
     real = pool.score
 
@@ -68,7 +68,7 @@ def careless(pool: type[Any]) -> Iterator[None]:
     with (
         unittest.mock.patch.object(pool, "score", lambda self, view, verdict, kept: real(self, view, verdict)),
         unittest.mock.patch.object(folder, "_make_last", lambda path: None),
-        unittest.mock.patch.object(lease, "alone", alone),
+        unittest.mock.patch.object(lock, "alone", alone),
     ):
         yield
 
@@ -97,9 +97,9 @@ def digits_run(folder: Path, samples: int) -> RunFile:
 
 def measured(folder: Path, settings: RunFile, repeats: int) -> list[dict[str, dict[str, float]]]:
     """For each turn the seconds of the step `score`, of the search and of the whole run, of each of KINDS."""
-    from pipelines.clean import clean
     from posttrain.cluster import workers
     from posttrain.cluster.session import session
+    from posttrain.runs.clean import clean
 
     real = workers.Workers
 
@@ -143,7 +143,7 @@ def report(turns: Sequence[dict[str, dict[str, float]]], command: str, remark: s
             ["# What it costs that nothing is lost", "", f"`{command}`; {hardware()}", *([remark] if remark else [])],
             [
                 "*Without*: scores of a round that is not finished are not kept, nothing is waited for until it is on",
-                "the disk, and no lease is held on the run folder. *The search*: for images in two sets.",
+                "the disk, and no lock is held on the run folder. *The search*: for images in two sets.",
                 "",
                 f"Seconds, median of {len(turns)}; ratio within each turn, median (lowest to highest).",
                 "",

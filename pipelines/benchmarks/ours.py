@@ -13,9 +13,8 @@ from torch import Tensor
 from pipelines.benchmarks.cases import Case, Data, Part, inputs, loaded
 from posttrain.config import Probe as ProbeSection
 from posttrain.config import Removal
-from posttrain.influence import audit as audits
-from posttrain.influence import committee, curvature, scores
-from posttrain.influence.audit import NoiseEstimate
+from posttrain.influence import calibration, curvature, ensemble, scores
+from posttrain.influence.calibration import NoiseEstimate
 from posttrain.influence.probe import Reduce, Standardizer, in_memory
 from posttrain.schema import stream_seed, uniform
 from posttrain.vision import layers as vision_layers
@@ -31,9 +30,9 @@ class Ours:
     suggested: np.ndarray
     confidence: np.ndarray
     layers: tuple[str, ...]
-    dampings: tuple[float, ...]
+    l2_values: tuple[float, ...]
     table: list[tuple[str, float, float, float]]
-    """(layer, damping, held-out cross-entropy, held-out accuracy) of all that was tried."""
+    """(layer, l2, held-out cross-entropy, held-out accuracy) of all that was tried."""
     noise: NoiseEstimate
     selected: np.ndarray
     """[n] bool: what one round without a budget would remove."""
@@ -47,7 +46,7 @@ class Ours:
 
 @dataclass(frozen=True)
 class InMemory:
-    """`committee.Samples` of float16 features in memory."""
+    """`ensemble.Samples` of float16 features in memory."""
 
     features: dict[str, Tensor]
     labels: Tensor
@@ -83,17 +82,17 @@ def ours(case: Case, data: Data, weights: bytes) -> Ours:
     names = vision_layers.find(model, models.find_head(model, classes=data.classes), example)
     live = embedded(case, model, names, data.train, settings.width)
     held_out = embedded(case, model, names, data.validation, settings.width)
-    boundary = committee.draw(
+    boundary = ensemble.draw(
         live,
         held_out,
-        candidates=[(name, damping) for name in names for damping in settings.damping],
+        candidates=[(name, l2) for name in names for l2 in settings.l2],
         classes=data.classes,
     )
     found = evidence(case, data, live, held_out, boundary)
     columns = {str(name): score(found).numpy() for name, score in scores.SCORES.items()}
     suggestion = scores.suggestion(found)
-    assert found.audit is not None
-    allowed = int(found.audit.noise.most * len(data.train))
+    assert found.noise_model is not None
+    allowed = int(found.noise_model.noise.most * len(data.train))
     order = np.argsort(-columns["mislabel_odds"], kind="stable")
     selected = np.zeros(len(data.train), bool)
     selected[order[:allowed]] = True
@@ -101,17 +100,15 @@ def ours(case: Case, data: Data, weights: bytes) -> Ours:
     seconds = time.perf_counter() - began
     tested = embedded(case, model, boundary.layers, data.test, settings.width)
     logits = tested.side_by_side(boundary.layers, boundary.standardizers) @ boundary.weights.float().T
-    last = committee.draw(
-        live, held_out, candidates=[("head", damping) for damping in settings.damping], classes=data.classes
-    )
+    last = ensemble.draw(live, held_out, candidates=[("head", l2) for l2 in settings.l2], classes=data.classes)
     return Ours(
         columns,
         suggestion.suggested.numpy(),
         suggestion.confidence.numpy(),
         boundary.layers,
-        tuple(probe.damping for probe in boundary.probes),
-        [(fit.layer, fit.damping, fit.loss, fit.accuracy) for fit in boundary.tried],
-        found.audit.noise,
+        tuple(probe.l2 for probe in boundary.probes),
+        [(fit.layer, fit.l2, fit.loss, fit.accuracy) for fit in boundary.tried],
+        found.noise_model.noise,
         selected,
         scores.mislabel_odds(evidence(case, data, live, held_out, last)).numpy(),
         float((logits.argmax(dim=1) == tested.labels).double().mean()),
@@ -126,16 +123,16 @@ def evidence(
     data: Data,
     live: InMemory,
     held_out: InMemory,
-    boundary: committee.Boundary,
+    boundary: ensemble.ProbeEnsemble,
     *,
     removed: int = 0,
     removed_support: float = 0.0,
-    prior: audits.Prior = audits.UNKNOWN,
+    prior: calibration.Prior = calibration.UNKNOWN,
 ) -> scores.Evidence:
-    """The audited evidence on the live samples; what former rounds removed and found as `audits.audit` takes it."""
+    """The calibrated evidence on the live samples; what former rounds removed and found as `calibration.noise_model` takes it."""
     settings = ProbeSection()
     of_validation = held_out.standardised(boundary.layers, boundary.standardizers)
-    of_held_out, temperature = committee.held_out_audit(of_validation, boundary.weights)
+    of_held_out, temperature = ensemble.validation_sums(of_validation, boundary.weights)
     members = []
     for layer, standardizer, fitted in zip(boundary.layers, boundary.standardizers, boundary.probes, strict=True):
         reduce = live.standardised((layer,), (standardizer,))
@@ -144,9 +141,11 @@ def evidence(
             (standardizer(live.features[layer]), fitted.weights.float(), curvature.measure(reduce, fitted, kind))
         )
     draw = torch.from_numpy(uniform(data.train.ids, stream_seed("control", case.seed))).float()
-    unaudited = scores.joint_evidence(members, live.labels, draw)
-    of_live = audits.Survey(*audits.survey(unaudited.loo_logits, live.labels, temperature))
-    audit = audits.audit(
+    uncalibrated = scores.joint_evidence(members, live.labels, draw)
+    of_live = calibration.CalibrationSums(
+        *calibration.calibration_sums(uncalibrated.loo_logits, live.labels, temperature)
+    )
+    noise_model = calibration.estimate(
         of_held_out,
         of_live,
         temperature,
@@ -155,8 +154,8 @@ def evidence(
         prior=prior,
     )
 
-    def tally(by: audits.Audit) -> audits.Tally:
-        return audits.Tally(*audits.tally(by, unaudited.loo_logits, live.labels))
+    def posterior_sums(by: calibration.NoiseModel) -> calibration.PosteriorSums:
+        return calibration.PosteriorSums(*calibration.posterior_sums(by, uncalibrated.loo_logits, live.labels))
 
-    audit = committee.with_transition(audit, of_validation, boundary.weights, tally, prior)
-    return scores.Evidence(unaudited.members, live.labels, draw, audit)
+    noise_model = ensemble.with_transition(noise_model, of_validation, boundary.weights, posterior_sums, prior)
+    return scores.Evidence(uncalibrated.members, live.labels, draw, noise_model)

@@ -89,7 +89,7 @@ def plain(config: RunFile, weights: Path) -> dict[str, Any]:
         standardizer = Standardizer.from_moments(*over(features, given)(probe.moments))
         h, held = standardizer(features), standardizer(validation)
         reduce = over(h, given)
-        fits = [probe.fit(reduce, classes=classes, dim=h.shape[1], damping=damping) for damping in config.probe.damping]
+        fits = [probe.fit(reduce, classes=classes, dim=h.shape[1], l2=l2) for l2 in config.probe.l2]
         losses = [float(cross_entropy(held @ f.weights.float().T, validation_labels)) for f in fits]
         best = fits[int(np.argmin(losses))]
         clock.append(time.perf_counter())
@@ -141,7 +141,7 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     runfile = options.folder / "run.yaml"
     runfile.write_text(dump(config))
-    cli = [sys.executable, "-m", "pipelines.cli"]
+    cli = [sys.executable, "-m", "posttrain.cli"]
     subprocess.run([*cli, "pretrain", str(runfile)], check=True)
     weights = options.folder / "posttrain" / "pretrained" / "model.safetensors"
     here = [sys.executable, "-m", "pipelines.benchmarks.plain_loop", str(runfile), "--weights", str(weights)]

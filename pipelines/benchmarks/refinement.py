@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from pipelines.benchmarks import cases, command, peers
+from pipelines.benchmarks import baselines, cases, command
 from pipelines.benchmarks.cases import DATASETS, NOISES, Case, Data
 from pipelines.benchmarks.hardware import hardware
 from pipelines.benchmarks.in_memory import (
@@ -61,7 +61,7 @@ from pipelines.benchmarks.refinement_findings import (
 from pipelines.benchmarks.refinement_report import report, short
 from pipelines.benchmarks.training import Average, refining, round_seed, steps_of_epoch, trained_on
 from posttrain import rounds
-from posttrain.influence import committee
+from posttrain.influence import ensemble
 from posttrain.rounds import State
 from posttrain.schema import Round, stream_seed, uniform
 
@@ -157,7 +157,7 @@ def _measured(case: Case, data: Data, weights: bytes, own_steps: int, *, scratch
 def _of_right_labels(data: Data, begin: Start) -> Row:
     """The chosen boundary, drawn by the samples with a right label: what a removal without an error would give."""
     right = data.train.given == data.train.true
-    drawn = committee.refit(
+    drawn = ensemble.refit(
         rows(begin.features.train, right), begin.features.validation, begin.boundary.members, classes=data.classes
     )
     return Row(RIGHT, **boundary_accuracies(drawn, begin.test), steps=0, samples=int(right.sum()), wrong=0)
@@ -210,7 +210,7 @@ def _from_scratch(case: Case, data: Data, kept: np.ndarray, steps: int) -> tuple
 def flagged(case: Case, data: Data, folder: Path) -> np.ndarray:
     """bool [n]: what cleanlab's `find_label_issues` would remove."""
     probabilities = cases.out_of_sample(case, data, folder).probabilities
-    return peers.confident_learning(probabilities, data.train.given)[1]
+    return baselines.confident_learning(probabilities, data.train.given)[1]
 
 
 # -- the controls ------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from pipelines.benchmarks.hardware import hardware
 from pipelines.benchmarks.tables import document, markdown
 from posttrain.config import RunFile, Search, dump, load
 
-_CLI = [sys.executable, "-m", "pipelines.cli"]
+_CLI = [sys.executable, "-m", "posttrain.cli"]
 
 
 def recipe(config: RunFile, values: dict[str, Any], path: Path) -> RunFile:

@@ -9,7 +9,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipelines.benchmarks import cases
 from pipelines.benchmarks.cases import Case, Part
-from posttrain.cluster.refining import Training
+from posttrain.cluster.training import Training
 from posttrain.config import Refine
 from posttrain.vision import models
 

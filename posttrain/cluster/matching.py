@@ -1,4 +1,4 @@
-"""Which rows of the buckets are meant: samples known from a former run, and those of some files."""
+"""Which rows of the partitions are meant: samples known from a former run, and those of some files."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import ray
 from posttrain.cluster.reading import Split
 from posttrain.cluster.tasks import results
 from posttrain.schema import (
-    BUCKET,
     DIGEST,
     FILE,
     IMAGE,
     LABEL,
     NO_SUPPORT,
+    PARTITION,
     ROW,
     SAMPLE_ID,
     SUPPORT,
@@ -42,7 +42,7 @@ def _described(block: pa.Table, rows: np.ndarray) -> pa.Table:
 
 
 def describe(block: pa.Table, rows: np.ndarray) -> pa.Table:
-    """{row, sample_id, image_digest, label} of some rows of a bucket."""
+    """{row, sample_id, image_digest, label} of some rows of a partition."""
     taken = block.take(pa.array(rows, pa.int64()))
     return pa.table(
         {
@@ -61,28 +61,28 @@ class Known:
     removed: Excluded
     relabelled: Relabelled
     support: pa.Table
-    """{bucket, row, self_confidence}: what their labels had for them when they were taken."""
+    """{partition, row, self_confidence}: what their labels had for them when they were taken."""
 
 
 def taken_out(split: Split, removed: Excluded, relabelled: Relabelled, support: pa.Table) -> pa.Table:
     """{sample_id, image_digest, label, new_label, self_confidence} of the removed and relabelled samples.
 
-    `label` is the given one, `new_label` empty for the removed. `support`: {bucket, row, self_confidence} of all of
+    `label` is the given one, `new_label` empty for the removed. `support`: {partition, row, self_confidence} of all of
     them. `found_again` takes the table.
     """
     nothing = np.empty(0, np.int32)
     calls: list[tuple[Any, np.ndarray]] = []
     labels: list[dict[str, pa.Array]] = []
-    for bucket in split.buckets:
-        gone = removed.get(bucket.index, nothing)
-        changed, new = relabelled.get(bucket.index, (nothing, nothing))
+    for partition in split.partitions:
+        gone = removed.get(partition.index, nothing)
+        changed, new = relabelled.get(partition.index, (nothing, nothing))
         if len(gone) + len(changed):
-            calls.append((bucket.block, np.concatenate([gone, changed])))
-            of_bucket = support.filter(pc.equal(support[BUCKET], bucket.index))
-            at = pc.index_in(pa.array(calls[-1][1], pa.int32()), value_set=of_bucket[ROW].combine_chunks())
+            calls.append((partition.block, np.concatenate([gone, changed])))
+            of_partition = support.filter(pc.equal(support[PARTITION], partition.index))
+            at = pc.index_in(pa.array(calls[-1][1], pa.int32()), value_set=of_partition[ROW].combine_chunks())
             columns = {
                 NEW_LABEL: pa.array([None] * len(gone) + new.tolist(), pa.int32()),
-                SUPPORT: of_bucket[SUPPORT].combine_chunks().take(at),
+                SUPPORT: of_partition[SUPPORT].combine_chunks().take(at),
             }
             labels.append(columns)
     tables = []
@@ -110,7 +110,7 @@ def _matched(block: pa.Table, known: pa.Table) -> pa.Table:
 
 
 def match(block: pa.Table, known: pa.Table) -> pa.Table:
-    """{row, new_label, self_confidence} of the rows of a bucket that a table of `taken_out` has, too.
+    """{row, new_label, self_confidence} of the rows of a partition that a table of `taken_out` has, too.
 
     With the same image and given label, that is.
     """
@@ -139,19 +139,19 @@ def found_again(split: Split, known: pa.Table) -> Known:
     support = [NO_SUPPORT]
     removed: Excluded = {}
     relabelled: Relabelled = {}
-    tables = results(_matched, [(bucket.block, reference) for bucket in split.buckets])
-    for bucket, table in zip(split.buckets, tables, strict=True):
-        buckets = pa.array(np.full(table.num_rows, bucket.index), pa.int32())
-        support.append(pa.table({BUCKET: buckets, ROW: table[ROW], SUPPORT: table[SUPPORT]}))
+    tables = results(_matched, [(partition.block, reference) for partition in split.partitions])
+    for partition, table in zip(split.partitions, tables, strict=True):
+        partitions = pa.array(np.full(table.num_rows, partition.index), pa.int32())
+        support.append(pa.table({PARTITION: partitions, ROW: table[ROW], SUPPORT: table[SUPPORT]}))
         changed = table[NEW_LABEL].is_valid()
         gone, new = table.filter(pc.invert(changed)), table.filter(changed)
         if gone.num_rows:
             rows = gone[ROW].to_numpy()
-            removed = excluded_rows(np.full(len(rows), bucket.index), rows, removed)
+            removed = excluded_rows(np.full(len(rows), partition.index), rows, removed)
         if new.num_rows:
             rows = new[ROW].to_numpy()
             labels = new[NEW_LABEL].to_numpy()
-            relabelled = relabelled_rows(np.full(len(rows), bucket.index), rows, labels, relabelled)
+            relabelled = relabelled_rows(np.full(len(rows), partition.index), rows, labels, relabelled)
     return Known(removed, relabelled, pa.concat_tables(support))
 
 
@@ -162,10 +162,10 @@ def _of_files(block: pa.Table, files: pa.Array) -> np.ndarray:
 
 
 def files_of_rows(split: Split, files: list[str]) -> dict[int, np.ndarray]:
-    """bucket -> for each of its rows the place in `files` of the file that it comes from, -1 for any other.
+    """partition -> for each of its rows the place in `files` of the file that it comes from, -1 for any other.
 
-    `files`: names as `reading` gives them. Buckets with none of theirs are left out.
+    `files`: names as `reading` gives them. Partitions with none of theirs are left out.
     """
     reference = ray.put(pa.array(files, pa.string()))
-    found = results(_of_files, [(bucket.block, reference) for bucket in split.buckets])
-    return {bucket.index: at for bucket, at in zip(split.buckets, found, strict=True) if (at >= 0).any()}
+    found = results(_of_files, [(partition.block, reference) for partition in split.partitions])
+    return {partition.index: at for partition, at in zip(split.partitions, found, strict=True) if (at >= 0).any()}

@@ -64,7 +64,7 @@ def detection(split: Split, removed: Excluded, relabelled: Relabelled) -> Detect
             _count,
             [
                 (b.block, removed.get(b.index, nothing), *relabelled.get(b.index, (nothing, nothing)))
-                for b in split.buckets
+                for b in split.partitions
             ],
         )
     )
@@ -79,6 +79,6 @@ def detection(split: Split, removed: Excluded, relabelled: Relabelled) -> Detect
 
 
 def wrong_rows(split: Split) -> dict[int, np.ndarray]:
-    """bucket -> [rows] bool, the given label is wrong: one bit per sample, for benchmarks."""
-    found = results(_wrong_rows, [(b.block,) for b in split.buckets])
-    return {b.index: wrong for b, wrong in zip(split.buckets, found, strict=True)}
+    """partition -> [rows] bool, the given label is wrong: one bit per sample, for benchmarks."""
+    found = results(_wrong_rows, [(b.block,) for b in split.partitions])
+    return {b.index: wrong for b, wrong in zip(split.partitions, found, strict=True)}

@@ -18,7 +18,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, ObjectLostError, OutOfMemoryError, RayActorError
 
-from posttrain.cluster.reading import explain
+from posttrain.cluster.reading import raise_cause
 from posttrain.errors import StepError
 
 DEATHS_OF_A_CALL = 5
@@ -161,7 +161,7 @@ class Pool:
                                 "give workers more memory, then start the same command again to go on"
                             ) from None
                 except Exception as error:
-                    explain(error)
+                    raise_cause(error)
             if self._reserving and time.monotonic() - self._looked >= _LOOK_S:
                 self.make_room()
                 if not self._slots:
@@ -197,10 +197,10 @@ class Pool:
                 slot.node = ray.get(reference)
             except _DEATHS as error:
                 if isinstance(error, RayActorError) and error.actor_init_failed:
-                    explain(error)
+                    raise_cause(error)
                 self._replace(slot, error)
             except Exception as error:
-                explain(error)
+                raise_cause(error)
         return done
 
     def _bury(
@@ -219,7 +219,7 @@ class Pool:
             except (*_DEATHS, GetTimeoutError):
                 lost.append(call)
             except Exception as raised:
-                explain(raised)
+                raise_cause(raised)
         # calls are carried out in their order: it was at the first that it did not answer
         if lost and slot.node not in _nodes_gone():
             lost[0].deaths += 1

@@ -1,8 +1,8 @@
-"""Reading a data set into buckets: canonical blocks that depend on the samples alone, not on their files.
+"""Reading a data set into partitions: canonical blocks that depend on the samples alone, not on their files.
 
 Ray Data reads and normalises every split, sorts all rows by `split * 2^60 + hash(sample_id)` with fixed
 boundaries, and keeps the blocks in the object store (which spills to disk); small data are brought into the same
-blocks by the driver itself. From here on a sample is (bucket, row), and nothing can depend on how files, blocks or
+blocks by the driver itself. From here on a sample is (partition, row), and nothing can depend on how files, blocks or
 workers were laid out.
 """
 
@@ -31,6 +31,7 @@ import ray.exceptions
 from pyarrow import fs
 
 from posttrain import errors
+from posttrain.data.listing import image_files, parquet_files
 from posttrain.errors import DataError, DuplicateIdError, LabelRangeError, PosttrainError, StepError
 from posttrain.schema import (
     FILE,
@@ -42,13 +43,12 @@ from posttrain.schema import (
     SPLITS,
     TRUE_LABEL,
     ImageSpec,
-    bucket_boundaries,
-    bucket_count,
     order_key,
+    partition_boundaries,
+    partition_count,
     uniform,
 )
-from posttrain.store.folder import patiently, resolve
-from posttrain.store.listing import image_files, parquet_files
+from posttrain.store.folder import resolve, with_retries
 from posttrain.vision.noise import from_matrix, instance_dependent, pair, symmetric
 
 # pyarrow makes these functions when it is imported: a type checker sees none of them
@@ -128,7 +128,7 @@ class Listing:
 
 
 @dataclass(frozen=True)
-class Bucket:
+class Partition:
     """One canonical block, in the object store."""
 
     index: int
@@ -138,17 +138,17 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Split:
-    """The samples of one split, in buckets sorted by the hash of their ids."""
+    """The samples of one split, in partitions sorted by the hash of their ids."""
 
     name: str
-    buckets: tuple[Bucket, ...]
+    partitions: tuple[Partition, ...]
     class_counts: np.ndarray
     digest: str
     """SHA-256 over all ids and labels in canonical order, 16 hexadecimal digits."""
 
     @property
     def rows(self) -> int:
-        return sum(bucket.rows for bucket in self.buckets)
+        return sum(partition.rows for partition in self.partitions)
 
 
 # -- before anything is read ----------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def _footers(dataset: pads.FileSystemDataset) -> Iterator[tuple[str, pa.Schema, 
 
     def look(fragment: Any) -> tuple[str, pa.Schema, int, int]:
         try:
-            schema, footer = patiently(lambda: (fragment.physical_schema, fragment.metadata))
+            schema, footer = with_retries(lambda: (fragment.physical_schema, fragment.metadata))
             groups = range(footer.num_row_groups)
             return fragment.path, schema, footer.num_rows, sum(footer.row_group(i).total_byte_size for i in groups)
         except _NOT_READABLE as error:
@@ -358,11 +358,11 @@ def _dataset(source: ParquetSource) -> pads.FileSystemDataset:
     _refuse_vanished(source.locations[0], source.only, parts)
     try:
         # the first file's schema by itself: Arrow would complain of a double column without naming the file
-        schema = patiently(lambda: pq.read_schema(parts[0], filesystem=files))
+        schema = with_retries(lambda: pq.read_schema(parts[0], filesystem=files))
     except _NOT_READABLE as error:
         raise _no_parquet(parts[0], error) from None
     try:
-        return patiently(lambda: pads.dataset(parts, format="parquet", filesystem=files))
+        return with_retries(lambda: pads.dataset(parts, format="parquet", filesystem=files))
     except pa.ArrowException as error:
         double = next((name for name in schema.names if schema.names.count(name) > 1), None)
         if double is None:
@@ -429,7 +429,7 @@ def _each_label(dataset: pads.FileSystemDataset, source: ParquetSource) -> Itera
     """The label column in parts. Raises DataError naming the file where a page of it cannot be read."""
     for fragment in cast(Any, dataset.get_fragments()):
         try:
-            batches = patiently(lambda fragment=fragment: list(fragment.to_batches(columns=[source.label])))
+            batches = with_retries(lambda fragment=fragment: list(fragment.to_batches(columns=[source.label])))
             yield from (batch.column(0) for batch in batches)
         except _NOT_READABLE as error:
             raise _no_parquet(fragment.path, error) from None
@@ -462,7 +462,7 @@ def read(
     ids_span_sets: bool = True,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Split]:
-    """Every split in buckets. `held_out_share` splits a validation set off the training data, by id.
+    """Every split in partitions. `held_out_share` splits a validation set off the training data, by id.
 
     `ids_span_sets`: an id names the same sample in every source, so that one in two of them is refused.
     Raises DataError, LabelRangeError or DuplicateIdError, naming file and value.
@@ -527,13 +527,13 @@ def read(
 
 @dataclass(frozen=True)
 class _Layout:
-    """The buckets of all splits one behind the other, by the order key: the number of the split above the id's hash."""
+    """The partitions of all splits one behind the other, by the order key: the number of the split above the id's hash."""
 
     names: tuple[str, ...]
     owners: tuple[str, ...]
-    """Of each bucket, its split."""
+    """Of each partition, its split."""
     boundaries: tuple[int, ...]
-    """The order key with which each bucket but the first begins."""
+    """The order key with which each partition but the first begins."""
 
     @classmethod
     def of(cls, rows: Mapping[str, int]) -> _Layout:
@@ -544,8 +544,8 @@ class _Layout:
         for name in names:
             base = SPLITS.index(name) << ORDER_BITS
             boundaries += [base] if owners else []
-            boundaries += [base + edge for edge in bucket_boundaries(bucket_count(rows[name]))]
-            owners += [name] * bucket_count(rows[name])
+            boundaries += [base + edge for edge in partition_boundaries(partition_count(rows[name]))]
+            owners += [name] * partition_count(rows[name])
         return cls(names, tuple(owners), tuple(boundaries))
 
 
@@ -557,7 +557,7 @@ def _sorted_by_ray_data(
     *,
     tries: int | None,
 ) -> Sequence[Any]:
-    """The buckets, read, normalised and sorted by the cluster.
+    """The partitions, read, normalised and sorted by the cluster.
 
     `tries`: of a task whose process ends; None: no bound.
     """
@@ -589,7 +589,7 @@ def _sorted_here(
     normalising: Callable[[str], dict[str, Any]],
     layout: _Layout,
 ) -> Iterator[pa.Table]:
-    """The same buckets of small data, made in this process: Ray Data takes ten seconds to begin."""
+    """The same partitions of small data, made in this process: Ray Data takes ten seconds to begin."""
     tables: dict[str, pa.Table] = {}
     edges: dict[str, np.ndarray] = {}
     for name, source in sources.items():
@@ -599,10 +599,10 @@ def _sorted_here(
         order = np.argsort(keys, kind="stable")
         tables[name] = whole.take(pa.array(order))
         edges[name] = np.array([0, *np.searchsorted(keys[order], layout.boundaries), len(keys)])
-    for bucket, owner in enumerate(layout.owners):
+    for partition, owner in enumerate(layout.owners):
         # a set that is not read from a source of its own is split off the training set
         name = owner if owner in tables else "train"
-        first, end = edges[name][bucket : bucket + 2]
+        first, end = edges[name][partition : partition + 2]
         # a copy: a slice would hold on to all of them
         yield tables[name].take(pa.array(np.arange(first, end))).combine_chunks()
 
@@ -618,7 +618,7 @@ def _tables_of(source: Source, listing: Listing) -> Iterator[pa.Table]:
 
         def content(path: str) -> bytes:
             with files.open_input_file(path) as stream:
-                return patiently(stream.readall)
+                return with_retries(stream.readall)
 
         # an object store answers one question in 50 ms, and many of them in the same time
         with ThreadPoolExecutor(16) as pool:
@@ -628,7 +628,7 @@ def _tables_of(source: Source, listing: Listing) -> Iterator[pa.Table]:
     for fragment in cast(Any, dataset.get_fragments()):
         read = functools.partial(fragment.to_table, columns=_columns_read(source))
         try:
-            table = patiently(read)
+            table = with_retries(read)
         except _NOT_READABLE as error:
             raise _no_parquet(fragment.path, error) from None
         yield _with_path(table, fragment.path, _path_column(source))
@@ -758,7 +758,7 @@ def normalise(
         splits[drawn] = SPLITS.index("validation")
     order = order_key(keys) + (splits << ORDER_BITS)
     if _is_binary(images.type):
-        # 32-bit offsets end at 2 GiB, which a bucket of large images can pass
+        # 32-bit offsets end at 2 GiB, which a partition of large images can pass
         images = pc.cast(images, pa.large_binary())
     columns = {
         ORDER: pa.array(order, pa.int64()),
@@ -863,12 +863,12 @@ def _labels(column: pa.ChunkedArray, classes: tuple[str, ...], where: str, name:
     return np.where(absent, -1, values).astype(np.int32)
 
 
-# -- looking at the buckets ------------------------------------------------------------------------------
+# -- looking at the partitions ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What the driver needs to know of a bucket."""
+    """What the driver needs to know of a partition."""
 
     rows: int
     class_counts: np.ndarray
@@ -883,7 +883,7 @@ def _inspect(table: pa.Table, classes: int) -> Inspection:
 
 
 def inspect(table: pa.Table, classes: int) -> Inspection:
-    """Counts and digest of a bucket, and the first id in it that occurs twice."""
+    """Counts and digest of a partition, and the first id in it that occurs twice."""
     labels = table[LABEL].to_numpy()
     counts = np.bincount(labels[labels >= 0], minlength=classes)
     digest = hashlib.sha256()
@@ -912,14 +912,14 @@ def _split(name: str, blocks: Sequence[Any], inspections: Sequence[Inspection], 
                 "ids have to be unique: is data.id the right column?"
             )
         digest.update(inspection.digest)
-    buckets = tuple(
-        Bucket(index, inspection.rows, block)
+    partitions = tuple(
+        Partition(index, inspection.rows, block)
         for index, (block, inspection) in enumerate(zip(blocks, inspections, strict=True))
     )
     counts = np.sum([inspection.class_counts for inspection in inspections], axis=0)
-    if sum(b.rows for b in buckets) == 0:
+    if sum(b.rows for b in partitions) == 0:
         raise DataError(f"the {name} set is empty; name data.{name}, or raise data.validation_share")
-    return Split(name, buckets, counts, digest.hexdigest()[:16])
+    return Split(name, partitions, counts, digest.hexdigest()[:16])
 
 
 @ray.remote
@@ -960,11 +960,13 @@ def _refuse_shared_ids(splits: Mapping[str, Split], sources: Mapping[str, Source
                     "not be trained on"
                 )
             continue
-        held_back[name] = [bucket.block if here else _ids_alone.remote(bucket.block) for bucket in split.buckets]
+        held_back[name] = [
+            partition.block if here else _ids_alone.remote(partition.block) for partition in split.partitions
+        ]
     if not held_back:
         return
     names, others = list(held_back), list(held_back.values())
-    blocks = [bucket.block for bucket in splits["train"].buckets]
+    blocks = [partition.block for partition in splits["train"].partitions]
     if here:
         found = [_shared_ids(ray.get(block), others, names) for block in blocks]
     else:
@@ -979,7 +981,7 @@ def _refuse_shared_ids(splits: Mapping[str, Split], sources: Mapping[str, Source
             )
 
 
-def explain(error: BaseException) -> NoReturn:
+def raise_cause(error: BaseException) -> NoReturn:
     """Raise posttrain's own error out of the wrappings that Ray puts around it; else `error` as it is.
 
     What a disk or an object store refuses becomes a StepError.

@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from ray.exceptions import OutOfMemoryError, WorkerCrashedError
 
-from posttrain.cluster.reading import explain
+from posttrain.cluster.reading import raise_cause
 from posttrain.errors import StepError
 
 LOST = (WorkerCrashedError, OutOfMemoryError)
@@ -50,7 +50,7 @@ def results(
     except LOST as error:
         raise ended(error) from error
     except Exception as error:
-        explain(error)
+        raise_cause(error)
 
 
 def ended(error: Exception) -> StepError:

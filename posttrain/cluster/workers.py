@@ -1,4 +1,4 @@
-"""Actors that live through all rounds: each embeds, sums and scores the buckets it is given.
+"""Actors that live through all rounds: each embeds, sums and scores the partitions it is given.
 
 An actor keeps the network of the current round and the features that it has read, so that neither a pass over
 the feature store nor a round pays for starting processes or for reading twice. What a call needs is named by its
@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 import posttrain
-from posttrain.cluster import isolating
+from posttrain.cluster import crash_bisection
+from posttrain.cluster.crash_bisection import Fatal, fatal_rows
 from posttrain.cluster.devices import (
     BatchSize,
     computing_in,
@@ -36,19 +37,18 @@ from posttrain.cluster.devices import (
     places,
     refuse_missing_gpus,
 )
-from posttrain.cluster.isolating import Fatal, fatal_rows
 from posttrain.cluster.pool import Died, Pool
-from posttrain.cluster.reading import Bucket, Progress
-from posttrain.influence.audit import Audit, Survey, Tally, survey, tally
-from posttrain.influence.committee import Boundary
+from posttrain.cluster.reading import Partition, Progress
+from posttrain.influence.calibration import CalibrationSums, NoiseModel, PosteriorSums, calibration_sums, posterior_sums
 from posttrain.influence.curvature import Curvature, hessian_block
+from posttrain.influence.ensemble import ProbeEnsemble
 from posttrain.influence.probe import BlockFn, Standardizer
 from posttrain.influence.scores import SCORES, Evidence, joint_evidence, suggestion
 from posttrain.schema import (
-    BUCKET,
     FILE,
     IMAGE,
     LABEL,
+    PARTITION,
     ROW,
     SAMPLE_ID,
     Excluded,
@@ -76,16 +76,16 @@ from posttrain.vision import layers, models
 from posttrain.vision.images import decode_column, normalize
 
 REDUCTION_GROUPS = 32
-"""Sums are formed in this many groups of buckets, each by one actor, and added up in their order: the result
+"""Sums are formed in this many groups of partitions, each by one actor, and added up in their order: the result
 depends neither on the number of actors nor on which of them was faster."""
 
 EMBEDDING_BATCH = 256
 
-_DEATHS_OF_A_BUCKET = 2
-"""Processes that a bucket may end before its images are looked at one by one."""
+_DEATHS_OF_A_PARTITION = 2
+"""Processes that a partition may end before its images are looked at one by one."""
 
 _VIEWS_KEPT = 8
-"""Views whose features an actor keeps at most: those of a committee's members, live and held out."""
+"""Views whose features an actor keeps at most: those of a ensemble's members, live and held out."""
 
 _view_numbers = itertools.count()
 
@@ -97,7 +97,7 @@ class View:
     folder: RunFolder
     backbone: str
     split: str
-    buckets: tuple[int, ...]
+    partitions: tuple[int, ...]
     excluded: Excluded
     relabelled: Relabelled
     layers: tuple[str, ...]
@@ -142,13 +142,13 @@ def _for_inference(network: Network, device: torch.device) -> torch.nn.Module:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What it takes to score a bucket: the boundary, each member's curvature, and the audit."""
+    """What it takes to score a partition: the boundary, each member's curvature, and the noise_model."""
 
-    boundary: Boundary
+    boundary: ProbeEnsemble
     curvatures: tuple[Curvature, ...]
     seed: int
     """Of the control's draw."""
-    audit: Audit | None = None
+    noise_model: NoiseModel | None = None
 
 
 def evidence_of(features: Tensor, labels: Tensor, sample_ids: np.ndarray, verdict: Verdict) -> Evidence:
@@ -159,7 +159,7 @@ def evidence_of(features: Tensor, labels: Tensor, sample_ids: np.ndarray, verdic
         (own, fitted.weights.to(features), curvature)
         for own, fitted, curvature in zip(parts, verdict.boundary.probes, verdict.curvatures, strict=True)
     ]
-    return joint_evidence(members, labels, draw, verdict.audit)
+    return joint_evidence(members, labels, draw, verdict.noise_model)
 
 
 def scores_key(view: View, verdict: Verdict) -> str:
@@ -170,7 +170,7 @@ def scores_key(view: View, verdict: Verdict) -> str:
         (view.backbone, view.split, view.layers, view.standardizers),
         (excluded_digest(view.excluded), relabelled_digest(view.relabelled)),
         (boundary.layers, boundary.standardizers, [fitted.weights for fitted in boundary.probes], boundary.members),
-        (verdict.curvatures, verdict.seed, verdict.audit),
+        (verdict.curvatures, verdict.seed, verdict.noise_model),
     )
 
 
@@ -178,15 +178,15 @@ EvidenceFn = Callable[[Evidence], tuple[Tensor, ...]]
 """What is made of the evidence on a block; it adds up over blocks."""
 
 
-def surveyed(evidence: Evidence, temperature: float) -> tuple[Tensor, ...]:
-    """The sums of a `Survey` over a block."""
-    return survey(evidence.loo_logits, evidence.labels, temperature)
+def calibration_sums_of(evidence: Evidence, temperature: float) -> tuple[Tensor, ...]:
+    """The sums of a `CalibrationSums` over a block."""
+    return calibration_sums(evidence.loo_logits, evidence.labels, temperature)
 
 
-def tallied(evidence: Evidence) -> tuple[Tensor, ...]:
-    """The sums of a `Tally` over a block, by the word of its audit."""
-    assert evidence.audit is not None
-    return tally(evidence.audit, evidence.loo_logits, evidence.labels)
+def posterior_sums_of(evidence: Evidence) -> tuple[Tensor, ...]:
+    """The sums of a `PosteriorSums` over a block, by the word of its noise_model."""
+    assert evidence.noise_model is not None
+    return posterior_sums(evidence.noise_model, evidence.loo_logits, evidence.labels)
 
 
 def score_columns(evidence: Evidence) -> dict[str, np.ndarray]:
@@ -230,12 +230,12 @@ class _Worker:
         self,
         network_in: list[Any],
         block: pa.Table,
-        bucket: int,
+        partition: int,
         folder: RunFolder,
         path: str,
         skip: np.ndarray,
         former: FormerFeatures | None = None,
-        buckets: int = 0,
+        partitions: int = 0,
         fatal: Sequence[Fatal] = (),
     ) -> ShardSummary:
         network: Network = ray.get(network_in[0])
@@ -249,12 +249,12 @@ class _Worker:
         )
         quarantined = sorted([*quarantined, *fatal_rows(block, fatal)], key=lambda row: int(str(row[ROW])))
         shard, embedded = with_known(fresh, known, block), len(fresh.rows)
-        write_shard(folder, path, shard, quarantined, embedded=embedded, buckets=buckets)
-        return ShardSummary(bucket, len(shard.rows), quarantined, embedded)
+        write_shard(folder, path, shard, quarantined, embedded=embedded, partitions=partitions)
+        return ShardSummary(partition, len(shard.rows), quarantined, embedded)
 
     def fatal(self, network_in: list[Any], block: pa.Table, rows: np.ndarray) -> list[Fatal]:
         network: Network = ray.get(network_in[0])
-        return isolating.fatal(
+        return crash_bisection.fatal(
             lambda some: functools.partial(_embed_alone, network, block.take(pa.array(some)), self.device),
             rows,
             what="decoded and embedded",
@@ -279,8 +279,8 @@ class _Worker:
         sums = []
         for group in groups:
             total: list[Tensor] | None = None
-            for bucket in group:
-                _, features, labels = self._block(view_in, key, bucket)
+            for partition in group:
+                _, features, labels = self._block(view_in, key, partition)
                 part = [t.double() for t in fn(features, labels, *tensors)]
                 total = part if total is None else [a + b for a, b in zip(total, part, strict=True)]
             sums.append([t.cpu().numpy() for t in total or []])
@@ -293,8 +293,8 @@ class _Worker:
         sums = []
         for group in groups:
             total: tuple[Tensor, ...] | None = None
-            for bucket in group:
-                shard, features, labels = self._block(view_in, key, bucket)
+            for partition in group:
+                shard, features, labels = self._block(view_in, key, partition)
                 found = evidence_of(features, labels, shard.sample_ids.to_numpy(zero_copy_only=False), verdict)
                 part = fn(found)
                 total = part if total is None else tuple(a + b for a, b in zip(total, part, strict=True))
@@ -302,35 +302,35 @@ class _Worker:
         return sums
 
     def score(
-        self, view_in: list[Any], key: str, bucket: int, verdict_in: list[Any], kept: ScoreShards | None
+        self, view_in: list[Any], key: str, partition: int, verdict_in: list[Any], kept: ScoreShards | None
     ) -> pa.Table:
         verdict: Verdict = ray.get(verdict_in[0])
-        shard, features, labels = self._block(view_in, key, bucket)
+        shard, features, labels = self._block(view_in, key, partition)
         ids = shard.sample_ids.to_numpy(zero_copy_only=False)
         columns = score_columns(evidence_of(features, labels, ids, verdict))
         table = pa.table(
             {
                 SAMPLE_ID: shard.sample_ids,
-                BUCKET: pa.array(np.full(len(ids), bucket), pa.int32()),
+                PARTITION: pa.array(np.full(len(ids), partition), pa.int32()),
                 ROW: pa.array(shard.rows, pa.int32()),
                 LABEL: pa.array(shard.labels, pa.int32()),
                 **{name: pa.array(column) for name, column in columns.items()},
             }
         )
         if kept is not None:
-            kept.write(bucket, table)
+            kept.write(partition, table)
         return table
 
-    def _block(self, view_in: list[Any], key: str, bucket: int) -> tuple[Shard, Tensor, Tensor]:
-        """A bucket's live rows: the shard, features side by side, labels; cached while they fit."""
+    def _block(self, view_in: list[Any], key: str, partition: int) -> tuple[Shard, Tensor, Tensor]:
+        """A partition's live rows: the shard, features side by side, labels; cached while they fit."""
         if key not in self.views:
             self.views[key] = {}
             while len(self.views) > _VIEWS_KEPT:
                 self._forget_oldest()
         blocks = self.views[key]
-        if bucket not in blocks:
+        if partition not in blocks:
             view: View = ray.get(view_in[0])
-            shard = read_live(view, bucket)
+            shard = read_live(view, partition)
             features = side_by_side(shard, view).to(self.device)
             block = (shard, features, torch.from_numpy(shard.labels.astype(np.int64)).to(self.device))
             while self.cached + features.nbytes > self.cache_bytes and next(iter(self.views)) != key:
@@ -338,19 +338,19 @@ class _Worker:
             if self.cached + features.nbytes > self.cache_bytes:
                 return block
             self.cached += features.nbytes
-            blocks[bucket] = block
-        return blocks[bucket]
+            blocks[partition] = block
+        return blocks[partition]
 
     def _forget_oldest(self) -> None:
         _, dropped = self.views.popitem(last=False)
         self.cached -= sum(features.nbytes for _, features, _ in dropped.values())
 
 
-def read_live(view: View, bucket: int) -> Shard:
-    """The live rows of a bucket with their present labels, features as stored (float16)."""
-    shard = read_shard(view.folder, view.folder.features(view.backbone, view.split, bucket), view.layers)
-    labels = current_labels(shard.labels, shard.rows, bucket, view.relabelled)
-    excluded = view.excluded.get(bucket)
+def read_live(view: View, partition: int) -> Shard:
+    """The live rows of a partition with their present labels, features as stored (float16)."""
+    shard = read_shard(view.folder, view.folder.features(view.backbone, view.split, partition), view.layers)
+    labels = current_labels(shard.labels, shard.rows, partition, view.relabelled)
+    excluded = view.excluded.get(partition)
     if excluded is None or not len(excluded):
         return replace(shard, labels=labels)
     live = ~np.isin(shard.rows, excluded)
@@ -376,7 +376,7 @@ def embed_block(
     precision: Precision = "float32",
     batch: BatchSize | None = None,
 ) -> tuple[Shard, list[dict[str, object]]]:
-    """Features of a bucket's rows but `skip`, and what could not be read, with the reason.
+    """Features of a partition's rows but `skip`, and what could not be read, with the reason.
 
     `batch` is how many images go through the network at a time; it is halved where memory does not suffice.
     """
@@ -391,7 +391,7 @@ def embed_block(
     why = dict(zip(np.flatnonzero(~readable).tolist(), reasons, strict=True))
     why |= {int(at): "no label" for at in np.flatnonzero(readable & (labels < 0))}
     parts: dict[str, list[Tensor]] = {layer: [] for layer in spec.layers}
-    # a bucket without a readable image: one black image gives the widths
+    # a partition without a readable image: one black image gives the widths
     images = pixels if len(pixels) else pixels.new_zeros(1, image.channels, *image.size)
 
     def embedded(start: int, size: int) -> dict[str, Tensor]:
@@ -434,7 +434,7 @@ def _embed_alone(network: Network, block: pa.Table, device: torch.device) -> Non
 def known_rows(
     block: pa.Table, skip: np.ndarray, layer_names: Sequence[str], former: FormerFeatures | None
 ) -> Shard | None:
-    """The rows of a bucket but `skip` that a former run embedded from the same image, with their present labels."""
+    """The rows of a partition but `skip` that a former run embedded from the same image, with their present labels."""
     if former is None:
         return None
     labels = block[LABEL].to_numpy()
@@ -448,7 +448,7 @@ def known_rows(
 
 
 def with_known(fresh: Shard, known: Shard | None, block: pa.Table) -> Shard:
-    """Both parts of a bucket as one shard in the order of the rows, with the digests of the images."""
+    """Both parts of a partition as one shard in the order of the rows, with the digests of the images."""
     fresh = replace(fresh, digests=image_digests(block[IMAGE].take(pa.array(fresh.rows))))
     if known is None or not len(known.rows):
         return fresh
@@ -582,7 +582,7 @@ class Workers:
     def embed(
         self,
         network: Network,
-        buckets: Sequence[Bucket],
+        partitions: Sequence[Partition],
         folder: RunFolder,
         *,
         backbone: str,
@@ -591,12 +591,14 @@ class Workers:
         progress: Progress,
         former: Sequence[RunFolder] = (),
     ) -> list[ShardSummary]:
-        """The shards of every bucket; those that are there already are kept. `progress` counts samples.
+        """The shards of every partition; those that are there already are kept. `progress` counts samples.
 
         What one of the `former` runs has embedded by the same backbone is taken from the first that has any.
         """
-        found = {b.index: summarise_shard(folder, folder.features(backbone, split, b.index), b.index) for b in buckets}
-        todo = [b for b in buckets if found[b.index] is None]
+        found = {
+            b.index: summarise_shard(folder, folder.features(backbone, split, b.index), b.index) for b in partitions
+        }
+        todo = [b for b in partitions if found[b.index] is None]
         if todo:
             self.make_room()
         nothing = np.empty(0, np.int32)
@@ -606,41 +608,45 @@ class Workers:
         candidates = (former_features(run, backbone, split) for run in former if todo)
         taken_up = next((found for found in candidates if found is not None), None)
 
-        def call(bucket: Bucket, fatal: Sequence[Fatal] = ()) -> Callable[[Any], Any]:
+        def call(partition: Partition, fatal: Sequence[Fatal] = ()) -> Callable[[Any], Any]:
             return lambda actor: actor.embed.remote(
                 [reference],
-                bucket.block,
-                bucket.index,
+                partition.block,
+                partition.index,
                 folder,
-                folder.features(backbone, split, bucket.index),
-                excluded.get(bucket.index, nothing),
+                folder.features(backbone, split, partition.index),
+                excluded.get(partition.index, nothing),
                 taken_up,
-                len(buckets),
+                len(partitions),
                 fatal,
             )
 
         done = 0
-        suspects: list[Bucket] = []
-        for bucket, outcome in zip(todo, self._pool.each(map(call, todo), tolerated=_DEATHS_OF_A_BUCKET), strict=True):
+        suspects: list[Partition] = []
+        for partition, outcome in zip(
+            todo, self._pool.each(map(call, todo), tolerated=_DEATHS_OF_A_PARTITION), strict=True
+        ):
             if isinstance(outcome, Died):
-                suspects.append(bucket)
+                suspects.append(partition)
                 continue
-            found[bucket.index] = outcome
-            done += live[bucket.index]
+            found[partition.index] = outcome
+            done += live[partition.index]
             progress(done, total)
-        for bucket in suspects:
-            rows = np.setdiff1d(np.arange(bucket.rows), excluded.get(bucket.index, nothing)).astype(np.int32)
+        for partition in suspects:
+            rows = np.setdiff1d(np.arange(partition.rows), excluded.get(partition.index, nothing)).astype(np.int32)
             self._pool.tell(
-                f"{_DEATHS_OF_A_BUCKET} worker processes ended at the images of bucket {bucket.index} of {split}; "
+                f"{_DEATHS_OF_A_PARTITION} worker processes ended at the images of partition {partition.index} of {split}; "
                 "looking for the one that does it"
             )
-            look = functools.partial(lambda actor, b, r: actor.fatal.remote([reference], b.block, r), b=bucket, r=rows)
+            look = functools.partial(
+                lambda actor, b, r: actor.fatal.remote([reference], b.block, r), b=partition, r=rows
+            )
             [fatal] = self._pool.each([look])
             # all that is left in one go: features as if those images had never been there
-            [found[bucket.index]] = self._pool.each([call(bucket, fatal)])
-            done += live[bucket.index]
+            [found[partition.index]] = self._pool.each([call(partition, fatal)])
+            done += live[partition.index]
             progress(done, total)
-        return [summary for summary in (found[b.index] for b in buckets) if summary is not None]
+        return [summary for summary in (found[b.index] for b in partitions) if summary is not None]
 
     def pids(self) -> list[int]:
         """The processes of the actors that are ready."""
@@ -655,13 +661,15 @@ class Workers:
         found = self._pool.ask(lambda actor: actor.reduced_batch.remote())
         return min((size for size in found if size is not None), default=None)
 
-    def survey(self, view: View, verdict: Verdict, temperature: float) -> Survey:
-        """The survey of the live samples by their leave-one-out logits."""
-        return Survey(*self._summed(view, verdict, functools.partial(surveyed, temperature=temperature)))
+    def calibration_sums(self, view: View, verdict: Verdict, temperature: float) -> CalibrationSums:
+        """The calibration_sums of the live samples by their leave-one-out logits."""
+        return CalibrationSums(
+            *self._summed(view, verdict, functools.partial(calibration_sums_of, temperature=temperature))
+        )
 
-    def tally(self, view: View, verdict: Verdict) -> Tally:
-        """The tally of the live samples, by the word of the verdict's audit."""
-        return Tally(*self._summed(view, verdict, tallied))
+    def posterior_sums(self, view: View, verdict: Verdict) -> PosteriorSums:
+        """The posterior_sums of the live samples, by the word of the verdict's noise_model."""
+        return PosteriorSums(*self._summed(view, verdict, posterior_sums_of))
 
     def _summed(self, view: View, verdict: Verdict, fn: EvidenceFn) -> tuple[Tensor, ...]:
         """Sums over the live samples of what `fn` makes of the evidence on each block."""
@@ -669,34 +677,34 @@ class Workers:
         verdict_in = [ray.put(verdict)]
         reducer = self.reducer(view)
         return reducer.over_groups(
-            reduction_groups(view.buckets, REDUCTION_GROUPS),
+            reduction_groups(view.partitions, REDUCTION_GROUPS),
             lambda actor, groups: actor.summed.remote(reducer.view_in, view.key, groups, verdict_in, fn),
         )
 
     def score(self, view: View, verdict: Verdict, kept: ScoreShards | None = None) -> Iterator[pa.Table]:
-        """The score tables of all buckets, in their order; those that are `kept` already are not made again."""
+        """The score tables of all partitions, in their order; those that are `kept` already are not made again."""
         view_in = [ray.put(view)]
         verdict_in = [ray.put(verdict)]
 
-        def call(bucket: int) -> Callable[[Any], Any]:
-            return lambda actor: actor.score.remote(view_in, view.key, bucket, verdict_in, kept)
+        def call(partition: int) -> Callable[[Any], Any]:
+            return lambda actor: actor.score.remote(view_in, view.key, partition, verdict_in, kept)
 
-        there = kept.buckets() if kept is not None else set()
-        tables = self._pool.each([call(bucket) for bucket in view.buckets if bucket not in there])
-        for bucket in view.buckets:
-            if bucket not in there:
+        there = kept.partitions() if kept is not None else set()
+        tables = self._pool.each([call(partition) for partition in view.partitions if partition not in there])
+        for partition in view.partitions:
+            if partition not in there:
                 yield next(tables)
                 continue
             assert kept is not None
-            table = kept.read(bucket)
+            table = kept.read(partition)
             # cut short by something else than us: a file of ours is whole or not there
-            yield from [table] if table is not None else self._pool.each([call(bucket)])
+            yield from [table] if table is not None else self._pool.each([call(partition)])
 
 
-def reduction_groups(buckets: Sequence[int], count: int) -> list[list[int]]:
-    """At most `count` groups of buckets, the same for any number of actors."""
-    count = max(1, min(count, len(buckets)))
-    return [list(buckets[first::count]) for first in range(count)]
+def reduction_groups(partitions: Sequence[int], count: int) -> list[list[int]]:
+    """At most `count` groups of partitions, the same for any number of actors."""
+    count = max(1, min(count, len(partitions)))
+    return [list(partitions[first::count]) for first in range(count)]
 
 
 class _Reducer:
@@ -720,7 +728,7 @@ class _Reducer:
             classes, dim = arguments[0].shape
             count = min(count, self._MATRICES_BYTES // (8 * ((classes - 1) * dim) ** 2))
         return self.over_groups(
-            reduction_groups(self._view.buckets, count),
+            reduction_groups(self._view.partitions, count),
             lambda actor, groups: actor.reduce.remote(self.view_in, self._view.key, groups, fn, arguments_in),
         )
 

@@ -1,4 +1,4 @@
-"""The cleaned data set as Parquet, one file per bucket, written where the buckets are."""
+"""The cleaned data set as Parquet, one file per partition, written where the partitions are."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from posttrain.store.folder import RunFolder
 @ray.remote
 def _write(
     block: pa.Table,
-    bucket: int,
+    partition: int,
     skip: np.ndarray,
     relabelled: Relabelled,
     folder: RunFolder,
@@ -27,7 +27,7 @@ def _write(
 ) -> int:
     rows = np.setdiff1d(np.arange(block.num_rows), skip)
     kept = block.take(pa.array(rows)).select([SAMPLE_ID, IMAGE, LABEL])
-    labels = current_labels(kept[LABEL].to_numpy(), rows, bucket, relabelled)
+    labels = current_labels(kept[LABEL].to_numpy(), rows, partition, relabelled)
     kept = kept.set_column(2, LABEL, pa.array(labels, pa.int32()))
     names = pa.array(classes).take(kept[LABEL])
     kept = kept.rename_columns(list(columns))
@@ -65,10 +65,10 @@ def write_cleaned(
             columns,
             tuple(classes),
         )
-        for b in split.buckets
+        for b in split.partitions
     ]
-    for bucket, written in zip(split.buckets, results(_write, calls), strict=True):
+    for partition, written in zip(split.partitions, results(_write, calls), strict=True):
         kept += written
-        seen += bucket.rows
+        seen += partition.rows
         progress(seen, split.rows)
     return kept

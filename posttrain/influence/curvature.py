@@ -1,6 +1,6 @@
 """The probe's curvature H, and what every score needs of its inverse.
 
-    H = (1/n) sum_i S_i (x) h_i h_i^T + damping * I,     S_i = diag(p_i) - p_i p_i^T
+    H = (1/n) sum_i S_i (x) h_i h_i^T + l2 * I,     S_i = diag(p_i) - p_i p_i^T
 
 K_i = X_i (nH)^-1 X_i^T with X_i = I_C (x) h_i^T is a sample's leverage: how far its logits follow its own residual.
 `exact` keeps the matrix, d (C - 1) x d (C - 1) among the contrasts of the classes, `ekfac` its Kronecker factors with
@@ -31,7 +31,7 @@ class Curvature(Protocol):
     """H^-1, applied to a batch."""
 
     @property
-    def damping(self) -> float: ...
+    def l2(self) -> float: ...
 
     @property
     def count(self) -> int: ...
@@ -106,11 +106,11 @@ def loo_residual(
 class ExactCurvature:
     """H^-1 among the contrasts Q of the classes (`contrasts`), as a tensor [classes - 1, d, classes - 1, d].
 
-    S_i times the ones is 0 and so is the sum of r_i: along the ones H is the damping alone, and never acts.
+    S_i times the ones is 0 and so is the sum of r_i: along the ones H is the l2 alone, and never acts.
     """
 
     inverse: Float[Tensor, "contrasts dim contrasts dim"]
-    damping: float
+    l2: float
     count: int
 
     # the intermediate [batch, classes - 1, classes - 1, d] is kept under 64 MB, and with few classes near a CPU's
@@ -140,7 +140,7 @@ class ExactCurvature:
 
 @dataclass(frozen=True)
 class EkfacCurvature:
-    """H^-1 = (U_B (x) U_A) diag(1 / (eigenvalues + damping)) (U_B (x) U_A)^T.
+    """H^-1 = (U_B (x) U_A) diag(1 / (eigenvalues + l2)) (U_B (x) U_A)^T.
 
     Its K_i is no leverage in the strict sense: eigenvalues of S_i K_i exceed 1 for a sample that nearly alone has
     some feature (measured: up to 8), and (I - S_i K_i)^-1 changes sign there. Read as the leverage without i,
@@ -151,12 +151,12 @@ class EkfacCurvature:
     feature_basis: Float[Tensor, "dim dim"]
     class_basis: Float[Tensor, "classes classes"]
     eigenvalues: Float[Tensor, "classes dim"]
-    damping: float
+    l2: float
     count: int
 
     def influence(self, features: Tensor, residual: Tensor, probabilities: Tensor) -> Influence:
         class_basis = self.class_basis.to(features)
-        inverse = 1.0 / (self.eigenvalues.to(features) + self.damping)
+        inverse = 1.0 / (self.eigenvalues.to(features) + self.l2)
         squares = (features @ self.feature_basis.to(features)).square()
         rotated = residual @ class_basis
         # K_i = U_B diag(k_i) U_B^T with one U_B for all samples: a product costs C^2, not C^3
@@ -204,20 +204,19 @@ def measure(reduce: Reduce, probe: Probe, kind: Kind) -> Curvature:
     Raises SingularCurvatureError where it is not positive definite (`exact`: among the contrasts).
     """
     classes, dim = probe.weights.shape
-    n, damping = probe.count, probe.damping
+    n, l2 = probe.count, probe.l2
     if kind == "exact":
         hessian = reduce(hessian_block, probe.weights)[0].double() / n
-        hessian.diagonal().add_(damping)
+        hessian.diagonal().add_(l2)
         factor, failed = torch.linalg.cholesky_ex(hessian)
         if int(failed):
             raise SingularCurvatureError(
-                f"the probe's curvature is not positive definite (probe.damping = {damping:g}); "
-                "a larger probe.damping makes it so"
+                f"the probe's curvature is not positive definite (probe.l2 = {l2:g}); a larger probe.l2 makes it so"
             )
         inverse = torch.cholesky_inverse(factor).view(classes - 1, dim, classes - 1, dim)
-        return ExactCurvature(inverse.float(), damping, n)
+        return ExactCurvature(inverse.float(), l2, n)
     _, second = reduce(second_moment)
     feature_basis = torch.linalg.eigh(second.double() / n).eigenvectors
     class_basis = torch.linalg.eigh(reduce(class_factor, probe.weights)[0].double() / n).eigenvectors
     eigenvalues = reduce(corrected_eigenvalues, probe.weights, feature_basis, class_basis)[0] / n
-    return EkfacCurvature(feature_basis.float(), class_basis.float(), eigenvalues.clamp_min(0).float(), damping, n)
+    return EkfacCurvature(feature_basis.float(), class_basis.float(), eigenvalues.clamp_min(0).float(), l2, n)

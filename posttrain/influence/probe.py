@@ -3,7 +3,7 @@
 With h_i the standardised features of sample i and a 1 appended (length d), p_i = softmax(W h_i) and y_i the
 one-hot given label, the probe minimises
 
-    L(W) = (1/n) sum_i -log p_i[y_i] + (damping/2) ||W||^2,      W: [classes, d], the last column is the bias.
+    L(W) = (1/n) sum_i -log p_i[y_i] + (l2/2) ||W||^2,      W: [classes, d], the last column is the bias.
 
 Nothing here knows where the blocks are: `fit` is handed a `Reduce` that sums a function over all of them.
 """
@@ -71,7 +71,7 @@ class Probe:
     """A fitted probe."""
 
     weights: Float[Tensor, "classes dim"]
-    damping: float
+    l2: float
     count: int
     """Samples that it was fitted on: the n of the formulas."""
     loss: float
@@ -162,7 +162,7 @@ def fit(
     *,
     classes: int,
     dim: int,
-    damping: float,
+    l2: float,
     start: Tensor | None = None,
     tolerance: float = 1e-6,
     max_steps: int = 50,
@@ -181,7 +181,7 @@ def fit(
     n = float(count)
     eigenvalues, basis = torch.linalg.eigh(second / n)
     # the eigenvalues of I/C - 11^T/C^2 are 1/C (C-1 times) and 0; 1/C for all is close enough
-    inverse = 1.0 / (eigenvalues.clamp_min(0) / classes + damping)
+    inverse = 1.0 / (eigenvalues.clamp_min(0) / classes + l2)
 
     def precondition(vector: Tensor) -> Tensor:
         return ((vector @ basis) * inverse) @ basis.T
@@ -189,22 +189,22 @@ def fit(
     def objective(at: Tensor) -> tuple[float, float, Tensor]:
         _, loss, _, gradient = reduce(loss_gradient, at)
         mean = float(loss) / n
-        return mean + damping / 2 * float(at.square().sum()), mean, gradient / n + damping * at
+        return mean + l2 / 2 * float(at.square().sum()), mean, gradient / n + l2 * at
 
     value, loss, gradient = objective(weights)
     for _ in range(max_steps):
         norm = float(gradient.norm())
         if norm <= tolerance:
-            return Probe(weights, damping, round(n), loss, norm)
+            return Probe(weights, l2, round(n), loss, norm)
         direction = _conjugate_gradients(
-            lambda v, at=weights: reduce(hessian_product, at, v)[0] / n + damping * v,
+            lambda v, at=weights: reduce(hessian_product, at, v)[0] / n + l2 * v,
             -gradient,
             precondition,
             tolerance=min(0.1, norm**0.5) * norm,
         )
         slope = float((gradient * direction).sum())
         if not math.isfinite(slope):
-            raise SingularCurvatureError("the probe's loss is not finite; a larger probe.damping makes it converge")
+            raise SingularCurvatureError("the probe's loss is not finite; a larger probe.l2 makes it converge")
         length, whole = 1.0, objective(weights + direction)
         candidate = whole
         while not candidate[0] <= value + 1e-4 * length * slope:
@@ -212,7 +212,7 @@ def fit(
             # in the whole Newton step is chance, too: this is the optimum that can be had
             if -slope * length <= 1e-7 * max(1.0, abs(value)):
                 if not float(whole[2].norm()) <= norm / 2:
-                    return Probe(weights, damping, round(n), loss, norm)
+                    return Probe(weights, l2, round(n), loss, norm)
                 length, candidate = 1.0, whole
                 break
             length /= 2
@@ -221,7 +221,7 @@ def fit(
         value, loss, gradient = candidate
     raise SingularCurvatureError(
         f"the probe did not converge in {max_steps} Newton steps (gradient norm {float(gradient.norm()):.2g}); "
-        "a larger probe.damping makes it converge"
+        "a larger probe.l2 makes it converge"
     )
 
 

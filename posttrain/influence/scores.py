@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from posttrain.influence.audit import Audit, Judgement, log_odds_of_others
+from posttrain.influence.calibration import NoiseModel, Posterior, log_odds_of_others
 from posttrain.influence.curvature import Curvature, Influence
 from posttrain.influence.probe import residuals
 
@@ -40,25 +40,25 @@ class ProbeEvidence:
     logits: Float[Tensor, "batch classes"]
     residual: Float[Tensor, "batch classes"]
     influence: Influence
-    damping: float
+    l2: float
     count: int
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the scores of a batch are computed from: what each member of the committee says."""
+    """What the scores of a batch are computed from: what each member of the ensemble says."""
 
     members: tuple[ProbeEvidence, ...]
     labels: Int[Tensor, " batch"]
     draw: Float[Tensor, " batch"]
     """A number in [0, 1) that depends on the sample's id and the round's seed alone."""
-    audit: Audit | None = None
+    noise_model: NoiseModel | None = None
     """How far the leave-one-out logits can be taken; None: as they are."""
 
     @cached_property
-    def judgement(self) -> Judgement | None:
-        """What the audit says of the leave-one-out logits; None without one."""
-        return None if self.audit is None else self.audit.judge(self.loo_logits, self.labels)
+    def posterior(self) -> Posterior | None:
+        """What the noise_model says of the leave-one-out logits; None without one."""
+        return None if self.noise_model is None else self.noise_model.judge(self.loo_logits, self.labels)
 
     @property
     def logits(self) -> Float[Tensor, "batch classes"]:
@@ -72,22 +72,30 @@ class Evidence:
 
 
 def evidence(
-    features: Tensor, labels: Tensor, weights: Tensor, curvature: Curvature, draw: Tensor, audit: Audit | None = None
+    features: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    curvature: Curvature,
+    draw: Tensor,
+    noise_model: NoiseModel | None = None,
 ) -> Evidence:
     """The evidence on a batch from one probe's weights [classes, d] and its curvature."""
-    return joint_evidence([(features, weights, curvature)], labels, draw, audit)
+    return joint_evidence([(features, weights, curvature)], labels, draw, noise_model)
 
 
 def joint_evidence(
-    members: Sequence[tuple[Tensor, Tensor, Curvature]], labels: Tensor, draw: Tensor, audit: Audit | None = None
+    members: Sequence[tuple[Tensor, Tensor, Curvature]],
+    labels: Tensor,
+    draw: Tensor,
+    noise_model: NoiseModel | None = None,
 ) -> Evidence:
-    """The evidence on a batch from a committee: (features [n, d], weights [classes, d], curvature) of each member."""
+    """The evidence on a batch from a ensemble: (features [n, d], weights [classes, d], curvature) of each member."""
     found: list[ProbeEvidence] = []
     for features, weights, curvature in members:
         logits, probabilities, residual = residuals(features, labels, weights)
         influence = curvature.influence(features, residual, probabilities)
-        found.append(ProbeEvidence(features, logits, residual, influence, curvature.damping, curvature.count))
-    return Evidence(tuple(found), labels, draw, audit)
+        found.append(ProbeEvidence(features, logits, residual, influence, curvature.l2, curvature.count))
+    return Evidence(tuple(found), labels, draw, noise_model)
 
 
 def _norm(parts: Sequence[Tensor]) -> Tensor:
@@ -107,12 +115,12 @@ def mislabel_odds(e: Evidence) -> Float[Tensor, " batch"]:
 
         log sum_{c != y} p_c T[c, y]  -  log p_y T[y, y]  +  shift
 
-    with the class probabilities p, the noise transition matrix T and the shift of `Audit`: above 0, the label is
-    more likely wrong than right. Without an audit the log odds of any other label under the plain softmax.
+    with the class probabilities p, the noise transition matrix T and the shift of `NoiseModel`: above 0, the label is
+    more likely wrong than right. Without an noise_model the log odds of any other label under the plain softmax.
     """
-    if e.judgement is None:
+    if e.posterior is None:
         return log_odds_of_others(e.loo_logits, e.labels)
-    return e.judgement.mislabel_odds.to(e.members[0].logits)
+    return e.posterior.mislabel_odds.to(e.members[0].logits)
 
 
 def loo_margin(e: Evidence) -> Float[Tensor, " batch"]:
@@ -126,15 +134,15 @@ def loo_margin(e: Evidence) -> Float[Tensor, " batch"]:
 def parameter_influence(e: Evidence) -> Float[Tensor, " batch"]:
     """How far the boundary's weights would move without the sample.
 
-    ||H^-1 (x_i (x) h_i)|| / n; of a committee, the norm of its members' movements, each over their number.
+    ||H^-1 (x_i (x) h_i)|| / n; of a ensemble, the norm of its members' movements, each over their number.
     """
     return _norm([m.influence.solved_norm.clamp_min(0).sqrt() / m.count for m in e.members])
 
 
 def data_influence(e: Evidence) -> Float[Tensor, " batch"]:
-    """How much the predictions on all live samples would move without the sample; the mean over a committee.
+    """How much the predictions on all live samples would move without the sample; the mean over a ensemble.
 
-        1/(2 n^2) v_i^T F v_i,  v_i = H^-1 (x_i (x) h_i),  F = H - damping I, the Fisher information of the live samples
+        1/(2 n^2) v_i^T F v_i,  v_i = H^-1 (x_i (x) h_i),  F = H - l2 I, the Fisher information of the live samples
 
     which is the mean Kullback-Leibler divergence between their predictions with and without it, to second
     order. Uses v_i^T H v_i = n x_i^T K_i x_i.
@@ -142,7 +150,7 @@ def data_influence(e: Evidence) -> Float[Tensor, " batch"]:
 
     def of(m: ProbeEvidence) -> Tensor:
         quadratic = m.count * (m.influence.loo_residual * m.influence.shift).sum(dim=1)
-        return (quadratic - m.damping * m.influence.solved_norm).clamp_min(0) / (2 * m.count**2)
+        return (quadratic - m.l2 * m.influence.solved_norm).clamp_min(0) / (2 * m.count**2)
 
     return torch.stack([of(m) for m in e.members]).mean(dim=0)
 
@@ -160,7 +168,7 @@ def margin(e: Evidence) -> Float[Tensor, " batch"]:
 def gradient_norm(e: Evidence) -> Float[Tensor, " batch"]:
     """||r_i|| ||h_i||, the norm of the loss gradient by a probe's weights (baseline).
 
-    Of a committee, the norm of all its members' own gradients, each over their number.
+    Of a ensemble, the norm of all its members' own gradients, each over their number.
     """
     return _norm([m.residual.norm(dim=1) * m.features.norm(dim=1) for m in e.members])
 
@@ -199,11 +207,11 @@ class Suggestion:
 def suggestion(e: Evidence) -> Suggestion:
     """Labels and their probabilities from leave-one-out logits: none of them has seen the sample's own label.
 
-    Without an audit the probabilities are the plain softmax.
+    Without an noise_model the probabilities are the plain softmax.
     """
     logits = e.loo_logits.double()
-    q = logits.softmax(dim=1) if e.audit is None else e.audit.probabilities(logits, e.labels)
-    p = q if e.judgement is None else e.judgement.posterior
+    q = logits.softmax(dim=1) if e.noise_model is None else e.noise_model.probabilities(logits, e.labels)
+    p = q if e.posterior is None else e.posterior.posterior
     given = e.labels[:, None]
     confidence, suggested = p.scatter(1, given, -torch.inf).max(dim=1)
     return Suggestion(q.argmax(dim=1), q.gather(1, given)[:, 0], suggested, confidence)

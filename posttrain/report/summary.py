@@ -101,8 +101,8 @@ def _boundary(summary: Mapping[str, Any]) -> tuple[str | None, str]:
         return None, ""
     members = boundary["members"]
     tried = len({row["layer"] for row in boundary["tried"]})
-    named = ", ".join(f"{member['layer']} ({member['damping']:g})" for member in members)
-    return f"{len(members)} of {tried} layers", f"layer (damping): {named}"
+    named = ", ".join(f"{member['layer']} ({member['l2']:g})" for member in members)
+    return f"{len(members)} of {tried} layers", f"layer (l2): {named}"
 
 
 def _percent(value: float | None) -> str | None:

@@ -1,9 +1,9 @@
-"""The feature store: one Parquet shard per bucket, float16, written whole or not at all.
+"""The feature store: one Parquet shard per partition, float16, written whole or not at all.
 
-A shard holds `row` (position in the bucket), `sample_id`, `label`, a digest of the image and one column of features
+A shard holds `row` (position in the partition), `sample_id`, `label`, a digest of the image and one column of features
 per layer of the samples that could be read, and in its metadata the rows that could not, with the reason, how many
-images went through the backbone for it, and how many buckets its split has. By these a later run, whose samples lie
-in other buckets, finds again what has been embedded already.
+images went through the backbone for it, and how many partitions its split has. By these a later run, whose samples lie
+in other partitions, finds again what has been embedded already.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from posttrain.schema import (
-    BUCKET,
     DIGEST,
     FEATURES,
     FILE,
     LABEL,
+    PARTITION,
     ROW,
     SAMPLE_ID,
-    bucket_boundaries,
     order_key,
+    partition_boundaries,
 )
 from posttrain.store.folder import RunFolder
 
@@ -38,7 +38,7 @@ pc = cast(Any, pyarrow.compute)
 
 _QUARANTINED = b"posttrain.quarantined"
 _EMBEDDED = b"posttrain.embedded"
-_BUCKETS = b"posttrain.buckets"
+_PARTITIONS = b"posttrain.partitions"
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ def write_shard(
     quarantined: list[dict[str, object]],
     *,
     embedded: int = 0,
-    buckets: int = 0,
+    partitions: int = 0,
 ) -> None:
     """Write a shard; `quarantined` holds {row, sample_id, file, reason} of what could not be embedded.
 
-    `embedded`: images that went through the backbone for it; `buckets`: of its split.
+    `embedded`: images that went through the backbone for it; `partitions`: of its split.
     """
     columns = {
         ROW: pa.array(shard.rows, pa.int32()),
@@ -82,7 +82,7 @@ def write_shard(
         {
             _QUARANTINED: json.dumps(quarantined).encode(),
             _EMBEDDED: str(embedded).encode(),
-            _BUCKETS: str(buckets).encode(),
+            _PARTITIONS: str(partitions).encode(),
         }
     )
     # not durable: what a power cut takes is embedded again
@@ -123,14 +123,14 @@ def _matrix(column: pa.ChunkedArray, rows: int) -> np.ndarray:
 class ShardSummary:
     """What the driver knows of a shard."""
 
-    bucket: int
+    partition: int
     count: int
     quarantined: list[dict[str, object]]
     embedded: int = 0
     """Images that went through the backbone; the others' features are those of a former run."""
 
 
-def summarise_shard(folder: RunFolder, path: str, bucket: int) -> ShardSummary | None:
+def summarise_shard(folder: RunFolder, path: str, partition: int) -> ShardSummary | None:
     """The summary of a shard from its footer; None where there is no (whole) shard."""
     if not folder.exists(path):
         return None
@@ -138,7 +138,7 @@ def summarise_shard(folder: RunFolder, path: str, bucket: int) -> ShardSummary |
         with folder.parquet(path) as file:
             metadata = file.schema_arrow.metadata or {}
             quarantined = json.loads(metadata[_QUARANTINED])
-            return ShardSummary(bucket, file.metadata.num_rows, quarantined, int(metadata.get(_EMBEDDED, 0)))
+            return ShardSummary(partition, file.metadata.num_rows, quarantined, int(metadata.get(_EMBEDDED, 0)))
     except (pa.ArrowInvalid, KeyError, OSError):
         return None
 
@@ -167,20 +167,20 @@ class FormerFeatures:
     folder: RunFolder
     backbone: str
     split: str
-    buckets: int
+    partitions: int
 
     def of(self, ids: pa.Array, digests: np.ndarray, layers: Sequence[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Positions (sorted) of the samples that are there with the same image, and their features by layer.
 
-        `ids` are those of one bucket: the hash ranges of its samples name the shards in which they can lie.
+        `ids` are those of one partition: the hash ranges of its samples name the shards in which they can lie.
         """
         positions: list[np.ndarray] = []
         parts: dict[str, list[np.ndarray]] = {layer: [] for layer in layers}
         keys = order_key(ids.to_numpy(zero_copy_only=False)) if len(ids) else np.empty(0, np.int64)
-        bucket_of = np.searchsorted(bucket_boundaries(self.buckets), keys, side="right")
-        for bucket in np.unique(bucket_of):
-            known = self._read(int(bucket), layers)
-            mine = np.flatnonzero(bucket_of == bucket)
+        partition_of = np.searchsorted(partition_boundaries(self.partitions), keys, side="right")
+        for partition in np.unique(partition_of):
+            known = self._read(int(partition), layers)
+            mine = np.flatnonzero(partition_of == partition)
             if known is None or known.sample_ids.type != ids.type:
                 continue
             assert known.digests is not None
@@ -197,8 +197,8 @@ class FormerFeatures:
         order = np.argsort(found, kind="stable")
         return found[order], {layer: np.concatenate(part)[order] for layer, part in parts.items()}
 
-    def _read(self, bucket: int, layers: Sequence[str]) -> Shard | None:
-        path = self.folder.features(self.backbone, self.split, bucket)
+    def _read(self, partition: int, layers: Sequence[str]) -> Shard | None:
+        path = self.folder.features(self.backbone, self.split, partition)
         try:
             digests = self.folder.read_table(path, [DIGEST])[DIGEST].to_numpy()
             return replace(read_shard(self.folder, path, layers), digests=digests)
@@ -216,22 +216,22 @@ def former_features(folder: RunFolder, backbone: str, split: str) -> FormerFeatu
         try:
             with folder.parquet(info.path) as file:
                 metadata = file.schema_arrow.metadata or {}
-            buckets = int(metadata.get(_BUCKETS, 0))
+            partitions = int(metadata.get(_PARTITIONS, 0))
         except (pa.ArrowInvalid, OSError, ValueError):
             continue
-        if buckets:
-            return FormerFeatures(folder, backbone, split, buckets)
+        if partitions:
+            return FormerFeatures(folder, backbone, split, partitions)
     return None
 
 
 def quarantine_table(summaries: list[ShardSummary]) -> pa.Table:
-    """{bucket, row, sample_id, file, reason} of all that could not be embedded."""
-    return _table_of([{BUCKET: s.bucket, **row} for s in summaries for row in s.quarantined])
+    """{partition, row, sample_id, file, reason} of all that could not be embedded."""
+    return _table_of([{PARTITION: s.partition, **row} for s in summaries for row in s.quarantined])
 
 
 def quarantined_rows(rows: Sequence[tuple[str, int, dict[str, object]]]) -> pa.Table:
-    """The same, with the split behind, of (split, bucket, row with its reason)."""
-    table = _table_of([{BUCKET: bucket, **row} for _, bucket, row in rows])
+    """The same, with the split behind, of (split, partition, row with its reason)."""
+    table = _table_of([{PARTITION: partition, **row} for _, partition, row in rows])
     return table.append_column("split", pa.array([split for split, _, _ in rows], pa.string()))
 
 
@@ -239,7 +239,7 @@ def _table_of(rows: list[dict[str, object]]) -> pa.Table:
     is_text = any(isinstance(row[SAMPLE_ID], str) for row in rows)
     schema = pa.schema(
         [
-            (BUCKET, pa.int32()),
+            (PARTITION, pa.int32()),
             (ROW, pa.int32()),
             (SAMPLE_ID, pa.string() if is_text else pa.int64()),
             (FILE, pa.string()),

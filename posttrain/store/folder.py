@@ -50,7 +50,7 @@ def resolve(location: str) -> tuple[fs.FileSystem, str]:
     return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(location))
 
 
-def patiently(read: Callable[[], _T]) -> _T:
+def with_retries(read: Callable[[], _T]) -> _T:
     """What `read` gives; it is asked again where an object store refused and the file system did not ask again itself.
 
     That is where it wanted fewer bytes than the refusal has: the AWS SDK then has no room for the refusal's text, and
@@ -104,11 +104,11 @@ class RunFolder:
 
     # -- the paths -------------------------------------------------------------------------------------
 
-    def features(self, backbone: str, split: str, bucket: int) -> str:
-        """The shard of a bucket: in `shared_features` where these are the backbone's, else in this folder."""
+    def features(self, backbone: str, split: str, partition: int) -> str:
+        """The shard of a partition: in `shared_features` where these are the backbone's, else in this folder."""
         shared = self.shared_features
         of_backbone = shared if shared and shared.endswith(f"/{backbone}") else self.path("features", backbone)
-        return f"{of_backbone}/{split}/{bucket:05d}.parquet"
+        return f"{of_backbone}/{split}/{partition:05d}.parquet"
 
     def round(self, number: int, *parts: str) -> str:
         return self.path("rounds", f"{number:04d}", *parts)
@@ -165,7 +165,7 @@ class RunFolder:
             with self.files.open_input_stream(path) as stream:
                 return stream.read()
 
-        return patiently(read)
+        return with_retries(read)
 
     def read_json(self, path: str) -> Any:
         return json.loads(self.read_bytes(path))
@@ -258,16 +258,16 @@ class RunFolder:
 
     def read_table(self, path: str, columns: list[str] | None = None) -> pa.Table:
         with self.files.open_input_file(path) as stream:
-            return patiently(lambda: pq.read_table(stream, columns=columns))
+            return with_retries(lambda: pq.read_table(stream, columns=columns))
 
     @contextmanager
     def parquet(self, path: str) -> Iterator[pq.ParquetFile]:
         """A Parquet file to be read in parts."""
         with self.files.open_input_file(path) as stream:
-            yield patiently(lambda: pq.ParquetFile(stream))
+            yield with_retries(lambda: pq.ParquetFile(stream))
 
     def row_groups(self, path: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """The row groups of a Parquet file one after another: never the whole of it in memory."""
         with self.parquet(path) as file:
             for group in range(file.num_row_groups):
-                yield patiently(lambda group=group: file.read_row_group(group, columns=columns))
+                yield with_retries(lambda group=group: file.read_row_group(group, columns=columns))

@@ -20,8 +20,8 @@ from pydantic import ValidationError
 from posttrain.config import RunFile, differences, dump, without_marks, without_secrets
 from posttrain.errors import RunFolderError
 from posttrain.schema import (
-    BUCKET,
     NO_SUPPORT,
+    PARTITION,
     ROW,
     SUPPORT,
     Excluded,
@@ -160,29 +160,29 @@ class Ledger:
         self.folder.write_json(self.folder.round(done.number, "round.json"), asdict(done))
 
     def excluded(self, rounds: tuple[Round, ...]) -> Excluded:
-        """(bucket, row) of all that the committed rounds removed."""
+        """(partition, row) of all that the committed rounds removed."""
         excluded: Excluded = {}
         for done in rounds:
             if done.removed:
-                table = self.removed(done.number, [BUCKET, ROW])
-                excluded = excluded_rows(table[BUCKET].to_numpy(), table[ROW].to_numpy(), excluded)
+                table = self.removed(done.number, [PARTITION, ROW])
+                excluded = excluded_rows(table[PARTITION].to_numpy(), table[ROW].to_numpy(), excluded)
         return excluded
 
     def relabelled(self, rounds: tuple[Round, ...]) -> Relabelled:
-        """(bucket, row) and new label of all that the committed rounds relabelled."""
+        """(partition, row) and new label of all that the committed rounds relabelled."""
         relabelled: Relabelled = {}
         for done in rounds:
             if done.relabelled:
                 path = self.folder.round(done.number, "relabelled.parquet")
-                table = self.folder.read_table(path, [BUCKET, ROW, "suggested_label"])
+                table = self.folder.read_table(path, [PARTITION, ROW, "suggested_label"])
                 relabelled = relabelled_rows(
-                    table[BUCKET].to_numpy(), table[ROW].to_numpy(), table["suggested_label"].to_numpy(), relabelled
+                    table[PARTITION].to_numpy(), table[ROW].to_numpy(), table["suggested_label"].to_numpy(), relabelled
                 )
         return relabelled
 
     def support(self, rounds: tuple[Round, ...]) -> pa.Table:
-        """{bucket, row, self_confidence} of all that the committed rounds removed or relabelled."""
-        names = [BUCKET, ROW, SUPPORT]
+        """{partition, row, self_confidence} of all that the committed rounds removed or relabelled."""
+        names = [PARTITION, ROW, SUPPORT]
         tables = [NO_SUPPORT]
         for done in rounds:
             for kind, count in (("removed", done.removed), ("relabelled", done.relabelled)):
@@ -191,7 +191,7 @@ class Ledger:
         return pa.concat_tables(tables)
 
     def keep_votes(self, number: int, votes: np.ndarray) -> None:
-        """Write down `Audit.votes` of a round, [classes, classes], as {class, label, votes}."""
+        """Write down `NoiseModel.votes` of a round, [classes, classes], as {class, label, votes}."""
         classes = np.arange(len(votes), dtype=np.int32)
         columns = np.repeat(classes, len(classes)), np.tile(classes, len(classes)), votes.flatten()
         self.folder.write_table(

@@ -11,25 +11,25 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.csv
 
-from posttrain.schema import BUCKET, LABEL, ROW, SAMPLE_ID, Excluded, Relabelled, current_labels, merged
+from posttrain.schema import LABEL, PARTITION, ROW, SAMPLE_ID, Excluded, Relabelled, current_labels, merged
 from posttrain.store.folder import RunFolder
 
 # pyarrow makes these functions when it is imported: a type checker sees none of them
 pc = cast(Any, pyarrow.compute)
 
 # the columns that only the machinery needs
-_INNER = (BUCKET, ROW)
+_INNER = (PARTITION, ROW)
 
 
 def live_rows(table: pa.Table, excluded: Excluded) -> pa.Table:
-    """The rows of a table with (bucket, row) that are not excluded."""
+    """The rows of a table with (partition, row) that are not excluded."""
     if not table.num_rows:
         return table
     mask = np.ones(table.num_rows, bool)
-    buckets, rows = table[BUCKET].to_numpy(), table[ROW].to_numpy()
-    for bucket in np.unique(buckets):
-        if (gone := excluded.get(int(bucket))) is not None:
-            mine = buckets == bucket
+    partitions, rows = table[PARTITION].to_numpy(), table[ROW].to_numpy()
+    for partition in np.unique(partitions):
+        if (gone := excluded.get(int(partition))) is not None:
+            mine = partitions == partition
             mask[mine] = ~np.isin(rows[mine], gone)
     return table.filter(pa.array(mask))
 
@@ -99,7 +99,7 @@ def _scored(
             if folder.exists(path := folder.round(number, f"{name}.parquet")):
                 yield folder.read_table(path), True
     # a relabelled sample is live, and listed above under the label that it was given
-    others = merged(excluded, {bucket: rows for bucket, (rows, _) in relabelled.items()})
+    others = merged(excluded, {partition: rows for partition, (rows, _) in relabelled.items()})
     if last_scores is not None:
         for table in folder.row_groups(last_scores):
             yield live_rows(table, others), False
@@ -136,7 +136,7 @@ def write_manifest(folder: RunFolder, last_scores: str | None, excluded: Exclude
     """`manifest.parquet`: id and present label of every kept sample; returns their number."""
 
     def tables() -> Iterator[pa.Table]:
-        for table in folder.row_groups(last_scores, [SAMPLE_ID, LABEL, BUCKET, ROW]) if last_scores else ():
+        for table in folder.row_groups(last_scores, [SAMPLE_ID, LABEL, PARTITION, ROW]) if last_scores else ():
             live = live_rows(table, excluded)
             yield live.select([SAMPLE_ID]).append_column(LABEL, pa.array(_present(live, relabelled), pa.int32()))
 
@@ -145,12 +145,12 @@ def write_manifest(folder: RunFolder, last_scores: str | None, excluded: Exclude
 
 
 def _present(table: pa.Table, relabelled: Relabelled) -> np.ndarray:
-    """The labels of a table with (bucket, row), the new ones in their place."""
+    """The labels of a table with (partition, row), the new ones in their place."""
     labels = table[LABEL].to_numpy().copy()
-    buckets, rows = table[BUCKET].to_numpy(), table[ROW].to_numpy()
-    for bucket in np.unique(buckets):
-        mine = buckets == bucket
-        labels[mine] = current_labels(labels[mine], rows[mine], int(bucket), relabelled)
+    partitions, rows = table[PARTITION].to_numpy(), table[ROW].to_numpy()
+    for partition in np.unique(partitions):
+        mine = partitions == partition
+        labels[mine] = current_labels(labels[mine], rows[mine], int(partition), relabelled)
     return labels
 
 

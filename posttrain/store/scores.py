@@ -1,6 +1,6 @@
-"""The scores of a round while they are being made: one Parquet shard per bucket, until the round is committed.
+"""The scores of a round while they are being made: one Parquet shard per partition, until the round is committed.
 
-A run that is killed while it scores goes on with the buckets that are missing. Shards are found again by all that
+A run that is killed while it scores goes on with the partitions that are missing. Shards are found again by all that
 decides their content, so that those of another boundary are never taken up.
 """
 
@@ -30,26 +30,26 @@ class ScoreShards:
     key: str
     """Tells what decides the scores from anything else, as `content_digest` does."""
 
-    def buckets(self) -> set[int]:
+    def partitions(self) -> set[int]:
         """Those whose scores are there."""
         there = fs.FileSelector(self._place, allow_not_found=True)
         names = (info.base_name for info in self.folder.files.get_file_info(there))
         return {int(name.removesuffix(".parquet")) for name in names if name.endswith(".parquet")}
 
-    def write(self, bucket: int, table: pa.Table) -> None:
+    def write(self, partition: int, table: pa.Table) -> None:
         # kept for minutes, and made again where a power cut takes it; lz4 costs next to nothing
-        with self.folder.writing(self._path(bucket), durable=False) as stream:
+        with self.folder.writing(self._path(partition), durable=False) as stream:
             pq.write_table(table, stream, compression="lz4")
 
-    def read(self, bucket: int) -> pa.Table | None:
-        """The scores of a bucket; None where they cannot be read."""
+    def read(self, partition: int) -> pa.Table | None:
+        """The scores of a partition; None where they cannot be read."""
         try:
-            return self.folder.read_table(self._path(bucket))
+            return self.folder.read_table(self._path(partition))
         except (pa.ArrowInvalid, OSError):
             return None
 
-    def _path(self, bucket: int) -> str:
-        return f"{self._place}/{bucket:05d}.parquet"
+    def _path(self, partition: int) -> str:
+        return f"{self._place}/{partition:05d}.parquet"
 
     @property
     def _place(self) -> str:

@@ -12,12 +12,12 @@ import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from pipelines.benchmarks import cases, detection
+from pipelines.benchmarks.baselines import PEERS, Context, Measured
 from pipelines.benchmarks.cases import Case, Data
 from pipelines.benchmarks.detection_findings import AFTER_FOLDS, DEFAULT, Finding, Removed, removed, table
 from pipelines.benchmarks.detection_report import report
 from pipelines.benchmarks.ours import Ours
-from pipelines.benchmarks.peers import PEERS, Context, Measured
-from posttrain.influence.audit import NoiseEstimate
+from posttrain.influence.calibration import NoiseEstimate
 
 NOISY = Case("digits", "symmetric 40", "memorised", 0)
 CLEAN = Case("digits", "clean", "memorised", 0)
@@ -41,7 +41,7 @@ def stand_in(case: Case, data: Data, weights: bytes) -> Ours:
         suggested=suggested,
         confidence=draw.random(n),
         layers=("input", "head"),
-        dampings=(0.1, 1.0),
+        l2_values=(0.1, 1.0),
         table=[("input", 0.1, 1.5, 0.5), ("head", 0.1, 1.9, 0.4), ("head", 1.0, 1.8, 0.45)],
         noise=NoiseEstimate(0.4, 0.3, 0.5, 0.6, 20, 50, True),
         selected=scores > 1.0,
@@ -60,7 +60,7 @@ def oracle_of_the_folds(context: Context) -> Measured:
 
 @pytest.fixture
 def quick(two_epochs: None, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """The stand-in for posttrain, the peers that need no package; counts who was asked."""
+    """The stand-in for posttrain, the baselines that need no package; counts who was asked."""
     asked: dict[str, int] = {}
 
     def counting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -156,7 +156,7 @@ def test_a_stopped_run_goes_on_without_doing_anything_again(
     quick.clear()
     detection.main(command)
     assert not quick
-    # two cases, each with two scores and three peers
+    # two cases, each with two scores and three baselines
     assert pq.read_table(tmp_path / "out" / "detection.parquet").num_rows == 2 * 5
     text = (tmp_path / "out" / "detection.md").read_text()
     assert capsys.readouterr().out.endswith(text + "\n")

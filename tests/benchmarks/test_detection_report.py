@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from pipelines.benchmarks.baselines import PEERS
 from pipelines.benchmarks.cases import NETWORKS, Case
 from pipelines.benchmarks.detection_findings import DEFAULT, Finding, Ranking, Removed, Tried
 from pipelines.benchmarks.detection_report import DEFAULT_METHOD, defeats, report, short, shown
-from pipelines.benchmarks.peers import PEERS
 
 
 def finding(noise: str = "pair 20", network: str = "memorised", seed: int = 0, **average_precision: float) -> Finding:
@@ -45,7 +45,7 @@ def finding(noise: str = "pair 20", network: str = "memorised", seed: int = 0, *
         removed_confidence=0.7,
         calibration_error=0.1,
         layers=("input", "head"),
-        dampings=(0.1, 0.1),
+        l2_values=(0.1, 0.1),
         tried=(Tried("input", 0.1, 1.5, 0.5), Tried("head", 0.1, 1.9, 0.4)),
         last_layer="head",
         last_layer_auroc=0.6,

@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from posttrain.cluster.devices import BatchSize, computing_in, moved
-from posttrain.cluster.refining import Training, fit_network
+from posttrain.cluster.training import Training, fit_network
 from posttrain.cluster.workers import Network, Workers, embed_block
 from posttrain.config import RunFile, load
 from posttrain.errors import ConfigError, StepError
@@ -414,7 +414,7 @@ def test_workers_whose_gpus_would_never_come_are_refused(
 def test_training_workers_whose_gpus_would_never_come_are_refused(
     monkeypatch: pytest.MonkeyPatch, there: float, train_workers: int, gpus: float, refused: bool
 ) -> None:
-    from pipelines.clean import crew
+    from posttrain.runs.clean import crew
 
     workers(monkeypatch, there)
     config = load(None, [f"ray.train_workers={train_workers}", f"ray.gpus_per_train_worker={gpus}"])

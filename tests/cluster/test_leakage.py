@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from pipelines.leakage import Leaks
 from posttrain.cluster.leakage import compare, described
+from posttrain.runs.leakage import Leaks
 from posttrain.schema import FILE, IMAGE, LABEL, SAMPLE_ID
 
 _DATA = load_digits()
@@ -35,7 +35,7 @@ def block(images: list[bytes], ids: list[int], labels: list[int]) -> pa.Table:
 
 @pytest.fixture(scope="module")
 def pairs() -> pa.Table:
-    """Of two held-out buckets in a training bucket: one the same, one brighter, one mirrored, one not readable."""
+    """Of two held-out partitions in a training partition: one the same, one brighter, one mirrored, one not readable."""
     originals = [png(DIGITS[i]) for i in range(40)]
     planted = [originals[3], png(np.clip(DIGITS[25].astype(int) + 20, 0, 255).astype(np.uint8))]
     planted += [png(DIGITS[30][:, ::-1].copy()), originals[4][:30]]
@@ -47,7 +47,7 @@ def pairs() -> pa.Table:
 
 
 def test_pairs_say_which_images_of_which_sets_and_how_they_are_alike(pairs: pa.Table) -> None:
-    columns = ["bucket", "row", "sample_id", "split", "other_bucket", "other_row", "other_id"]
+    columns = ["partition", "row", "sample_id", "split", "other_partition", "other_row", "other_id"]
     assert [tuple(row[name] for name in columns) for row in pairs.to_pylist()] == [
         (5, 50, 50, "validation", 0, 3, 1003),
         (5, 51, 51, "test", 7, 5, 2005),

@@ -1,4 +1,4 @@
-"""Features of a former run taken up in other buckets, and samples known from it found again; without Ray."""
+"""Features of a former run taken up in other partitions, and samples known from it found again; without Ray."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from posttrain.schema import (
     SUPPORT,
     ImageSpec,
     ModelSpec,
-    bucket_boundaries,
-    bucket_count,
     order_key,
+    partition_boundaries,
+    partition_count,
 )
 from posttrain.store.features import FormerFeatures, Shard, former_features, read_shard, write_shard
 from posttrain.store.folder import RunFolder
@@ -56,10 +56,10 @@ def samples(ids: np.ndarray, *, seed: int = 0) -> pa.Table:
     )
 
 
-def buckets(table: pa.Table) -> list[pa.Table]:
+def partitions(table: pa.Table) -> list[pa.Table]:
     keys = order_key(table[SAMPLE_ID].to_numpy())
     table = table.take(pa.array(np.argsort(keys)))
-    edges = np.searchsorted(np.sort(keys), bucket_boundaries(bucket_count(table.num_rows)))
+    edges = np.searchsorted(np.sort(keys), partition_boundaries(partition_count(table.num_rows)))
     return [table.slice(start, stop - start) for start, stop in zip([0, *edges], [*edges, table.num_rows], strict=True)]
 
 
@@ -80,8 +80,8 @@ def embedded(spec: ModelSpec, blocks: list[pa.Table], former: FormerFeatures | N
 
 
 def stored(folder: RunFolder, shards: list[Shard]) -> FormerFeatures:
-    for bucket, shard in enumerate(shards):
-        write_shard(folder, folder.features("b", "train", bucket), shard, [], buckets=len(shards))
+    for partition, shard in enumerate(shards):
+        write_shard(folder, folder.features("b", "train", partition), shard, [], partitions=len(shards))
     former = former_features(folder, "b", "train")
     assert former is not None
     return former
@@ -92,8 +92,8 @@ def test_only_what_is_new_goes_through_the_network_and_all_features_are_as_if_al
     spec: ModelSpec, tmp_path: Path
 ) -> None:
     old, new = np.arange(900), np.arange(200, 1500)
-    former = stored(RunFolder(str(tmp_path)), embedded(spec, buckets(samples(old)))[0])
-    blocks = buckets(samples(new))
+    former = stored(RunFolder(str(tmp_path)), embedded(spec, partitions(samples(old)))[0])
+    blocks = partitions(samples(new))
     whole, all_of_them = embedded(spec, blocks)
     shards, count = embedded(spec, blocks, former)
     assert (all_of_them, count) == (1300, 600)
@@ -109,17 +109,17 @@ def test_only_what_is_new_goes_through_the_network_and_all_features_are_as_if_al
 
 def test_a_sample_with_another_image_is_embedded_anew_and_one_with_another_label_is_not(tmp_path: Path) -> None:
     ids = np.arange(300)
-    former = stored(RunFolder(str(tmp_path)), embedded(MLP, buckets(samples(ids)))[0])
+    former = stored(RunFolder(str(tmp_path)), embedded(MLP, partitions(samples(ids)))[0])
     changed = pa.concat_tables([samples(ids[:40], seed=1), samples(ids[40:])])
     labels = changed[LABEL].to_numpy().copy()
     labels[100:160] = 7
     labels[160:170] = -1  # has lost its label: to be quarantined
     changed = changed.set_column(2, LABEL, pa.array(labels, pa.int32()))
-    shards, count = embedded(MLP, buckets(changed), former)
+    shards, count = embedded(MLP, partitions(changed), former)
     assert count == 40
     found = {i: label for s in shards for i, label in zip(s.sample_ids.to_pylist(), s.labels.tolist(), strict=True)}
     assert found == {i: labels[i] for i in range(300) if not 160 <= i < 170}
-    expected, _ = embedded(MLP, buckets(changed))
+    expected, _ = embedded(MLP, partitions(changed))
     for shard, whole in zip(shards, expected, strict=True):
         assert shard.features["relu"].tobytes() == whole.features["relu"].tobytes()
 
@@ -130,9 +130,9 @@ def test_what_a_former_run_had_quarantined_is_looked_at_again(tmp_path: Path) ->
     images = broken[IMAGE].to_pylist()
     images[5] = b"no image"
     broken = broken.set_column(1, IMAGE, pa.array(images, pa.large_binary()))
-    former = stored(RunFolder(str(tmp_path)), embedded(MLP, buckets(broken))[0])
-    assert embedded(MLP, buckets(broken), former)[1] == 0
-    shards, count = embedded(MLP, buckets(samples(ids)), former)
+    former = stored(RunFolder(str(tmp_path)), embedded(MLP, partitions(broken))[0])
+    assert embedded(MLP, partitions(broken), former)[1] == 0
+    shards, count = embedded(MLP, partitions(samples(ids)), former)
     assert count == 1 and sum(len(shard.rows) for shard in shards) == 100
 
 
@@ -146,7 +146,7 @@ def test_excluded_rows_are_neither_embedded_nor_taken_up(tmp_path: Path) -> None
 
 def test_shards_written_and_read_carry_their_digests_beside_the_features(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path))
-    shards, _ = embedded(MLP, buckets(samples(np.arange(100))))
+    shards, _ = embedded(MLP, partitions(samples(np.arange(100))))
     stored(folder, shards)
     again = read_shard(folder, folder.features("b", "train", 0), ["head"])
     assert again.features["head"].tobytes() == shards[0].features["head"].tobytes()

@@ -132,7 +132,7 @@ def run(shared_workers: None, runfile: Callable[..., dict[str, Any]]) -> Callabl
     """Runs `posttrain clean` in this process into a folder; keywords replace keys of the run file's sections."""
 
     def clean(path: Path, **sections: dict[str, Any]) -> dict[str, Any]:
-        from pipelines.clean import clean
+        from posttrain.runs.clean import clean
 
         return clean(RunFile.model_validate(runfile(path, **sections)), quiet=True)
 

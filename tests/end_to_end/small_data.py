@@ -117,7 +117,7 @@ def as_built(run: str | os.PathLike[str]) -> nn.Module:
 @contextmanager
 def interrupted_after(step: str, *, call: int) -> Iterator[None]:
     """A run in here is interrupted right after this call of a step of `CleaningRun`, counted from 1."""
-    from pipelines.steps import CleaningRun
+    from posttrain.runs.steps import CleaningRun
 
     after = getattr(CleaningRun, step)
     calls = 0

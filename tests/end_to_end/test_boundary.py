@@ -102,15 +102,15 @@ def test_the_choice_is_kept_in_the_round_in_the_summary_and_in_mlflow(
     assert sorted(path.parent.name for path in folder.glob("rounds/*/probes.json")) == ["0000"]
     kept = json.loads((folder / "rounds" / "0000" / "probes.json").read_text())
     told = memorised["boundary"]
-    assert [(m["layer"], m["damping"]) for m in told["members"]] == [tuple(member) for member in kept["members"]]
+    assert [(m["layer"], m["l2"]) for m in told["members"]] == [tuple(member) for member in kept["members"]]
     assert [tuple(row.values()) for row in told["tried"]] == [tuple(row) for row in kept["tried"]]
     layers = ("input", "relu", "stage1", "stage2", "stage3", "head")
-    expected = {(layer, damping) for layer in layers for damping in RunFile().probe.damping}
-    assert {(row["layer"], row["damping"]) for row in told["tried"]} == expected
+    expected = {(layer, l2) for layer in layers for l2 in RunFile().probe.l2}
+    assert {(row["layer"], row["l2"]) for row in told["tried"]} == expected
     # each member is its layer's best, and the first one the best of all
     best = {layer: min(r["validation_loss"] for r in told["tried"] if r["layer"] == layer) for layer in layers}
-    losses = {(row["layer"], row["damping"]): row["validation_loss"] for row in told["tried"]}
-    of_members = [losses[member["layer"], member["damping"]] for member in told["members"]]
+    losses = {(row["layer"], row["l2"]): row["validation_loss"] for row in told["tried"]}
+    of_members = [losses[member["layer"], member["l2"]] for member in told["members"]]
     assert of_members == [best[member["layer"]] for member in told["members"]]
     assert of_members[0] == min(best.values())
     client = MlflowClient(mlflow_uri)
@@ -150,12 +150,12 @@ def test_a_trained_network_is_embedded_once_and_its_layers_are_chosen_anew_in_ea
     # round 1 works on the network of round 0
     assert sorted(choices) == ["0000", "0002", "0003"]
     assert len({choice["backbone"] for choice in choices.values()}) == 3
-    # later on, every layer is tried with the damping that was best for it
-    tried = [(layer, damping) for layer, damping, _, _ in choices["0000"]["tried"]]
-    loss = {(layer, damping): value for layer, damping, value, _ in choices["0000"]["tried"]}
+    # later on, every layer is tried with the l2 that was best for it
+    tried = [(layer, l2) for layer, l2, _, _ in choices["0000"]["tried"]]
+    loss = {(layer, l2): value for layer, l2, value, _ in choices["0000"]["tried"]}
     best = {layer: min((loss[pair], pair[1]) for pair in tried if pair[0] == layer)[1] for layer, _ in tried}
     for number in ("0002", "0003"):
-        assert {(layer, damping) for layer, damping, _, _ in choices[number]["tried"]} == set(best.items())
+        assert {(layer, l2) for layer, l2, _, _ in choices[number]["tried"]} == set(best.items())
     assert [m["layer"] for m in summary["boundary"]["members"]] == [m[0] for m in choices["0003"]["members"]]
 
 
@@ -234,7 +234,7 @@ def test_wrong_labels_are_found_where_somebody_has_looked_through_the_validation
 def test_clean_digits_lose_nothing_and_a_network_that_is_good_stays_as_it_is(
     run: Run, tmp_path: Path, mlflow_uri: str, seed: int
 ) -> None:
-    from pipelines.clean import clean
+    from posttrain.runs.clean import clean
 
     config = RunFile.model_validate(
         {

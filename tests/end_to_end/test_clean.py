@@ -35,11 +35,11 @@ from small_data import (
     rounds,
 )
 
-from pipelines.boundary import Boundaries
-from pipelines.steps import CleaningRun
 from posttrain.cluster import reading
 from posttrain.errors import RunFolderError
 from posttrain.report.summary import print_summary
+from posttrain.runs.boundary import Boundaries
+from posttrain.runs.steps import CleaningRun
 
 pytestmark = pytest.mark.ray
 
@@ -220,7 +220,7 @@ def test_a_model_that_is_clearly_better_than_its_new_head_stays_and_the_labels_a
     memorise(right, network, tmp_path / "right.pt", epochs=60)
     recipe: dict[str, Any] = {
         "model": {"weights": str(tmp_path / "right.pt")},
-        "probe": {"layers": ["input"], "damping": [3.0]},
+        "probe": {"layers": ["input"], "l2": [3.0]},
         "removal": {"max_rounds": 2},
     }
     whole = run(tmp_path / "whole", **recipe)
@@ -447,7 +447,7 @@ def test_a_process_that_is_ended_and_started_again_ends_the_same(
         file.write_text(yaml.safe_dump(raw))
         with (tmp_path / "said").open("wb") as said:
             return subprocess.Popen(
-                [sys.executable, "-m", "pipelines.cli", "clean", str(file)],
+                [sys.executable, "-m", "posttrain.cli", "clean", str(file)],
                 stdout=subprocess.DEVNULL,
                 stderr=said,
                 process_group=0,

@@ -117,7 +117,7 @@ node = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 100_000_000}
 cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
 
 def clean(path):
-    command = [sys.executable, "-m", "pipelines.cli", "clean", path, "--set", f"ray.address={cluster.address}"]
+    command = [sys.executable, "-m", "posttrain.cli", "clean", path, "--set", f"ray.address={cluster.address}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     return [done.returncode, done.stderr]
 

@@ -29,7 +29,7 @@ def clean(
     """A run on the small ResNet: its summary, and what it printed."""
 
     def run(**sections: Any) -> tuple[dict[str, Any], str]:
-        from pipelines.clean import clean
+        from posttrain.runs.clean import clean
 
         summary = clean(RunFile.model_validate(runfile(tmp_path / "gpu", **{**resnet, **sections})))
         printed = capsys.readouterr()

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from small_data import Digits
 
-from pipelines.inputs import Inputs, prepare
 from posttrain.cluster import reading
 from posttrain.config import RunFile, load
 from posttrain.errors import ConfigError
+from posttrain.runs.inputs import Inputs, prepare
 from posttrain.schema import ORDER_BITS, SPLITS
 from posttrain.vision import noise
 from posttrain.vision.datasets import digits as embedded_digits

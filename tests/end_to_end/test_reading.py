@@ -1,4 +1,4 @@
-"""Small data are read by the driver, larger ones by Ray Data: into the same buckets, with the same refusals."""
+"""Small data are read by the driver, larger ones by Ray Data: into the same partitions, with the same refusals."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def assert_same(one: dict[str, Split], other: dict[str, Split]) -> None:
     for name, split in one.items():
         twin = other[name]
         assert (split.digest, split.class_counts.tolist()) == (twin.digest, twin.class_counts.tolist())
-        assert [bucket.rows for bucket in split.buckets] == [bucket.rows for bucket in twin.buckets]
-        for bucket, its_twin in zip(split.buckets, twin.buckets, strict=True):
-            block, its_block = ray.get(bucket.block), ray.get(its_twin.block)
+        assert [partition.rows for partition in split.partitions] == [partition.rows for partition in twin.partitions]
+        for partition, its_twin in zip(split.partitions, twin.partitions, strict=True):
+            block, its_block = ray.get(partition.block), ray.get(its_twin.block)
             assert block.schema.remove_metadata() == its_block.schema.remove_metadata()
             assert block.equals(its_block)
             keys = block[ORDER].to_numpy()
@@ -76,14 +76,14 @@ def test_files_of_parquet(read_both: Any, digits: Digits, tmp_path: Path, option
     assert set(one) == set(SPLITS) and sum(split.rows for split in one.values()) > 1000
 
 
-def test_many_buckets(read_both: Any, tmp_path: Path) -> None:
+def test_many_partitions(read_both: Any, tmp_path: Path) -> None:
     rows = 9000
     images = pa.array([np.full(4, i % 256, np.uint8).tobytes() for i in range(rows)], pa.binary())
     table = pa.table({"id": [f"sample {i}" for i in range(rows)], "image": images, "label": np.arange(rows) % 10})
     at = write_many(table, tmp_path / "train")
     one, other = read_both({"train": ParquetSource((at,), "id", "image", "label")}, held_out_share=0.1)
     assert_same(one, other)
-    assert len(one["train"].buckets) > 2
+    assert len(one["train"].partitions) > 2
 
 
 def test_class_folders(read_both: Any, digits: Digits, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def assert_the_files_own(found: Any, given: pa.Table, columns: tuple[str, str, s
 
 
 OWN = ("id", "image", "label")
-INNER = ("sample_id", "file", "order", "bucket", "row", "true_label", "bytes", "split", "row_hash")
+INNER = ("sample_id", "file", "order", "partition", "row", "true_label", "bytes", "split", "row_hash")
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ INNER = ("sample_id", "file", "order", "bucket", "row", "true_label", "bytes", "
         (("path=0", "path=1"), ("path", "image", "label"), "true"),
         (("label=0", "label=1"), ("id", "path", "_path"), "true"),
         (("path=0", "path=1"), ("id", "image", "label"), "path"),
-        (("order=0/sample_id=3", "order=1/sample_id=4"), ("order", "file", "sample_id"), "bucket"),
+        (("order=0/sample_id=3", "order=1/sample_id=4"), ("order", "file", "sample_id"), "partition"),
         (("label=0", "label=1"), ("label", "true_label", "id"), "image"),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, tuple) else value,

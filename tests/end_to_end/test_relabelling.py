@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from small_data import NETWORK, Digits, assert_same_result, interrupted_after, relabelled, removed_ids, rounds
 
-from posttrain.cluster import refining
+from posttrain.cluster import training
 
 pytestmark = pytest.mark.ray
 
@@ -121,7 +121,7 @@ def test_the_network_is_trained_on_the_new_labels(
     run: Run, digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[dict[int, int]] = []
-    fit = refining.fit_network
+    fit = training.fit_network
 
     def noting(model: Any, images: Any, *arguments: Any, **options: Any) -> Any:
         # one epoch without augmentation holds every live image once
@@ -134,7 +134,7 @@ def test_the_network_is_trained_on_the_new_labels(
         return fit(model, images, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(refining, "fit_network", noting)
+        patch.setattr(training, "fit_network", noting)
         summary = run(tmp_path / "run", removal=RELABEL, refine=NETWORK)
     assert len(seen) == summary["rounds"] >= 2
     new: dict[int, int] = {}

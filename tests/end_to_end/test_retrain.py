@@ -97,7 +97,7 @@ def jobfile(shards: Shards, tmp_path: Path) -> Callable[..., dict[str, Any]]:
 @pytest.fixture
 def retrain(shared_workers: None, jobfile: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
     def start(path: str = "job", *, accept: bool = False, **sections: dict[str, Any]) -> dict[str, Any]:
-        from pipelines.retrain import retrain
+        from posttrain.jobs.retrain import retrain
 
         return retrain(JobFile.model_validate(jobfile(path, **sections)), accept=accept, quiet=True)
 
@@ -105,7 +105,7 @@ def retrain(shared_workers: None, jobfile: Callable[..., dict[str, Any]]) -> Cal
 
 
 def command(jobfile: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "pipelines.cli", *arguments, str(jobfile)]
+    return [sys.executable, "-m", "posttrain.cli", *arguments, str(jobfile)]
 
 
 def memorisation(run: str) -> float:
@@ -145,7 +145,7 @@ def test_a_week_in_the_life(
     memory = memorisation(day["run"])
 
     # day 1: nothing new, and nothing heavy is imported to find that out
-    code = "import sys; from pipelines.cli import app; app(['retrain', sys.argv[1]], standalone_mode=False); "
+    code = "import sys; from posttrain.cli import app; app(['retrain', sys.argv[1]], standalone_mode=False); "
     code += "print(*sys.modules)"
     quiet = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, timeout=60)
     said, loaded = quiet.stdout.splitlines()

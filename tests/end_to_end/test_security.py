@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.clean import clean
 from posttrain.config import RunFile
+from posttrain.runs.clean import clean
 
 pytestmark = pytest.mark.ray
 

@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 from small_data import Digits, assert_same_result, interrupted_after, png, rounds
 
-import pipelines.inputs
-from pipelines.steps import CleaningRun
+import posttrain.runs.inputs
 from posttrain.errors import DataError, HeldError, PosttrainError, RunFolderError, StepError
-from posttrain.store import lease
+from posttrain.runs.steps import CleaningRun
+from posttrain.store import lock
 from posttrain.store.folder import RunFolder
 
 pytestmark = pytest.mark.ray
@@ -137,7 +137,7 @@ def test_a_file_that_changes_between_listing_and_reading_is_named(
         digits.write(tmp_path)
         data = {split: str(tmp_path / split) for split in digits.splits}
         file = tmp_path / "train" / "b.parquet"
-    prepare = pipelines.inputs.prepare
+    prepare = posttrain.runs.inputs.prepare
 
     def then_broken(config: Any) -> Any:
         inputs = prepare(config)
@@ -145,7 +145,7 @@ def test_a_file_that_changes_between_listing_and_reading_is_named(
         return inputs
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipelines.inputs, "prepare", then_broken)
+        patch.setattr(posttrain.runs.inputs, "prepare", then_broken)
         with pytest.raises(PosttrainError, match=rf"{file}|{file.parent.parent}") as refused:
             run(tmp_path / "run", data=data)
     assert len(str(refused.value)) < 500
@@ -167,7 +167,7 @@ def test_a_file_that_is_cut_short_between_two_starts_is_refused(run: Run, digits
 
 
 def test_a_second_process_on_a_run_folder_at_work_is_refused_at_once(run: Run, tmp_path: Path) -> None:
-    with lease.alone(RunFolder(str(tmp_path / "run"))):
+    with lock.alone(RunFolder(str(tmp_path / "run"))):
         with pytest.raises(
             HeldError, match=rf"{tmp_path}/run: another run is at work there \(process {os.getpid()} on"
         ):

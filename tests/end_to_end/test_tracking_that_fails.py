@@ -16,8 +16,8 @@ from mlflow import MlflowClient
 from servers import Between, Server, mlflow_server, serving, standing_before
 from small_data import assert_same_result
 
-from pipelines.steps import CleaningRun
 from posttrain.errors import TrackingError
+from posttrain.runs.steps import CleaningRun
 from posttrain.store import outbox as outboxes
 from posttrain.store.folder import RunFolder
 from posttrain.store.outbox import Outbox, waiting

@@ -17,12 +17,12 @@ import torch
 import yaml
 from small_data import removed_ids, rounds
 
-from pipelines.clean import clean
-from pipelines.tune import tune
 from posttrain.cluster.workers import View, Workers
 from posttrain.config import RunFile, load
 from posttrain.errors import ConfigError, RunFolderError
 from posttrain.influence import probe
+from posttrain.runs.clean import clean
+from posttrain.search.tune import tune
 from posttrain.store.features import summarise_shard
 from posttrain.store.folder import RunFolder
 
@@ -65,8 +65,8 @@ def test_every_image_goes_through_the_untouched_backbone_once_for_all_trials(sea
     assert {split.name for split in backbone.iterdir()} == {"train", "validation"}
     embedded = 0
     for split in ("train", "validation"):
-        for bucket in range(4):
-            found = summarise_shard(folder, folder.features(backbone.name, split, bucket), bucket)
+        for partition in range(4):
+            found = summarise_shard(folder, folder.features(backbone.name, split, partition), partition)
             assert found is not None
             embedded += found.embedded
     assert embedded == 900 + 300
@@ -226,7 +226,7 @@ def test_a_search_that_is_killed_and_started_again_loses_and_repeats_nothing(
         tracking={"uri": None},
     )
     (tmp_path / "search.yaml").write_text(yaml.safe_dump(raw))
-    command = [sys.executable, "-m", "pipelines.cli", "tune", str(tmp_path / "search.yaml"), "--json"]
+    command = [sys.executable, "-m", "posttrain.cli", "tune", str(tmp_path / "search.yaml"), "--json"]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=Path(__file__).parents[2])
         try:

@@ -12,12 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from harness import bad_input
 from PIL import Image
 from small_data import Digits, removed_ids
 from typer.testing import CliRunner
 
-from pipelines.benchmarks import bad_input
-from pipelines.cli import app
+from posttrain.cli import app
 from posttrain.cluster import reading
 from posttrain.cluster.session import refuse_unreachable
 from posttrain.errors import ConfigError

@@ -14,10 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from harness.faults import environment
 from PIL import Image
 from sklearn.datasets import load_digits
-
-from pipelines.benchmarks.faults import environment
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -52,7 +51,7 @@ def clean(folder: Path, **data: object) -> subprocess.CompletedProcess[str]:
     (folder / "run.yaml").write_text(yaml.safe_dump(raw))
     with tempfile.TemporaryDirectory(prefix="pt", dir="/tmp") as short:
         env = environment(short) | {"PYTHONPATH": str(Path(__file__).parent / "fatal_decoder")}
-        command = [sys.executable, "-m", "pipelines.cli", "clean", str(folder / "run.yaml")]
+        command = [sys.executable, "-m", "posttrain.cli", "clean", str(folder / "run.yaml")]
         return subprocess.run(command, env=env, capture_output=True, text=True)
 
 
@@ -63,7 +62,7 @@ def test_images_that_crash_the_decoder_are_quarantined_before_they_can_end_the_t
     rows = pq.read_table(tmp_path / "run" / "quarantine.parquet").to_pylist()
     assert {split: [row["sample_id"] for row in rows if row["split"] == split] for split in FATAL} == FATAL
     assert {row["reason"] for row in rows} == {"each of 3 processes where it was decoded ended by SIGSEGV"}
-    assert "processes ended at the images of bucket 0 of train; looking for the one that does it" in done.stderr
+    assert "processes ended at the images of partition 0 of train; looking for the one that does it" in done.stderr
     manifest = pq.read_table(tmp_path / "run" / "manifest.parquet")["sample_id"].to_pylist()
     removed = pq.read_table(tmp_path / "run" / "removed.parquet")["sample_id"].to_pylist()
     assert sorted([*manifest, *removed, *FATAL["train"]]) == list(range(1000))

@@ -1,4 +1,4 @@
-"""Real runs in processes of their own, struck at seeded moments; the long version is `pipelines.benchmarks.faults`."""
+"""Real runs in processes of their own, struck at seeded moments; the long version is `harness.faults`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-
-from pipelines.benchmarks.faults import Arena, differences, misplaced, tracked
+from harness.faults import Arena, differences, misplaced, tracked
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 

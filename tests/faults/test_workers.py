@@ -19,12 +19,12 @@ import torch
 from ray import cloudpickle
 from ray.exceptions import OutOfMemoryError
 
-from pipelines.boundary import Live, StoredSamples
 from posttrain.cluster.pool import DEATHS_OF_A_CALL, Died, Pool
-from posttrain.cluster.reading import Bucket, Split
+from posttrain.cluster.reading import Partition, Split
 from posttrain.cluster.workers import Network, Verdict, View, Workers, scores_key
 from posttrain.errors import StepError
-from posttrain.influence import committee, curvature, probe
+from posttrain.influence import curvature, ensemble, probe
+from posttrain.runs.boundary import Live, StoredSamples
 from posttrain.schema import FILE, IMAGE, LABEL, SAMPLE_ID, ImageSpec, ModelSpec
 from posttrain.store.features import ShardSummary, read_shard, summarise_shard
 from posttrain.store.folder import RunFolder
@@ -129,10 +129,10 @@ def network() -> Network:
     return Network(SPEC, models.to_bytes(model), models.fingerprint(model))
 
 
-def samples(buckets: int, rows: int, fatal: Set[int] = frozenset()) -> list[Bucket]:
-    """Buckets of so many rows each; the images of some ids begin with a white pixel."""
+def samples(partitions: int, rows: int, fatal: Set[int] = frozenset()) -> list[Partition]:
+    """Partitions of so many rows each; the images of some ids begin with a white pixel."""
     found = []
-    for index in range(buckets):
+    for index in range(partitions):
         ids = range(rows * index, rows * (index + 1))
         images = [np.random.default_rng(i).integers(0, 250, 64).astype(np.uint8) for i in ids]
         for i, image in zip(ids, images, strict=True):
@@ -145,7 +145,7 @@ def samples(buckets: int, rows: int, fatal: Set[int] = frozenset()) -> list[Buck
                 FILE: pa.array([f"{i}.png" for i in ids]),
             }
         )
-        found.append(Bucket(index, table.num_rows, ray.put(table)))
+        found.append(Partition(index, table.num_rows, ray.put(table)))
     return found
 
 
@@ -162,16 +162,16 @@ def embed(
     *,
     fatal: Set[int],
     excluded: Mapping[int, int] | None = None,
-    blocks: list[Bucket] | None = None,
+    blocks: list[Partition] | None = None,
 ) -> list[ShardSummary]:
-    """`excluded`: one row of each bucket."""
+    """`excluded`: one row of each partition."""
     return workers.embed(
         network(),
         blocks or samples(2, 300, fatal),
         RunFolder(str(folder)),
         backbone="b",
         split="train",
-        excluded={bucket: np.array([row], np.int32) for bucket, row in (excluded or {}).items()},
+        excluded={partition: np.array([row], np.int32) for partition, row in (excluded or {}).items()},
         progress=lambda done, total: None,
     )
 
@@ -191,11 +191,11 @@ def test_images_that_end_their_process_are_quarantined_one_by_one_and_the_rest_i
         "file": "450.png",
         "reason": "each of 3 processes where it was decoded and embedded ended by SIGSEGV",
     }
-    assert any("2 worker processes ended at the images of bucket 0 of train" in line for line in told)
+    assert any("2 worker processes ended at the images of partition 0 of train" in line for line in told)
     embed(workers, tmp_path / "without", fatal=set(), excluded={0: 17, 1: 150})
-    for bucket in range(2):
+    for partition in range(2):
         found, expected = (
-            read_shard(folder, folder.features("b", "train", bucket), ["input", "4"])
+            read_shard(folder, folder.features("b", "train", partition), ["input", "4"])
             for folder in (RunFolder(str(tmp_path / name)) for name in ("run", "without"))
         )
         assert len(found.rows) == 299
@@ -203,8 +203,8 @@ def test_images_that_end_their_process_are_quarantined_one_by_one_and_the_rest_i
         assert all(found.features[name].tobytes() == expected.features[name].tobytes() for name in ("input", "4"))
         # the shard knows it, and a run that goes on does not try again
         run = RunFolder(str(tmp_path / "run"))
-        kept = summarise_shard(run, run.features("b", "train", bucket), bucket)
-        assert kept is not None and kept.quarantined == summaries[bucket].quarantined
+        kept = summarise_shard(run, run.features("b", "train", partition), partition)
+        assert kept is not None and kept.quarantined == summaries[partition].quarantined
 
 
 def test_sums_are_bitwise_the_same_when_the_processes_that_form_them_die(workers: Workers, tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_scores_that_are_there_are_not_made_again_and_all_of_them_are_the_same(
     assert [next(begun).equals(table) for table in whole[:3]] == [True] * 3
     del begun  # as an interrupt does
     deadline = time.monotonic() + 60
-    while not {0, 1, 2} <= kept.buckets():
+    while not {0, 1, 2} <= kept.partitions():
         assert time.monotonic() < deadline
         time.sleep(0.05)
     shards = sorted(Path(folder.round(1, "scoring", kept.key)).glob("*.parquet"))
@@ -281,18 +281,18 @@ def test_scores_that_are_there_are_not_made_again_and_all_of_them_are_the_same(
     view, verdict = boundary_on(workers, folder, labels)
     again = replace(kept, key=scores_key(view, verdict))
     assert [a.equals(b) for a, b in zip(workers.score(view, verdict, again), whole, strict=True)] == [True] * 6
-    assert again.buckets() == set(range(6))
+    assert again.partitions() == set(range(6))
     assert [path.stat().st_mtime for path in shards[1:]] == [0.0] * (len(shards) - 1)
     assert shards[0].stat().st_mtime > 0 and again.read(0) is not None
     others = replace(view, excluded={0: np.array([3], np.int32)})
     assert scores_key(others, verdict) != again.key != scores_key(view, replace(verdict, seed=1))
 
 
-def boundary_on(workers: Workers, folder: RunFolder, buckets: list[Bucket]) -> tuple[View, Verdict]:
-    """A boundary on the features of these buckets, as a round has it."""
-    split = Split("train", tuple(buckets), np.full(10, 36), "digest")
+def boundary_on(workers: Workers, folder: RunFolder, partitions: list[Partition]) -> tuple[View, Verdict]:
+    """A boundary on the features of these partitions, as a round has it."""
+    split = Split("train", tuple(partitions), np.full(10, 36), "digest")
     live = StoredSamples(workers, folder, "b", split, Live({}, {}))
-    boundary = committee.refit(live, live, [("4", 0.1)], classes=10)
+    boundary = ensemble.refit(live, live, [("4", 0.1)], classes=10)
     view = live.view(boundary.layers, boundary.standardizers)
     measured = curvature.measure(
         live.standardised(boundary.layers, boundary.standardizers), boundary.probes[0], "ekfac"

@@ -94,31 +94,31 @@ def grouped_digits(counts: Sequence[tuple[Sequence[int], int]], *, seed: int = 0
     return _problem(raw, given, given != right, len(counts))
 
 
-def objective(features: Tensor, labels: Tensor, weights: Tensor, damping: float) -> Tensor:
-    """Mean cross-entropy + damping/2 ||W||^2, as the definition has it."""
+def objective(features: Tensor, labels: Tensor, weights: Tensor, l2: float) -> Tensor:
+    """Mean cross-entropy + l2/2 ||W||^2, as the definition has it."""
     loss = torch.nn.functional.cross_entropy(features @ weights.T, labels)
-    return loss + damping / 2 * weights.square().sum()
+    return loss + l2 / 2 * weights.square().sum()
 
 
-def dense_hessian(features: Tensor, weights: Tensor, damping: float) -> Tensor:
-    """[C d, C d], sample by sample: (1/n) sum S_i (x) h_i h_i^T + damping I."""
-    total = damping * torch.eye(weights.numel(), dtype=features.dtype)
+def dense_hessian(features: Tensor, weights: Tensor, l2: float) -> Tensor:
+    """[C d, C d], sample by sample: (1/n) sum S_i (x) h_i h_i^T + l2 I."""
+    total = l2 * torch.eye(weights.numel(), dtype=features.dtype)
     for h in features:
         p = (weights @ h).softmax(dim=0)
         total += torch.kron(torch.diag(p) - torch.outer(p, p), torch.outer(h, h)) / len(features)
     return total
 
 
-def refits_without(features: Tensor, labels: Tensor, weights: Tensor, damping: float, rows: Tensor) -> Tensor:
+def refits_without(features: Tensor, labels: Tensor, weights: Tensor, l2: float, rows: Tensor) -> Tensor:
     """The optima [len(rows), C, d] of the objective less the term of each of `rows`, from `weights` on.
 
-        (1/n) sum_{j != i} loss_j(W) + damping/2 ||W||^2
+        (1/n) sum_{j != i} loss_j(W) + l2/2 ||W||^2
 
     Newton steps with the dense curvature at `weights` for all rows at once, until no gradient is above 1e-9.
     """
     n, d = features.shape
     classes = len(weights)
-    inverse = torch.linalg.inv(dense_hessian(features, weights, damping))
+    inverse = torch.linalg.inv(dense_hessian(features, weights, l2))
     wanted = torch.nn.functional.one_hot(labels, classes).to(features)
     refitted = weights.repeat(len(rows), 1, 1)
     going = torch.arange(len(rows))
@@ -126,7 +126,7 @@ def refits_without(features: Tensor, labels: Tensor, weights: Tensor, damping: f
         logits = (features @ refitted[going].reshape(-1, d).T).view(n, -1, classes)
         residual = logits.softmax(dim=2) - wanted[:, None]
         residual[rows[going], torch.arange(len(going))] = 0
-        gradient = (residual.reshape(n, -1).T @ features).view(-1, classes, d) / n + damping * refitted[going]
+        gradient = (residual.reshape(n, -1).T @ features).view(-1, classes, d) / n + l2 * refitted[going]
         refitted[going] -= (gradient.flatten(1) @ inverse).view_as(gradient)
         going = going[gradient.flatten(1).norm(dim=1) > 1e-9]
         if not len(going):

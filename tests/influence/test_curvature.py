@@ -138,7 +138,7 @@ def test_the_exact_inverse_is_that_of_the_second_derivative_of_the_plain_objecti
     second = hessian(plain)(small.probe.weights).reshape(C * D, C * D)
     found = measure(small.reduce, small.probe, "exact")
     assert isinstance(found, ExactCurvature)
-    # along the ones, of which the contrasts know nothing, the curvature is the damping
+    # along the ones, of which the contrasts know nothing, the curvature is the l2
     basis, ones = torch.kron(contrasts(C), torch.eye(D).double()), torch.ones(C, C).double() / C
     inverse = found.inverse.double().reshape((C - 1) * D, (C - 1) * D)
     product = (basis @ inverse @ basis.T + torch.kron(ones, torch.eye(D).double()) / DAMPING) @ second
@@ -172,7 +172,7 @@ def test_the_exact_influence_equals_a_plain_loop_with_the_dense_inverse(classes:
     ]
     found = measure(small.reduce, small.probe, "exact")
     assert_same(influence_of(found, small), plain(small.features, torch.stack(acting)))
-    assert (found.damping, found.count) == (DAMPING, N)
+    assert (found.l2, found.count) == (DAMPING, N)
 
 
 def test_the_exact_influence_does_not_depend_on_the_size_of_its_chunks(small: Small, monkeypatch: pytest.MonkeyPatch):
@@ -269,7 +269,7 @@ def test_float32_features_give_the_influence_of_float64_ones(small: Small, kind:
 
 
 @pytest.mark.parametrize("fn", [hessian_block, class_factor, corrected_eigenvalues])
-def test_a_bucket_without_live_samples_adds_nothing(small: Small, fn: BlockFn):
+def test_a_partition_without_live_samples_adds_nothing(small: Small, fn: BlockFn):
     more = (torch.eye(D).double(), torch.eye(C).double()) if fn is corrected_eigenvalues else ()
     with_an_empty_block = over_blocks(small.features, small.labels, [20, 0, 10])
     found = with_an_empty_block(fn, small.probe.weights, *more)[0]
@@ -285,5 +285,5 @@ def test_a_curvature_that_is_not_positive_definite_is_refused(small: Small):
     features = small.features.clone()
     features[:, 2] = 0
     undamped = Probe(small.probe.weights, 0.0, N, 0.0, 0.0)
-    with pytest.raises(SingularCurvatureError, match=r"probe\.damping = 0\)"):
+    with pytest.raises(SingularCurvatureError, match=r"probe\.l2 = 0\)"):
         measure(over_blocks(features, small.labels, 7), undamped, "exact")

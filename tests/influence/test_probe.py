@@ -29,7 +29,7 @@ def problem() -> Problem:
 
 @pytest.fixture(scope="module")
 def probe(problem: Problem) -> Probe:
-    return fit(problem.reduce, classes=CLASSES, dim=problem.features.shape[1], damping=DAMPING, tolerance=1e-10)
+    return fit(problem.reduce, classes=CLASSES, dim=problem.features.shape[1], l2=DAMPING, tolerance=1e-10)
 
 
 def test_the_gradient_of_the_plain_objective_is_zero_at_the_fit(problem: Problem, probe: Probe):
@@ -41,7 +41,7 @@ def test_the_gradient_of_the_plain_objective_is_zero_at_the_fit(problem: Problem
 
 
 def test_a_fit_reports_its_samples_and_its_mean_cross_entropy(problem: Problem, probe: Probe):
-    assert (probe.count, probe.damping) == (400, DAMPING)
+    assert (probe.count, probe.l2) == (400, DAMPING)
     assert probe.loss == pytest.approx(
         float(objective(problem.features, problem.labels, probe.weights, 0.0)), rel=1e-12
     )
@@ -58,30 +58,30 @@ def test_a_fit_does_not_depend_on_how_samples_are_sharded(problem: Problem, prob
     order = torch.from_numpy(np.random.default_rng(1).permutation(400))
     for rows, sizes in ((order, [1, 5, 200, 0, 194]), (torch.arange(400), 31)):
         reduce = over_blocks(problem.features[rows], problem.labels[rows], sizes)
-        again = fit(reduce, classes=CLASSES, dim=65, damping=DAMPING, tolerance=1e-10)
+        again = fit(reduce, classes=CLASSES, dim=65, l2=DAMPING, tolerance=1e-10)
         torch.testing.assert_close(again.weights, probe.weights, rtol=0, atol=1e-10)
 
 
 def test_a_fit_does_not_depend_on_where_it_starts(problem: Problem, probe: Probe):
     for start in (torch.randn(CLASSES, 65, generator=torch.Generator().manual_seed(0)), probe.weights):
-        again = fit(problem.reduce, classes=CLASSES, dim=65, damping=DAMPING, start=start, tolerance=1e-10)
+        again = fit(problem.reduce, classes=CLASSES, dim=65, l2=DAMPING, start=start, tolerance=1e-10)
         torch.testing.assert_close(again.weights, probe.weights, rtol=0, atol=1e-8)
 
 
 def test_a_fit_leaves_the_start_that_it_was_given_as_it_was(problem: Problem):
     start = torch.ones(CLASSES, 65, dtype=torch.float64)
-    fit(problem.reduce, classes=CLASSES, dim=65, damping=DAMPING, start=start)
+    fit(problem.reduce, classes=CLASSES, dim=65, l2=DAMPING, start=start)
     assert bool((start == 1).all())
 
 
-@pytest.mark.parametrize("damping", [1.0, 1e-2])
-def test_float32_features_reach_the_float64_optimum(problem: Problem, damping: float):
+@pytest.mark.parametrize("l2", [1.0, 1e-2])
+def test_float32_features_reach_the_float64_optimum(problem: Problem, l2: float):
     single = over_blocks(problem.features.float(), problem.labels)
-    rough = fit(single, classes=CLASSES, dim=65, damping=damping)
-    exact = fit(problem.reduce, classes=CLASSES, dim=65, damping=damping, tolerance=1e-10)
+    rough = fit(single, classes=CLASSES, dim=65, l2=l2)
+    exact = fit(problem.reduce, classes=CLASSES, dim=65, l2=l2, tolerance=1e-10)
     assert rough.gradient_norm <= 1e-6
-    # strong convexity: the distance is at most gradient norm / damping
-    assert float((rough.weights - exact.weights).norm()) <= 1e-4 / damping
+    # strong convexity: the distance is at most gradient norm / l2
+    assert float((rough.weights - exact.weights).norm()) <= 1e-4 / l2
     agree = (problem.features @ rough.weights.T).argmax(1) == (problem.features @ exact.weights.T).argmax(1)
     assert float(agree.double().mean()) >= 0.995
 
@@ -90,7 +90,7 @@ def test_more_features_than_samples_and_a_class_without_samples_can_be_fitted():
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(12, 40, generator=generator, dtype=torch.float64)
     labels = torch.arange(12) % 3
-    found = fit(over_blocks(features, labels, 5), classes=4, dim=40, damping=1e-2, tolerance=1e-9)
+    found = fit(over_blocks(features, labels, 5), classes=4, dim=40, l2=1e-2, tolerance=1e-9)
     weights = found.weights.clone().requires_grad_()
     objective(features, labels, weights, 1e-2).backward()
     assert weights.grad is not None
@@ -102,7 +102,7 @@ def test_weights_to_begin_with_that_are_not_finite_are_refused(problem: Problem,
     start = torch.zeros(CLASSES, 65, dtype=torch.float64)
     start[2, 3] = value
     with pytest.raises(SingularCurvatureError, match="not finite"):
-        fit(problem.reduce, classes=CLASSES, dim=65, damping=1.0, start=start)
+        fit(problem.reduce, classes=CLASSES, dim=65, l2=1.0, start=start)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -110,12 +110,12 @@ def test_features_that_are_not_finite_are_refused(problem: Problem, value: float
     features = problem.features.clone()
     features[17, 3] = value
     with pytest.raises(SingularCurvatureError, match=r"not finite.*quarantine\.parquet"):
-        fit(over_blocks(features, problem.labels), classes=CLASSES, dim=65, damping=DAMPING)
+        fit(over_blocks(features, problem.labels), classes=CLASSES, dim=65, l2=DAMPING)
 
 
 def test_a_fit_that_does_not_end_says_so_and_names_the_way_out(problem: Problem):
-    with pytest.raises(SingularCurvatureError, match=r"1 Newton steps.*larger probe\.damping"):
-        fit(problem.reduce, classes=CLASSES, dim=65, damping=1e-4, max_steps=1, tolerance=1e-10)
+    with pytest.raises(SingularCurvatureError, match=r"1 Newton steps.*larger probe\.l2"):
+        fit(problem.reduce, classes=CLASSES, dim=65, l2=1e-4, max_steps=1, tolerance=1e-10)
 
 
 def test_the_block_sums_equal_autograd_and_a_dense_curvature():

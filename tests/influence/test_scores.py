@@ -19,9 +19,9 @@ from refits import CLASSES, Problem, digits, grouped_digits, over_blocks, refits
 from scipy.stats import rankdata
 from torch import Tensor
 
-from posttrain.influence.audit import Audit, NoiseEstimate
-from posttrain.influence.committee import stacked
+from posttrain.influence.calibration import NoiseEstimate, NoiseModel
 from posttrain.influence.curvature import EkfacCurvature, Kind, loo_residual, measure
+from posttrain.influence.ensemble import stacked
 from posttrain.influence.probe import Probe, Standardizer, fit, moments, residuals
 from posttrain.influence.scores import SCORES, Evidence, Score, evidence, joint_evidence, label_margin
 
@@ -52,7 +52,7 @@ def spearman(found: Tensor, truth: Tensor) -> float:
 
 def fitted(problem: Problem) -> Probe:
     dim = problem.features.shape[1]
-    return fit(problem.reduce, classes=problem.classes, dim=dim, damping=DAMPING, tolerance=1e-10)
+    return fit(problem.reduce, classes=problem.classes, dim=dim, l2=DAMPING, tolerance=1e-10)
 
 
 def evidence_of(problem: Problem, probe: Probe, kind: Kind) -> Evidence:
@@ -88,7 +88,7 @@ def refitted(samples: str, seed: int) -> Case:
     after = torch.einsum("nd,bcd->bnc", problem.features, without).log_softmax(dim=2)
     truth: dict[Score, Tensor] = {
         "loo_margin": label_margin(own, problem.labels[rows]),
-        # without an audit
+        # without an noise_model
         "mislabel_odds": -torch.logit(likely),
         "parameter": (without - probe.weights).flatten(1).norm(dim=1),
         "data": (before.exp() * (before - after)).sum(dim=2).mean(dim=1),
@@ -202,7 +202,7 @@ def test_features_stored_as_float16_are_as_true_to_the_refits_as_float64_ones(ca
     standardizer = Standardizer.from_moments(*moments(halves, labels))
     features = standardizer(halves)
     reduce = over_blocks(features, labels)
-    probe = fit(reduce, classes=CLASSES, dim=features.shape[1], damping=DAMPING)
+    probe = fit(reduce, classes=CLASSES, dim=features.shape[1], l2=DAMPING)
     rough = evidence(features, labels, probe.weights.float(), measure(reduce, probe, kind), torch.zeros(len(labels)))
     for name in INFORMED:
         before, after = (spearman(SCORES[name](e)[case.rows], case.truth[name]) for e in (case.found[kind], rough))
@@ -210,7 +210,7 @@ def test_features_stored_as_float16_are_as_true_to_the_refits_as_float64_ones(ca
         assert spearman(SCORES[name](rough), SCORES[name](case.found[kind])) >= 0.995, name
 
 
-# -- of a committee, against refitting every member without the sample ---------------------------------------
+# -- of a ensemble, against refitting every member without the sample ---------------------------------------
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ class CommitteeCase:
 
 
 @pytest.fixture(scope="module", params=[0, 2])
-def committee(request: pytest.FixtureRequest) -> CommitteeCase:
+def ensemble(request: pytest.FixtureRequest) -> CommitteeCase:
     members = digits(400, seed=request.param), digits(400, units=64, seed=request.param)
     pixels, labels = members[0], members[0].labels
     assert torch.equal(labels, members[1].labels)
@@ -257,27 +257,27 @@ def committee(request: pytest.FixtureRequest) -> CommitteeCase:
 @pytest.mark.parametrize(("kind", "least"), [("exact", 0.99), ("ekfac", 0.95)])
 @pytest.mark.parametrize("score", ["loo_margin", "parameter", "data"])
 def test_a_committees_scores_rank_as_refits_of_all_members_do(
-    committee: CommitteeCase, score: Score, kind: Kind, least: float
+    ensemble: CommitteeCase, score: Score, kind: Kind, least: float
 ):
-    assert spearman(SCORES[score](committee.found[kind])[committee.rows], committee.truth[score]) >= least
+    assert spearman(SCORES[score](ensemble.found[kind])[ensemble.rows], ensemble.truth[score]) >= least
 
 
 @pytest.mark.parametrize("score", ["parameter", "data"])
-def test_a_committees_exact_influence_is_what_refits_of_all_members_show(committee: CommitteeCase, score: Score):
-    found, truth = SCORES[score](committee.found["exact"])[committee.rows], committee.truth[score]
+def test_a_committees_exact_influence_is_what_refits_of_all_members_show(ensemble: CommitteeCase, score: Score):
+    found, truth = SCORES[score](ensemble.found["exact"])[ensemble.rows], ensemble.truth[score]
     assert pearson(found, truth) >= 0.95
     assert 0.98 <= float((found / truth).median()) <= 1.02
 
 
-def test_a_committees_loo_margin_says_on_which_side_the_sample_falls_in_the_refits(committee: CommitteeCase):
-    found = SCORES["loo_margin"](committee.found["exact"])[committee.rows]
-    assert float(((found > 0) == (committee.truth["loo_margin"] > 0)).double().mean()) >= 0.99
+def test_a_committees_loo_margin_says_on_which_side_the_sample_falls_in_the_refits(ensemble: CommitteeCase):
+    found = SCORES["loo_margin"](ensemble.found["exact"])[ensemble.rows]
+    assert float(((found > 0) == (ensemble.truth["loo_margin"] > 0)).double().mean()) >= 0.99
 
 
-def test_a_committees_baselines_are_those_of_the_mean_logits(committee: CommitteeCase):
-    found = committee.found["exact"]
-    mean = torch.stack([m.features @ fitted(m).weights.T for m in committee.members]).mean(dim=0)
-    labels = committee.members[0].labels
+def test_a_committees_baselines_are_those_of_the_mean_logits(ensemble: CommitteeCase):
+    found = ensemble.found["exact"]
+    mean = torch.stack([m.features @ fitted(m).weights.T for m in ensemble.members]).mean(dim=0)
+    labels = ensemble.members[0].labels
     torch.testing.assert_close(found.logits, mean)
     torch.testing.assert_close(SCORES["margin"](found), label_margin(mean, labels))
     loss = torch.nn.functional.cross_entropy(mean, labels, reduction="none")
@@ -307,14 +307,14 @@ def test_without_an_audit_the_odds_are_those_of_any_other_label(any_case: Case, 
 def test_only_the_odds_depend_on_the_audit(one: Case):
     noise = NoiseEstimate(0.2, 0.1, 0.3, 0.4, 10, 50, found=True)
     mixed = torch.full((10, 10), 0.2 / 9, dtype=torch.float64).fill_diagonal_(0.8)
-    audit = Audit(1.7, 0.6, noise, 0.2, 0.2, 0.2, mixed, mixed, mixed, sharpness=1.2)
-    audited = replace(one.found["exact"], audit=audit)
-    odds = SCORES["mislabel_odds"](audited)
-    torch.testing.assert_close(odds, audit.judge(audited.loo_logits, audited.labels).mislabel_odds.to(odds))
-    assert odds.dtype == audited.loo_logits.dtype
+    noise_model = NoiseModel(1.7, 0.6, noise, 0.2, 0.2, 0.2, mixed, mixed, mixed, sharpness=1.2)
+    calibrated = replace(one.found["exact"], noise_model=noise_model)
+    odds = SCORES["mislabel_odds"](calibrated)
+    torch.testing.assert_close(odds, noise_model.judge(calibrated.loo_logits, calibrated.labels).mislabel_odds.to(odds))
+    assert odds.dtype == calibrated.loo_logits.dtype
     for name in SCORES:
         if name != "mislabel_odds":
-            assert torch.equal(SCORES[name](audited), SCORES[name](one.found["exact"])), name
+            assert torch.equal(SCORES[name](calibrated), SCORES[name](one.found["exact"])), name
 
 
 # -- against what the name says ----------------------------------------------------------------------------
@@ -441,7 +441,7 @@ def test_features_stored_as_float16_leave_every_ranking_as_it_was(kind: Kind):
     # as they are read back: float16 in the store, float32 in the sums
     standardizer = Standardizer.from_moments(*moments(halves, precise.labels))
     stored = Problem(halves, standardizer(halves), precise.labels, precise.flipped)
-    probe = fit(stored.reduce, classes=CLASSES, dim=65, damping=DAMPING)
+    probe = fit(stored.reduce, classes=CLASSES, dim=65, l2=DAMPING)
     curvature = measure(stored.reduce, probe, kind)
     rough = evidence(stored.features, stored.labels, probe.weights.float(), curvature, torch.zeros(400))
     exact = evidence_of(precise, fitted(precise), kind)
@@ -480,7 +480,7 @@ def test_the_loo_residual_solves_its_equation_sample_by_sample(classes: int, hig
 
 @pytest.mark.parametrize("classes", [10, 80])
 def test_the_ekfac_loo_margin_stays_near_the_exact_one_where_leverages_are_high(classes: int):
-    # little damping and few samples: the factored leverage of some samples comes out above 1
+    # little l2 and few samples: the factored leverage of some samples comes out above 1
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(400, 16, generator=generator, dtype=torch.float64)
     features = torch.cat([features.relu(), torch.ones(400, 1).double()], dim=1)
@@ -488,7 +488,7 @@ def test_the_ekfac_loo_margin_stays_near_the_exact_one_where_leverages_are_high(
     flipped = torch.rand(400, generator=generator) < 0.2
     labels[flipped] = torch.randint(classes, (int(flipped.sum()),), generator=generator)
     reduce = over_blocks(features, labels)
-    probe = fit(reduce, classes=classes, dim=17, damping=1e-3)
+    probe = fit(reduce, classes=classes, dim=17, l2=1e-3)
     margins = {}
     for kind in KINDS:
         curvature = measure(reduce, probe, kind)
@@ -500,7 +500,7 @@ def test_the_ekfac_loo_margin_stays_near_the_exact_one_where_leverages_are_high(
 
 
 @pytest.mark.parametrize("classes", [10, 80])
-def test_a_bucket_without_live_samples_has_no_scores_and_is_no_error(classes: int):
+def test_a_partition_without_live_samples_has_no_scores_and_is_no_error(classes: int):
     curvature = EkfacCurvature(torch.eye(5), torch.eye(classes), torch.ones(classes, 5), DAMPING, 100)
     labels = torch.empty(0, dtype=torch.long)
     nothing = evidence(torch.empty(0, 5), labels, torch.zeros(classes, 5), curvature, torch.empty(0))

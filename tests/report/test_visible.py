@@ -57,7 +57,7 @@ def test_a_line_of_the_progress_cannot_clear_the_screen() -> None:
 
 def test_brackets_in_names_are_text_in_the_summary() -> None:
     stream = io.StringIO()
-    boundary = {"members": [{"layer": "[blink]head", "damping": 1}], "tried": [{"layer": "[blink]head"}]}
+    boundary = {"members": [{"layer": "[blink]head", "l2": 1}], "tried": [{"layer": "[blink]head"}]}
     summary = {**SUMMARY, "run": "runs/[red]x\x1b[2J", "ended": "\x1b[1m[/]", "files": {"ids": "a/[b]/\x1b[3J"}}
     print_summary(Console(file=stream, width=200), {**summary, "boundary": boundary})
     shown = stream.getvalue()

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from posttrain.schema import bucket_boundaries, bucket_count, order_key
+from posttrain.schema import order_key, partition_boundaries, partition_count
 from posttrain.store.features import (
     FormerFeatures,
     Shard,
@@ -121,7 +121,7 @@ def test_the_summary_of_a_shard_needs_only_its_footer_and_says_what_was_left_out
     assert summarise_shard(folder, path, 12) == ShardSummary(12, 4, left_out)
 
 
-def test_a_bucket_of_which_nothing_could_be_read_is_a_shard_all_the_same(folder: RunFolder):
+def test_a_partition_of_which_nothing_could_be_read_is_a_shard_all_the_same(folder: RunFolder):
     path = folder.path("s.parquet")
     write_shard(folder, path, a_shard(0), [unreadable(0, 5)])
     assert summarise_shard(folder, path, 0) == ShardSummary(0, 0, [unreadable(0, 5)])
@@ -141,15 +141,15 @@ def test_a_shard_that_is_missing_cut_short_or_no_shard_has_no_summary(folder: Ru
     assert summarise_shard(folder, path, 0) is not None
 
 
-def test_the_quarantine_lists_every_sample_left_out_with_its_bucket():
+def test_the_quarantine_lists_every_sample_left_out_with_its_partition():
     summaries = [
         ShardSummary(0, 3, [unreadable(1, 10)]),
         ShardSummary(1, 4, []),
         ShardSummary(2, 0, [unreadable(0, 20), unreadable(2, 30)]),
     ]
     table = quarantine_table(summaries)
-    assert table.column_names == ["bucket", "row", "sample_id", "file", "reason"]
-    assert table["bucket"].to_pylist() == [0, 2, 2]
+    assert table.column_names == ["partition", "row", "sample_id", "file", "reason"]
+    assert table["partition"].to_pylist() == [0, 2, 2]
     assert table["row"].to_pylist() == [1, 0, 2]
     assert table["sample_id"].to_pylist() == [10, 20, 30]
     assert table["sample_id"].type == pa.int64()
@@ -167,12 +167,12 @@ def test_the_quarantine_keeps_string_ids_as_strings_and_may_be_empty():
 def embedded_store(
     folder: RunFolder, ids: np.ndarray, digests: np.ndarray, features: dict[str, np.ndarray], *, text: bool = False
 ) -> None:
-    """The shards of a run, as `workers` writes them: its samples in buckets by the hash of their ids."""
+    """The shards of a run, as `workers` writes them: its samples in partitions by the hash of their ids."""
     names = np.array([f"é{i}" for i in ids], object) if text else ids
-    count = bucket_count(len(ids))
-    bucket_of = np.searchsorted(bucket_boundaries(count), order_key(names), side="right")
-    for bucket in range(count):
-        mine = np.flatnonzero(bucket_of == bucket)
+    count = partition_count(len(ids))
+    partition_of = np.searchsorted(partition_boundaries(count), order_key(names), side="right")
+    for partition in range(count):
+        mine = np.flatnonzero(partition_of == partition)
         mine = mine[np.argsort(order_key(names[mine]))]
         shard = Shard(
             np.arange(len(mine)),
@@ -181,12 +181,12 @@ def embedded_store(
             {layer: matrix[mine] for layer, matrix in features.items()},
             digests[mine],
         )
-        write_shard(folder, folder.features("b", "train", bucket), shard, [], buckets=count)
+        write_shard(folder, folder.features("b", "train", partition), shard, [], partitions=count)
 
 
 @pytest.mark.parametrize("text", [False, True], ids=["int ids", "string ids"])
 @pytest.mark.parametrize(("before", "now"), [(300, 900), (9_000, 30_000), (30_000, 9_000), (2_048 * 4 + 1, 2_048 * 5)])
-def test_features_are_found_again_whatever_buckets_the_samples_lie_in(
+def test_features_are_found_again_whatever_partitions_the_samples_lie_in(
     folder: RunFolder, before: int, now: int, text: bool
 ):
     draw = np.random.default_rng(before)
@@ -195,18 +195,18 @@ def test_features_are_found_again_whatever_buckets_the_samples_lie_in(
     digests = draw.integers(0, 2**63, before).astype(np.uint64)
     embedded_store(folder, np.arange(before), digests, features, text=text)
     former = former_features(folder, "b", "train")
-    assert former is not None and former.buckets == bucket_count(before)
+    assert former is not None and former.partitions == partition_count(before)
     # some images have changed, and many ids are new
     present = np.concatenate([digests, draw.integers(0, 2**63, max(0, now - before)).astype(np.uint64)])[:now]
     changed = draw.random(now) < 0.1
     present[changed] += np.uint64(1)
     ids = np.arange(now)
     names = np.array([f"é{i}" for i in ids], object) if text else ids
-    edges = bucket_boundaries(bucket_count(now))
-    bucket_of = np.searchsorted(edges, order_key(names), side="right")
+    edges = partition_boundaries(partition_count(now))
+    partition_of = np.searchsorted(edges, order_key(names), side="right")
     found = set()
-    for bucket in range(len(edges) + 1):
-        mine = draw.permutation(np.flatnonzero(bucket_of == bucket))
+    for partition in range(len(edges) + 1):
+        mine = draw.permutation(np.flatnonzero(partition_of == partition))
         at, taken = former.of(
             pa.array(names[mine], pa.string() if text else pa.int64()), present[mine], ["fc", "input"]
         )
@@ -221,11 +221,11 @@ def test_only_the_shards_in_whose_hash_range_samples_lie_are_read(folder: RunFol
     ids = np.arange(20_000)
     embedded_store(folder, ids, ids.astype(np.uint64), {"fc": np.zeros((len(ids), 1), np.float16)})
     former = former_features(folder, "b", "train")
-    assert former is not None and former.buckets == 10
+    assert former is not None and former.partitions == 10
     read: list[int] = []
-    monkeypatch.setattr(FormerFeatures, "_read", lambda self, bucket, layers: read.append(bucket))
-    bucket_of = np.searchsorted(bucket_boundaries(4), order_key(ids), side="right")
-    mine = ids[bucket_of == 1]
+    monkeypatch.setattr(FormerFeatures, "_read", lambda self, partition, layers: read.append(partition))
+    partition_of = np.searchsorted(partition_boundaries(4), order_key(ids), side="right")
+    mine = ids[partition_of == 1]
     former.of(pa.array(mine), mine.astype(np.uint64), ["fc"])
     # the second quarter of ten: from 2.5 to 5
     assert read == [2, 3, 4]
@@ -239,8 +239,8 @@ def test_a_damaged_or_missing_shard_of_a_former_run_only_means_that_its_samples_
     (Path(folder.location) / "features/b/train/00001.parquet").unlink()
     folder.write_bytes(folder.features("b", "train", 2), b"PAR1")
     at, _ = former.of(pa.array(ids), ids.astype(np.uint64), ["fc"])
-    bucket_of = np.searchsorted(bucket_boundaries(4), order_key(ids), side="right")
-    assert at.tolist() == np.flatnonzero(~np.isin(bucket_of, [1, 2])).tolist()
+    partition_of = np.searchsorted(partition_boundaries(4), order_key(ids), side="right")
+    assert at.tolist() == np.flatnonzero(~np.isin(partition_of, [1, 2])).tolist()
 
 
 def test_a_run_without_these_features_has_nothing_to_take_up(folder: RunFolder):

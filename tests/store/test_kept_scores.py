@@ -22,11 +22,11 @@ def folder(tmp_path: Path) -> RunFolder:
     return RunFolder(str(tmp_path))
 
 
-def scores(bucket: int, *, text: bool = False) -> pa.Table:
-    draw = np.random.default_rng(bucket)
+def scores(partition: int, *, text: bool = False) -> pa.Table:
+    draw = np.random.default_rng(partition)
     ids = pa.array([f"é{i}" for i in range(50)]) if text else pa.array(range(50), pa.int64())
     columns = {"loss": draw.normal(size=50).astype(np.float32), "margin": draw.normal(size=50).astype(np.float32)}
-    return pa.table({"sample_id": ids, "label": pa.array([bucket] * 50, pa.int32()), **columns})
+    return pa.table({"sample_id": ids, "label": pa.array([partition] * 50, pa.int32()), **columns})
 
 
 def as_one_file(tables: list[pa.Table]) -> bytes:
@@ -42,24 +42,24 @@ def as_one_file(tables: list[pa.Table]) -> bytes:
 def test_the_file_of_a_round_is_the_same_to_the_byte_whether_its_tables_were_kept_in_between(
     folder: RunFolder, text: bool
 ) -> None:
-    tables = [scores(bucket, text=text) for bucket in range(3)]
+    tables = [scores(partition, text=text) for partition in range(3)]
     kept = ScoreShards(folder, 2, "key")
-    for bucket, table in enumerate(tables):
-        kept.write(bucket, table)
-    found = [kept.read(bucket) for bucket in range(3)]
+    for partition, table in enumerate(tables):
+        kept.write(partition, table)
+    found = [kept.read(partition) for partition in range(3)]
     assert as_one_file([table for table in found if table is not None]) == as_one_file(tables)
 
 
 def test_shards_of_another_key_or_round_are_not_taken_up_and_go_with_their_round(folder: RunFolder) -> None:
     kept = ScoreShards(folder, 2, "key")
     kept.write(7, scores(7))
-    assert kept.buckets() == {7}
+    assert kept.partitions() == {7}
     for other in (replace(kept, key="other"), replace(kept, number=3)):
-        assert other.buckets() == set()
+        assert other.partitions() == set()
         other.write(1, scores(1))
     forget_scores(folder, 2)
-    assert kept.buckets() == set()
-    assert replace(kept, number=3).buckets() == {1}
+    assert kept.partitions() == set()
+    assert replace(kept, number=3).partitions() == {1}
     forget_scores(folder, 2)  # nothing is there any more
 
 
@@ -69,15 +69,15 @@ def test_a_shard_that_was_cut_short_counts_as_missing(folder: RunFolder) -> None
     path = next(Path(folder.location).rglob("00000.parquet"))
     path.write_bytes(path.read_bytes()[:-40])
     assert kept.read(0) is None
-    # of a writer that was killed: not a bucket
+    # of a writer that was killed: not a partition
     path.with_name("00001.parquet.abc.tmp").write_bytes(b"")
-    assert kept.buckets() == {0}
+    assert kept.partitions() == {0}
 
 
 @dataclass(frozen=True)
 class Inner:
     weights: torch.Tensor
-    damping: float
+    l2: float
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def test_equal_contents_have_one_digest() -> None:
         replace(BEFORE, name=""),
         replace(BEFORE, parts=BEFORE.parts[:1]),
         replace(BEFORE, parts=BEFORE.parts[::-1]),
-        replace(BEFORE, parts=(replace(BEFORE.parts[0], damping=0.1 + 2**-56), BEFORE.parts[1])),
+        replace(BEFORE, parts=(replace(BEFORE.parts[0], l2=0.1 + 2**-56), BEFORE.parts[1])),
         replace(BEFORE, parts=(replace(BEFORE.parts[0], weights=torch.arange(6.0).view(3, 2)), BEFORE.parts[1])),
         replace(
             BEFORE, parts=(replace(BEFORE.parts[0], weights=torch.arange(6.0).double().view(2, 3)), BEFORE.parts[1])

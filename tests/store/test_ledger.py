@@ -61,8 +61,8 @@ def test_run_yaml_holds_settings_seeds_versions_and_the_datas_fingerprint(ledger
 
 
 def test_a_run_goes_on_with_the_same_settings_and_data(ledger: Ledger):
-    record = started(ledger, probe={"damping": [0.1, 1.0]}, data={"noise": {"rate": 0.3}})
-    same = RunFile.model_validate({"probe": {"damping": [0.1, 1.0]}, "data": {"noise": {"rate": 0.3}}})
+    record = started(ledger, probe={"l2": [0.1, 1.0]}, data={"noise": {"rate": 0.3}})
+    same = RunFile.model_validate({"probe": {"l2": [0.1, 1.0]}, "data": {"noise": {"rate": 0.3}}})
     ledger.refuse_other_settings(record, same)
     ledger.refuse_other_data(record, dict(DATA))
 
@@ -108,7 +108,7 @@ def test_rounds_come_back_as_they_were_committed(ledger: Ledger):
 
 def test_half_done_work_is_no_round(ledger: Ledger):
     ledger.commit(a_round(0))
-    ledger.folder.write_table(ledger.folder.round(1, "removed.parquet"), pa.table({"bucket": [0], "row": [1]}))
+    ledger.folder.write_table(ledger.folder.round(1, "removed.parquet"), pa.table({"partition": [0], "row": [1]}))
     ledger.folder.write_bytes(ledger.folder.checkpoint(1), b"weights")
     ledger.folder.write_bytes(ledger.folder.round(1, "round.json.0a1b2c3d.tmp"), b"{")
     assert ledger.rounds() == (a_round(0),)
@@ -131,8 +131,8 @@ def test_a_round_that_is_committed_again_is_one_round(ledger: Ledger):
 
 def test_what_committed_rounds_removed_is_excluded(ledger: Ledger):
     removed = {1: ([0, 2, 0], [7, 1, 3]), 2: ([2, 5], [0, 4]), 3: ([9], [9])}
-    for number, (buckets, rows) in removed.items():
-        table = pa.table({"bucket": pa.array(buckets, pa.int32()), "row": pa.array(rows, pa.int32())})
+    for number, (partitions, rows) in removed.items():
+        table = pa.table({"partition": pa.array(partitions, pa.int32()), "row": pa.array(rows, pa.int32())})
         ledger.folder.write_table(ledger.folder.round(number, "removed.parquet"), table)
     for done in (a_round(0), a_round(1, removed=3), a_round(2, removed=2)):
         ledger.commit(done)
@@ -141,11 +141,11 @@ def test_what_committed_rounds_removed_is_excluded(ledger: Ledger):
     assert all(rows.dtype == np.int32 for rows in excluded.values())
 
 
-def relabel(ledger: Ledger, number: int, buckets: list[int], rows: list[int], labels: list[int]) -> None:
+def relabel(ledger: Ledger, number: int, partitions: list[int], rows: list[int], labels: list[int]) -> None:
     """Write what a round relabelled, in its own order of rows and among other columns."""
     columns = {
         "sample_id": pa.array([f"x{row}.png" for row in rows]),
-        "bucket": pa.array(buckets, pa.int32()),
+        "partition": pa.array(partitions, pa.int32()),
         "row": pa.array(rows, pa.int32()),
         "label": pa.array([9] * len(rows), pa.int32()),
         "suggested_label": pa.array(labels, pa.int32()),
@@ -162,7 +162,7 @@ def test_what_committed_rounds_relabelled_has_its_new_label(ledger: Ledger):
     for each in done:
         ledger.commit(each)
     found = ledger.relabelled(ledger.rounds())
-    assert {bucket: (rows.tolist(), labels.tolist()) for bucket, (rows, labels) in found.items()} == {
+    assert {partition: (rows.tolist(), labels.tolist()) for partition, (rows, labels) in found.items()} == {
         0: ([3, 7], [6, 4]),
         2: ([0, 1], [1, 5]),
         5: ([4], [2]),
@@ -245,7 +245,7 @@ def test_no_credential_of_any_uri_is_written_down_and_none_is_a_difference(tmp_p
     other = config.data.model_copy(update={"train": ("s3://key:hunter1@bucket/c",)})
     with pytest.raises(RunFolderError) as caught:
         ledger.refuse_other_settings(started, config.model_copy(update={"data": other}))
-    assert "bucket/c" in str(caught.value) and "hunter" not in str(caught.value)
+    assert "partition/c" in str(caught.value) and "hunter" not in str(caught.value)
 
 
 def test_the_votes_of_a_round_come_back_to_the_bit(ledger: Ledger):

@@ -50,13 +50,13 @@ class Finished:
 
 
 def scored_samples(number: int, text: bool) -> pd.DataFrame:
-    """120 samples in three buckets, in the columns of scores.parquet."""
+    """120 samples in three partitions, in the columns of scores.parquet."""
     draw = np.random.default_rng(number)
     at = np.arange(120)
     return pd.DataFrame(
         {
             "sample_id": [f'x/{i}, "{i}".png' for i in at] if text else at * 11 - 5,
-            "bucket": (at // 40).astype(np.int32),
+            "partition": (at // 40).astype(np.int32),
             "row": (at % 40).astype(np.int32),
             "label": (at % 3).astype(np.int32),
             "loo_margin": draw.normal(size=120).astype(np.float32),
@@ -96,9 +96,12 @@ def finished(folder: RunFolder, text: bool, removed_in: Positions, relabelled_in
                 write(folder, folder.round(number, f"{name}.parquet"), part)
             parts[name].append(part)
         removed, changed = parts["removed"][-1], parts["relabelled"][-1]
-        excluded = excluded_rows(removed["bucket"].to_numpy(), removed["row"].to_numpy(), excluded)
+        excluded = excluded_rows(removed["partition"].to_numpy(), removed["row"].to_numpy(), excluded)
         relabelled = relabelled_rows(
-            changed["bucket"].to_numpy(), changed["row"].to_numpy(), changed["suggested_label"].to_numpy(), relabelled
+            changed["partition"].to_numpy(),
+            changed["row"].to_numpy(),
+            changed["suggested_label"].to_numpy(),
+            relabelled,
         )
         gone += removed_in.get(number, [])
         new_labels |= changed["suggested_label"].to_dict()
@@ -126,7 +129,7 @@ def named(labels: Any) -> list[str]:
 def test_removed_parquet_holds_every_removed_sample_in_the_order_of_the_rounds(run: Finished):
     assert results.write_taken(run.folder, "removed", [1, 2], CLASSES) == 5
     found = pq.read_table(run.folder.path("removed.parquet")).to_pandas()
-    expected = run.removed.drop(columns=["bucket", "row"])
+    expected = run.removed.drop(columns=["partition", "row"])
     expected["label_name"] = named(expected["label"])
     expected["suggested_name"] = named(expected["suggested_label"])
     pd.testing.assert_frame_equal(found, expected, check_dtype=False)
@@ -137,7 +140,7 @@ def test_relabelled_parquet_holds_every_relabelled_sample_in_the_order_of_the_ro
     assert results.write_taken(folder, "relabelled", [1, 2], CLASSES) == 3
     assert results.write_taken(folder, "removed", [1, 2], CLASSES) == 5
     found = pq.read_table(folder.path("relabelled.parquet")).to_pandas()
-    expected = relabelling.taken["relabelled"].drop(columns=["bucket", "row"])
+    expected = relabelling.taken["relabelled"].drop(columns=["partition", "row"])
     expected["label_name"] = named(expected["label"])
     expected["suggested_name"] = named(expected["suggested_label"])
     pd.testing.assert_frame_equal(found, expected, check_dtype=False)
@@ -260,7 +263,7 @@ def test_a_manifest_without_scores_is_empty(run: Finished):
     assert pq.read_table(run.folder.path("manifest.parquet")).column_names == ["sample_id", "label"]
 
 
-def test_live_rows_are_those_whose_bucket_and_row_are_not_excluded(run: Finished):
+def test_live_rows_are_those_whose_partition_and_row_are_not_excluded(run: Finished):
     table = pa.Table.from_pandas(run.scored[1], preserve_index=False)
     assert results.live_rows(table, {}).equals(table)
     left = results.live_rows(table, run.excluded).to_pandas()

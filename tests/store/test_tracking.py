@@ -97,7 +97,7 @@ def test_a_round_is_a_nested_run_and_a_step_of_the_parents_curves(run_folder, tm
             log_round(
                 tracking,
                 round,
-                params={"damping": 0.1},
+                params={"l2": 0.1},
                 metrics={
                     "live": 100.0 - round,
                     "precision": None,
@@ -114,7 +114,7 @@ def test_a_round_is_a_nested_run_and_a_step_of_the_parents_curves(run_folder, tm
     assert [run.data.tags["posttrain.round"] for run in runs] == ["1", "2"]
     assert [run.info.status for run in runs] == ["FINISHED"] * 2
     assert [run.data.metrics for run in runs] == [{"live": 99.0}, {"live": 98.0}]
-    assert runs[0].data.params == {"damping": "0.1"}
+    assert runs[0].data.params == {"l2": "0.1"}
     names = {file.path for file in client_of(tracking).list_artifacts(runs[0].info.run_id)}
     assert names == {"scores.parquet", "checkpoint", "figures"}
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from harness.bad_input import bomb
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipelines.benchmarks.bad_input import bomb
 from posttrain.vision.images import UnreadableImage, decode
 
 CHECKS = [

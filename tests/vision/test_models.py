@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from harness import bad_models
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipelines.benchmarks import bad_models
 from posttrain.errors import ModelError
 from posttrain.vision import models
 from posttrain.vision.models import (

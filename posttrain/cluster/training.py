@@ -1,0 +1,466 @@
+"""Training the whole network on the live images, through Ray Train.
+
+With `workers = 0` Ray Train's local mode runs the loop in the driver's process, which costs no start-up; with more
+it is distributed data-parallel training. The loop draws every random number from (seed, epoch), and walks through
+partitions, so that its result does not depend on files or blocks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import numpy as np
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.train.torch import TorchTrainer
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from posttrain.cluster.devices import BatchSize, computing_in, moved, name_of
+from posttrain.cluster.reading import Partition, Progress, Split, raise_cause
+from posttrain.cluster.workers import Network, load_network
+from posttrain.errors import RecipeError, StepError
+from posttrain.schema import FILE, IMAGE, LABEL, SAMPLE_ID, Excluded, ImageSpec, Precision, Relabelled, current_labels
+from posttrain.store.folder import RunFolder
+from posttrain.vision import models
+from posttrain.vision.images import augmentation, decode_column, normalize
+
+WINDOW_BYTES = 2**30
+"""Decoded pixels that a training process holds: data that fit are decoded once, others once per epoch."""
+
+
+DEATHS_OF_A_TRAINING = 5
+"""Times that training begins again because a worker of it was lost."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the network is trained; see the sections `pretrain` and `refine` of the run file."""
+
+    epochs: int
+    batch_size: int
+    optimizer: Literal["sgd", "adamw"]
+    learning_rate: float
+    momentum: float
+    weight_decay: float
+    schedule: Literal["constant", "cosine"]
+    augment: Literal["none", "crop", "crop_flip"]
+    until_train_accuracy: float | None = None
+    """Stop after the first epoch whose mean accuracy on the training data (as given, labels included) reaches this."""
+    max_steps: int | None = None
+    """Stop after this many steps, whatever the epochs: for controls."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The trained weights and what the last epoch was like."""
+
+    weights: bytes = field(repr=False)
+    epochs: int
+    steps: int
+    train_accuracy: float
+    train_loss: float
+    seconds: float
+    part: int | None = None
+    """Samples per forward pass, where memory did not suffice for a whole step at a time."""
+    gpu: str | None = None
+    """What the GPU of the first training worker is called, None where it trained on a CPU."""
+
+
+def train(
+    network: Network,
+    split: Split,
+    excluded: Excluded,
+    relabelled: Relabelled,
+    training: Training,
+    *,
+    seed: int,
+    workers: int,
+    gpus_per_worker: float,
+    folder: RunFolder,
+    run_name: str,
+    progress: Progress,
+) -> Trained:
+    """The network after training on the split's samples but the excluded ones, under their present labels.
+
+    It computes in the network's precision, on a GPU where `gpus_per_worker` is above 0 and there is one. `progress`
+    counts samples; with `workers > 0` it is called once, at the end. Raises StepError where the loss is not finite,
+    memory does not suffice, or training fails.
+    """
+    started = time.perf_counter()
+    config: dict[str, Any] = {
+        "network": network,
+        "partitions": split.partitions,
+        "excluded": excluded,
+        "relabelled": relabelled,
+        "training": training,
+        "seed": seed,
+        "threads": None if workers == 0 else 1,
+        "gpu": gpus_per_worker > 0,
+    }
+    if workers == 0:
+        config["progress"] = progress
+    logging.getLogger("ray.train").setLevel(logging.CRITICAL)
+    trainer = TorchTrainer(
+        _train_loop,
+        train_loop_config=config,
+        # NCCL refuses two processes on one GPU
+        torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpus_per_worker >= 1 else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers,
+            use_gpu=gpus_per_worker > 0 and workers > 0,
+            resources_per_worker={"CPU": 1, "GPU": gpus_per_worker} if gpus_per_worker and workers else None,
+        ),
+        run_config=None
+        if workers == 0
+        else ray.train.RunConfig(
+            # a name used again would take up the state of the former attempt
+            name=f"{run_name}-{uuid.uuid4().hex[:8]}",
+            storage_path=folder.path("training"),
+            storage_filesystem=folder.files,
+            # of one training, each of which begins anew: nothing is lost but time
+            failure_config=ray.train.FailureConfig(max_failures=DEATHS_OF_A_TRAINING),
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except Exception as error:
+        raise_cause(error)
+    found = result.return_value
+    if found is None:
+        raise StepError("training ended without a result; start the same command again to go on")
+    if "failed" in found:
+        raise StepError(found["failed"])
+    live = split.rows - sum(len(rows) for rows in excluded.values())
+    if workers:
+        progress(live * found["epochs"], live * found["epochs"])
+    return Trained(
+        found["weights"],
+        found["epochs"],
+        found["steps"],
+        found["accuracy"],
+        found["loss"],
+        time.perf_counter() - started,
+        found["part"],
+        found["gpu"],
+    )
+
+
+def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
+    rank, world = 0, 1
+    # in local mode there is nothing to ask, and inside a trial of Ray Tune it would be an error
+    alone = config["threads"] is None
+    if not alone:
+        context = ray.train.get_context()
+        rank, world = context.get_world_rank(), context.get_world_size()
+        torch.set_num_threads(config["threads"])
+    network: Network = config["network"]
+    training: Training = config["training"]
+    # a process without a GPU of its own sees those of the others all the same
+    on_gpu = config["gpu"] and torch.cuda.is_available()
+    device = torch.device("cpu")
+    if on_gpu:
+        device = torch.device("cuda") if alone else ray.train.torch.get_device()
+    # the driver's own generator must not notice that training ran in its process
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config["seed"] * 1_000_003 + rank)
+        # convolutions on the CPU and on tensor cores take this layout: 16 s an epoch on two cores instead of 25
+        model = load_network(network).to(device).to(memory_format=torch.channels_last).train()
+        parallel = ray.train.torch.prepare_model(model, move_to_device=device) if world > 1 else model
+        images = LiveImages(
+            config["partitions"][rank::world],
+            config["excluded"],
+            config["relabelled"],
+            network.spec.image,
+            seed=config["seed"] + 7919 * rank,
+        )
+        live = sum(b.rows - len(config["excluded"].get(b.index, ())) for b in config["partitions"])
+        try:
+            outcome = fit_network(
+                parallel,
+                images,
+                training,
+                spec=network.spec.image,
+                live=live,
+                world=world,
+                device=device,
+                seed=config["seed"],
+                progress=config.get("progress", lambda done, total: None),
+                precision=network.precision,
+            )
+        except StepError as error:
+            if alone or world > 1:
+                raise
+            # Ray Train would take it for the loss of a worker, and begin again
+            return {"failed": str(error)}
+    return {"weights": models.to_bytes(model), "gpu": name_of(device), **outcome}
+
+
+def fit_network(
+    model: torch.nn.Module,
+    images: LiveImages,
+    training: Training,
+    *,
+    spec: ImageSpec,
+    live: int,
+    world: int,
+    device: torch.device,
+    seed: int,
+    progress: Progress,
+    precision: Precision = "float32",
+) -> dict[str, Any]:
+    """The training loop itself; every rank takes the same number of steps.
+
+    Where memory does not suffice for a step's samples, they go through the network in parts, whose gradients add up
+    to the same step (but for batch normalisation, whose statistics are then those of a part).
+    """
+    per_rank = max(1, training.batch_size // world)
+    steps_per_epoch = max(1, math.ceil(live / (per_rank * world)))
+    optimizer = _optimizer(model, training)
+    total_steps = min(steps_per_epoch * training.epochs, training.max_steps or sys.maxsize)
+    augment = augmentation(training.augment, spec.size)
+    passes = _Passes(model, optimizer, BatchSize(per_rank), spec, world, device, precision)
+    taken = 0
+    epochs, accuracy, loss_mean = 0, 0.0, 0.0
+    for epoch in range(training.epochs):
+        generator = torch.Generator().manual_seed((seed * 10_007 + epoch) * 2 + 1)
+        sums = torch.zeros(3, dtype=torch.float64, device=device)
+        for pixels, labels in images.batches(per_rank, min(steps_per_epoch, total_steps - taken), epoch):
+            if training.schedule == "cosine":
+                share = taken / total_steps
+                for group in optimizer.param_groups:
+                    group["lr"] = training.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+            sums += passes.step(augment(pixels, generator), labels)
+            taken += 1
+            progress(min(taken * per_rank * world, live * training.epochs), live * training.epochs)
+        if world > 1:
+            torch.distributed.all_reduce(sums)
+        loss_mean, accuracy = float(sums[0] / sums[2]), float(sums[1] / sums[2])
+        if not math.isfinite(loss_mean):
+            raise RecipeError(
+                f"training diverged in epoch {epoch + 1} (loss {loss_mean}); lower the learning rate "
+                f"({training.learning_rate:g}) of this section of the run file"
+            )
+        epochs = epoch + 1
+        reached = training.until_train_accuracy is not None and accuracy >= training.until_train_accuracy
+        if reached or taken >= total_steps:
+            break
+    return {"epochs": epochs, "steps": taken, "accuracy": accuracy, "loss": loss_mean, "part": passes.batch.reduced}
+
+
+class _Passes:
+    """Steps of the optimizer, each in as many forward and backward passes as memory asks for."""
+
+    _SETTLING = 3
+    """Steps until memory can be taken to suffice. In these the ranks compare notes, and exchange gradients only when
+    all are through: one that has run out of memory would leave the others waiting in the middle of an exchange."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batch: BatchSize,
+        spec: ImageSpec,
+        world: int,
+        device: torch.device,
+        precision: Precision,
+    ) -> None:
+        self.batch = batch
+        self._model, self._optimizer, self._spec = model, optimizer, spec
+        self._world, self._device = world, device
+        self._precision: Precision = precision
+        # the gradients of float16 would vanish; the scaler skips a step where they overflow
+        self._scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
+        self._settled, self._settled_size = 0, 0
+
+    def step(self, pixels: Tensor, labels: Tensor) -> Tensor:
+        """One step on uint8 [n, c, h, w] and labels [n]; float64 (sum of losses, correct, n)."""
+        sums = self.batch.carried(lambda size: self._gradients(pixels, labels, size))
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        return sums
+
+    def _gradients(self, pixels: Tensor, labels: Tensor, size: int) -> Tensor:
+        if size != self._settled_size:
+            self._settled, self._settled_size = 0, size
+        settling = self._settled < self._SETTLING
+        before = [buffer.clone() for buffer in self._model.buffers()] if settling else []
+        self._optimizer.zero_grad(set_to_none=True)
+        sums, short = None, False
+        try:
+            sums = self._accumulated(pixels, labels, size, apart=settling)
+        except torch.OutOfMemoryError:
+            if not settling and self._world > 1:
+                raise StepError(
+                    f"a training worker ran out of memory after {self._SETTLING} steps of {size} samples went well; "
+                    "lower batch_size of this section of the run file"
+                ) from None
+            short = True
+        if settling and self._world > 1:
+            flag = torch.tensor(float(short), device=self._device)
+            torch.distributed.all_reduce(flag)
+            short = bool(flag)
+        if sums is None or short:
+            # statistics of batch normalisation: the step begins anew
+            for buffer, kept in zip(self._model.buffers(), before, strict=False):
+                buffer.copy_(kept)
+            self._optimizer.zero_grad(set_to_none=True)
+            raise torch.OutOfMemoryError(f"a step of {len(labels)} samples, {size} at a time")
+        if settling:
+            self._settled += 1
+            if self._world > 1:
+                _average_gradients(self._model, self._world)
+        return sums
+
+    def _accumulated(self, pixels: Tensor, labels: Tensor, size: int, *, apart: bool) -> Tensor:
+        """Adds up the gradients of the mean loss; with `apart` every rank's stay its own."""
+        parts = math.ceil(len(labels) / size)
+        sums = torch.zeros(3, dtype=torch.float64, device=self._device)
+        for number, (images, given) in enumerate(
+            zip(pixels.tensor_split(parts), labels.tensor_split(parts), strict=True)
+        ):
+            alone = self._world > 1 and (apart or number < parts - 1)
+            with cast(Any, self._model).no_sync() if alone else contextlib.nullcontext():
+                inputs = normalize(moved(images, self._device), self._spec.mean, self._spec.std)
+                inputs = inputs.contiguous(memory_format=torch.channels_last)
+                targets = moved(given, self._device)
+                with computing_in(self._precision, self._device):
+                    logits = self._model(inputs)
+                loss = cross_entropy(logits.float(), targets)
+                self._scaler.scale(loss * (len(given) / len(labels))).backward()
+            with torch.no_grad():
+                correct = (logits.argmax(dim=1) == targets).sum()
+                sums += torch.stack([loss.detach() * len(targets), correct, correct.new_tensor(len(targets))]).double()
+        return sums
+
+
+def _average_gradients(model: torch.nn.Module, world: int) -> None:
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    torch.distributed.all_reduce(flat)
+    flat /= world
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def _optimizer(model: torch.nn.Module, training: Training) -> torch.optim.Optimizer:
+    if training.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), training.learning_rate, weight_decay=training.weight_decay)
+    return torch.optim.SGD(
+        model.parameters(),
+        training.learning_rate,
+        training.momentum,
+        weight_decay=training.weight_decay,
+        nesterov=training.momentum > 0,
+    )
+
+
+class LiveImages:
+    """Decoded live images of some partitions in seeded random order.
+
+    Partitions are visited in a random order, as many at a time as fit `window_bytes`; within these the order is
+    random. What fits whole is decoded once.
+    """
+
+    def __init__(
+        self,
+        partitions: tuple[Partition, ...],
+        excluded: Excluded,
+        relabelled: Relabelled,
+        spec: ImageSpec,
+        *,
+        seed: int,
+        window_bytes: int = WINDOW_BYTES,
+        get: Callable[[Any], Any] = ray.get,
+    ) -> None:
+        self._partitions, self._excluded, self._relabelled = partitions, excluded, relabelled
+        self._spec, self._seed, self._get = spec, seed, get
+        height, width = spec.size
+        rows = max((b.rows for b in partitions), default=1)
+        self._window = max(1, window_bytes // max(1, rows * spec.channels * height * width))
+        self._whole: tuple[Tensor, Tensor] | None = None
+        self._readable = 0
+        self._unreadable: str | None = None
+        """The first image that could not be read, and why."""
+
+    def batches(self, size: int, steps: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """`steps` batches (uint8 [n, c, h, w], labels [n]); begins again where the rank has fewer samples."""
+        taken, again = 0, 0
+        while taken < steps:
+            generator = np.random.default_rng([self._seed, epoch, again])
+            before = taken
+            rest: tuple[Tensor, Tensor] | None = None
+            for pixels, labels in self._windows(generator):
+                if rest is not None:
+                    pixels, labels = torch.cat([rest[0], pixels]), torch.cat([rest[1], labels])
+                whole = len(labels) // size * size
+                for start in range(0, whole, size):
+                    if taken == steps:
+                        return
+                    yield pixels[start : start + size], labels[start : start + size]
+                    taken += 1
+                rest = (pixels[whole:], labels[whole:]) if whole < len(labels) else None
+            # a batch of one would leave batch normalisation without a variance
+            if rest is not None and len(rest[1]) > 1 and taken < steps:
+                yield rest
+                taken += 1
+            elif rest is not None and taken == steps - 1:
+                return
+            if taken == before:
+                if self._unreadable is not None:
+                    raise StepError(
+                        f"of the images of a training worker {self._readable} can be read, and two are needed; the "
+                        f"first that cannot is {self._unreadable}"
+                    )
+                raise StepError("a training worker has fewer than two samples; use fewer ray.train_workers")
+            again += 1
+
+    def _windows(self, generator: np.random.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        if self._window >= len(self._partitions):
+            if self._whole is None:
+                self._whole = self._decode(self._partitions)
+            order = torch.from_numpy(generator.permutation(len(self._whole[1])))
+            # gathered batch by batch in `batches` would copy less at once, but a permuted copy is one line
+            yield self._whole[0][order], self._whole[1][order]
+            return
+        visit = generator.permutation(len(self._partitions))
+        for start in range(0, len(visit), self._window):
+            chosen = tuple(self._partitions[i] for i in visit[start : start + self._window])
+            pixels, labels = self._decode(chosen)
+            order = torch.from_numpy(generator.permutation(len(labels)))
+            yield pixels[order], labels[order]
+
+    def _decode(self, partitions: tuple[Partition, ...]) -> tuple[Tensor, Tensor]:
+        pixels, labels = [], []
+        for partition in partitions:
+            block = self._get(partition.block)
+            rows = np.setdiff1d(np.arange(block.num_rows), self._excluded.get(partition.index, np.empty(0, np.int32)))
+            block = block.take(rows)
+            spec = self._spec
+            decoded, readable, reasons = decode_column(
+                block[IMAGE], channels=spec.channels, size=spec.size, shape=spec.shape, background=spec.background
+            )
+            self._readable += int(readable.sum())
+            if reasons and self._unreadable is None:
+                row = block.slice(int(np.flatnonzero(~readable)[0]), 1)
+                where = f"{row[FILE][0].as_py() or ''} sample_id {row[SAMPLE_ID][0].as_py()!r}".strip()
+                self._unreadable = f"{where}: {reasons[0]}"
+            given = current_labels(block[LABEL].to_numpy(), rows, partition.index, self._relabelled)
+            # before the first embedding nothing has been quarantined yet
+            kept = torch.from_numpy(given[readable] >= 0)
+            pixels.append(decoded[kept])
+            labels.append(torch.from_numpy(given[readable].astype(np.int64))[kept])
+        if not pixels:
+            height, width = self._spec.size
+            return torch.empty(0, self._spec.channels, height, width, dtype=torch.uint8), torch.empty(0).long()
+        return torch.cat(pixels), torch.cat(labels)

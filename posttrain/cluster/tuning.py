@@ -1,0 +1,318 @@
+"""A search's trials side by side, through Ray Tune: the only module that knows it.
+
+A trial is a plain function in a process of its own, kept for the next trial. Tune decides where and when a trial runs,
+and by asynchronous successive halving which of them is not worth going on with. What a trial has come to lies in
+its run folder alone: Tune's own state is pickled, written at most every ten seconds, and thrown away, so that a
+search is gone on with by running those trials that their folders do not show to be at their end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+import numpy as np
+import ray
+from pyarrow import fs
+from pydantic import JsonValue
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+
+from posttrain.cluster.reading import raise_cause
+from posttrain.config import Distribution
+from posttrain.errors import ConfigError
+from posttrain.schema import stream_seed
+from posttrain.store.folder import RunFolder
+
+_GROWS_WITHIN_S = 600.0
+"""How long a cluster may take until it has a node that carries a trial."""
+
+_ENVIRONMENT = {
+    # paths in the run file, and modules next to it, are relative to where the command was started
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    # files of its own on every result, which nobody asked for
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # Ctrl-C ends this command like any other, instead of the trials one by one
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+}
+
+# what Tune says of itself on the console at verbosity 0 is still much
+_QUIET = {"RAY_AIR_NEW_OUTPUT": "0"}
+
+ROUND, FINAL = "round", "final"
+
+
+class OnEnd(Protocol):
+    """Called when a trial is at its end: its own, or because it was `stopped`."""
+
+    def __call__(self, number: int, *, stopped: bool) -> None: ...
+
+
+Report = Callable[[Mapping[str, Any]], None]
+"""Called with a round's figures: `round`, `final` and the metric among them. It does not return where that round is to
+be the trial's last."""
+
+
+@dataclass(frozen=True)
+class Halving:
+    """When a trial is stopped: at rounds `grace`, `grace * reduction`, ... all but the best one in `reduction` are."""
+
+    metric: str
+    highest_is_best: bool
+    grace: int
+    reduction: float
+    longest: int
+    """Rounds that the longest trial may take."""
+    kept: frozenset[int]
+    """Trials that are never stopped."""
+
+
+def draw(space: Mapping[str, Distribution], trials: int, seed: int) -> list[dict[str, JsonValue]]:
+    """By trial, the value of each key; trial 0 has none of its own.
+
+    A value depends on the seed, the trial's number, the key and its distribution: not on how many trials there are.
+    """
+    return [
+        {
+            key: _drawn(distribution, np.random.default_rng(stream_seed(f"search {key}", seed, number)))
+            for key, distribution in (space.items() if number else ())
+        }
+        for number in range(trials)
+    ]
+
+
+def _drawn(distribution: Distribution, generator: np.random.Generator) -> JsonValue:
+    if distribution.choice is not None:
+        # by their positions: NumPy would turn the values into its own types
+        return distribution.choice[tune.randint(0, len(distribution.choice)).sample(random_state=generator)]
+    if distribution.integers is not None:
+        low, high = distribution.integers
+        return tune.randint(low, high + 1).sample(random_state=generator)
+    low, high = distribution.uniform or distribution.loguniform or (0.0, 0.0)
+    domain = tune.uniform(low, high) if distribution.uniform else tune.loguniform(low, high)
+    # people will read it in a run file
+    return min(max(float(f"{domain.sample(random_state=generator):.4g}"), low), high)
+
+
+def refuse_too_small(
+    cpus: float, gpus: float, *, on_cluster: bool, say: Callable[[str], None], stack: ExitStack
+) -> None:
+    """Raises ConfigError where no node has what one trial takes.
+
+    A cluster is asked for such a node, and waited for; `stack` takes the request back.
+    """
+    wanted = f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
+    deadline = time.monotonic() + (_GROWS_WITHIN_S if on_cluster else 0)
+    while True:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
+            return
+        if time.monotonic() >= deadline:
+            most = ", ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
+            raise ConfigError(
+                f"a trial takes {wanted} of one node, and there is none that has them (there are {most}); "
+                "lower ray.cpus_per_worker or ray.gpus_per_worker, or raise ray.num_cpus"
+            )
+        if deadline - time.monotonic() > _GROWS_WITHIN_S - 1:
+            say(f"no node of the cluster has the {wanted} that a trial takes: waiting for one")
+            from ray.autoscaler.sdk import request_resources
+
+            request_resources(bundles=[{"CPU": cpus, **({"GPU": gpus} if gpus else {})}])
+            # else the cluster would keep that node for ever: what its trials want, they ask for themselves
+            stack.callback(request_resources, bundles=[])
+        time.sleep(2)
+
+
+def search(
+    work: Callable[[int, Any, Report], None],
+    handed: Any,
+    numbers: Sequence[int],
+    known: Mapping[int, Sequence[Mapping[str, Any]]],
+    halving: Halving,
+    *,
+    cpus: float,
+    gpus: float,
+    at_once: int | None,
+    folder: RunFolder,
+    on_report: Callable[[int, Mapping[str, Any]], None],
+    on_end: OnEnd,
+    verbose: bool,
+) -> dict[int, str]:
+    """Runs the trials of these numbers; returns the errors of those that failed, by number.
+
+    `work(number, handed, report)` is a trial, in another process; `handed` travels once for all. `known` are the
+    reports of earlier, interrupted runs: of all trials, as far as they got. `on_report` and `on_end` are called here,
+    and what they raise ends the search.
+    """
+    scratch = folder.path("tune")
+    _delete(folder, scratch)
+    if not numbers:
+        # all were at their end when the search was interrupted
+        return {}
+    reported = {number: max(r[ROUND] for r in reports) for number, reports in known.items() if reports}
+    trainable = tune.with_resources(
+        tune.with_parameters(_trial, work=work, handed=handed, reported=reported), {"cpu": cpus, "gpu": gpus}
+    )
+    listener = _Listener(on_report, on_end)
+    with _environment(verbose):
+        tuner = tune.Tuner(
+            trainable,
+            param_space={"number": tune.grid_search(list(numbers))},
+            tune_config=tune.TuneConfig(
+                scheduler=_Halving(halving, known),
+                max_concurrent_trials=at_once,
+                # a new process would import torch first
+                reuse_actors=True,
+                trial_name_creator=_name,
+                trial_dirname_creator=_name,
+            ),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=folder.path(),
+                storage_filesystem=folder.files,
+                # of processes that die; what a trial itself finds wrong is its result
+                failure_config=tune.FailureConfig(max_failures=2),
+                callbacks=[listener],
+                verbose=int(verbose),
+            ),
+        )
+        try:
+            results = tuner.fit()
+        except Exception as error:
+            raise_cause(error)
+    listener.raise_error()
+    failed = {r.config["number"]: str(r.error).strip().splitlines()[-1] for r in results if r.error and r.config}
+    if not failed:
+        _delete(folder, scratch)
+    return failed
+
+
+def _trial(config: dict[str, Any], *, work: Any, handed: Any, reported: Mapping[int, int]) -> None:
+    number = config["number"]
+    last = reported.get(number, -1)
+    checkpoint = tune.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as path:
+            last = max(last, json.loads(Path(path, "round.json").read_text()))
+
+    def report(figures: Mapping[str, Any]) -> None:
+        # a trial that goes on tells all its rounds again
+        if figures[ROUND] > last or figures[FINAL]:
+            with tempfile.TemporaryDirectory() as path:
+                Path(path, "round.json").write_text(json.dumps(figures[ROUND]))
+                tune.report(dict(figures), checkpoint=tune.Checkpoint.from_directory(path))
+
+    work(number, handed, report)
+
+
+def _name(trial: Any) -> str:
+    return f"{trial.config['number']:04d}"
+
+
+class _Halving(ASHAScheduler):
+    """Knows trials by their numbers, and what those reported before the search was interrupted."""
+
+    def __init__(self, rule: Halving, known: Mapping[int, Sequence[Mapping[str, Any]]]) -> None:
+        super().__init__(
+            time_attr=ROUND,
+            metric=rule.metric,
+            mode="max" if rule.highest_is_best else "min",
+            # a trial ends by itself: behind its last round there may be one in which a boundary is put on, and one in
+            # which the model is taken back
+            max_t=max(rule.longest, rule.grace) + 3,
+            grace_period=rule.grace,
+            reduction_factor=rule.reduction,
+        )
+        self._kept = rule.kept
+        for number, reports in known.items():
+            trial = SimpleNamespace(config={"number": number})
+            self.on_trial_add(None, trial)
+            for figures in reports:
+                self.on_trial_result(None, trial, dict(figures))
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        super().on_trial_add(tune_controller, _numbered(trial))
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if result[FINAL]:
+            return TrialScheduler.CONTINUE
+        decision = super().on_trial_result(tune_controller, _numbered(trial), result)
+        return TrialScheduler.CONTINUE if trial.config["number"] in self._kept else decision
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        super().on_trial_complete(tune_controller, _numbered(trial), result)
+
+    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+        super().on_trial_remove(tune_controller, _numbered(trial))
+
+
+def _numbered(trial: Any) -> Any:
+    return SimpleNamespace(trial_id=_name(trial))
+
+
+class _Listener(tune.Callback):
+    """Passes reports on; an error of who listens is kept, since Tune would take it for the trial's."""
+
+    def __init__(self, on_report: Callable[[int, Mapping[str, Any]], None], on_end: OnEnd) -> None:
+        self._on_report, self._on_end = on_report, on_end
+        self._stopped: set[int] = set()
+        self._error: Exception | None = None
+
+    def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
+        number = trial.config["number"]
+        self._kept(self._on_report, number, result)
+        # only a decision of the scheduler has it done already; its process waits meanwhile
+        if result.get("done"):
+            self._stopped.add(number)
+            self._kept(self._on_end, number, stopped=True)
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        number = trial.config["number"]
+        if number not in self._stopped:
+            self._kept(self._on_end, number, stopped=False)
+
+    def _kept(self, call: Callable[..., None], *arguments: Any, **options: Any) -> None:
+        if self._error is None:
+            try:
+                call(*arguments, **options)
+            except Exception as error:
+                self._error = error
+
+    def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
+        self.raise_error()
+
+    def raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune writes it down with its own state, which is never read again
+        return {}
+
+
+@contextmanager
+def _environment(verbose: bool) -> Iterator[None]:
+    wanted = _ENVIRONMENT if verbose else {**_ENVIRONMENT, **_QUIET}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _delete(folder: RunFolder, path: str) -> None:
+    if folder.files.get_file_info(path).type == fs.FileType.Directory:
+        folder.files.delete_dir(path)
