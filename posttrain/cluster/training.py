@@ -30,7 +30,8 @@ from posttrain.cluster.devices import BatchSize, computing_in, moved, name_of
 from posttrain.cluster.reading import Partition, Progress, Split, raise_cause
 from posttrain.cluster.workers import Network, load_network
 from posttrain.errors import RecipeError, StepError
-from posttrain.schema import FILE, IMAGE, LABEL, SAMPLE_ID, Excluded, ImageSpec, Precision, Relabelled, current_labels
+from posttrain.live import Live
+from posttrain.schema import FILE, IMAGE, LABEL, SAMPLE_ID, ImageSpec, Precision
 from posttrain.store.folder import RunFolder
 from posttrain.vision import models
 from posttrain.vision.images import augmentation, decode_column, normalize
@@ -80,8 +81,7 @@ class Trained:
 def train(
     network: Network,
     split: Split,
-    excluded: Excluded,
-    relabelled: Relabelled,
+    live: Live,
     training: Training,
     *,
     seed: int,
@@ -91,7 +91,7 @@ def train(
     run_name: str,
     progress: Progress,
 ) -> Trained:
-    """The network after training on the split's samples but the excluded ones, under their present labels.
+    """The network after training on the split's live samples, under their present labels.
 
     It computes in the network's precision, on a GPU where `gpus_per_worker` is above 0 and there is one. `progress`
     counts samples; with `workers > 0` it is called once, at the end. Raises StepError where the loss is not finite,
@@ -101,8 +101,7 @@ def train(
     config: dict[str, Any] = {
         "network": network,
         "partitions": split.partitions,
-        "excluded": excluded,
-        "relabelled": relabelled,
+        "live": live,
         "training": training,
         "seed": seed,
         "threads": None if workers == 0 else 1,
@@ -141,9 +140,8 @@ def train(
         raise StepError("training ended without a result; start the same command again to go on")
     if "failed" in found:
         raise StepError(found["failed"])
-    live = split.rows - sum(len(rows) for rows in excluded.values())
     if workers:
-        progress(live * found["epochs"], live * found["epochs"])
+        progress(live.count * found["epochs"], live.count * found["epochs"])
     return Trained(
         found["weights"],
         found["epochs"],
@@ -179,19 +177,17 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
         parallel = ray.train.torch.prepare_model(model, move_to_device=device) if world > 1 else model
         images = LiveImages(
             config["partitions"][rank::world],
-            config["excluded"],
-            config["relabelled"],
+            config["live"],
             network.spec.image,
             seed=config["seed"] + 7919 * rank,
         )
-        live = sum(b.rows - len(config["excluded"].get(b.index, ())) for b in config["partitions"])
         try:
             outcome = fit_network(
                 parallel,
                 images,
                 training,
                 spec=network.spec.image,
-                live=live,
+                live=config["live"].count,
                 world=world,
                 device=device,
                 seed=config["seed"],
@@ -375,15 +371,14 @@ class LiveImages:
     def __init__(
         self,
         partitions: tuple[Partition, ...],
-        excluded: Excluded,
-        relabelled: Relabelled,
+        live: Live,
         spec: ImageSpec,
         *,
         seed: int,
         window_bytes: int = WINDOW_BYTES,
         get: Callable[[Any], Any] = ray.get,
     ) -> None:
-        self._partitions, self._excluded, self._relabelled = partitions, excluded, relabelled
+        self._partitions, self._live = partitions, live
         self._spec, self._seed, self._get = spec, seed, get
         height, width = spec.size
         rows = max((b.rows for b in partitions), default=1)
@@ -444,7 +439,7 @@ class LiveImages:
         pixels, labels = [], []
         for partition in partitions:
             block = self._get(partition.block)
-            rows = np.setdiff1d(np.arange(block.num_rows), self._excluded.get(partition.index, np.empty(0, np.int32)))
+            rows = self._live.rows(partition.index, block.num_rows)
             block = block.take(rows)
             decoded, readable, reasons = decode_column(
                 block[IMAGE], channels=self._spec.channels, size=self._spec.size, shape=self._spec.shape
@@ -454,7 +449,7 @@ class LiveImages:
                 row = block.slice(int(np.flatnonzero(~readable)[0]), 1)
                 where = f"{row[FILE][0].as_py() or ''} sample_id {row[SAMPLE_ID][0].as_py()!r}".strip()
                 self._unreadable = f"{where}: {reasons[0]}"
-            given = current_labels(block[LABEL].to_numpy(), rows, partition.index, self._relabelled)
+            given = self._live.labels(partition.index, rows, block[LABEL].to_numpy())
             # before the first embedding nothing has been quarantined yet
             kept = torch.from_numpy(given[readable] >= 0)
             pixels.append(decoded[kept])

@@ -33,7 +33,7 @@ from posttrain.store.lock import Lease
 
 if TYPE_CHECKING:
     from posttrain.cluster.workers import Network
-    from posttrain.runs.boundary import Live
+    from posttrain.live import Removal
     from posttrain.runs.inputs import Inputs
     from posttrain.runs.steps import Before, CleaningRun
     from posttrain.store.registry import Registry, Version
@@ -341,7 +341,7 @@ def _made(
         with progress.step("keep"):
             job.keep_base(Base(next_base.key, recipe_of(next_base.spec), inputs.classes, next_base.weights))
             support = pa.concat_tables([before.support, run.ledger.support(outcome.state.history)])
-            taken = matching.taken_out(run.splits["train"], _all_removed(run), run.relabelled, support)
+            taken = matching.taken_out(run.splits["train"], _acted_on(run), support)
             attempt.folder.write_table(attempt.folder.path("taken.parquet"), taken)
         model_uri = None
         if decision.verdict != "alarm":
@@ -364,7 +364,7 @@ def _made(
             "embedded": embedded,
             "held_out_noise": outcome.state.history[-1].metrics.get("held_out_noise", before.held_out_rate),
             "taken": taken.num_rows,
-            "removed_earlier": sum(len(rows) for rows in run.earlier.excluded.values()),
+            "removed_earlier": len(run.live.previously_removed),
             **{key: summary[key] for key in ("rounds", "live", "removed", "relabelled", "quarantined")},
         }
         tracking.log_metrics(_metrics(record))
@@ -451,14 +451,16 @@ def _inputs(config: RunFile, stock: _Stock, base: Base | None) -> Inputs:
     return replace(inputs, weights=models.to_bytes(model))
 
 
-def _earlier(job: JobFolder, attempt: _Attempt, run: CleaningRun, fingerprint: dict[str, str]) -> tuple[Live, Before]:
+def _earlier(
+    job: JobFolder, attempt: _Attempt, run: CleaningRun, fingerprint: dict[str, str]
+) -> tuple[Removal, Before]:
     """What the champion's run, and those before it, took out, as far as it is still what it was; what they knew."""
     from posttrain.cluster import matching
-    from posttrain.runs.boundary import Live
+    from posttrain.live import Removal
     from posttrain.runs.steps import Before
     from posttrain.schema import NO_SUPPORT
 
-    nothing = Live({}, {}), Before(NO_SUPPORT, 0.0)
+    nothing = Removal(), Before(NO_SUPPORT, 0.0)
     name = attempt.champion.tags.get("posttrain.run") if attempt.champion else None
     if name is None:
         return nothing
@@ -471,7 +473,7 @@ def _earlier(job: JobFolder, attempt: _Attempt, run: CleaningRun, fingerprint: d
     decided = folder.read_json(folder.path("decision.json"))
     same_held_out = decided["data"].get("validation") == fingerprint["validation"]
     rate = decided["held_out_noise"] if same_held_out else 0.0
-    return Live(known.removed, known.relabelled), Before(known.support, rate)
+    return known.removal, Before(known.support, rate)
 
 
 def _champion_by_class(run: CleaningRun, registry: Registry, attempt: _Attempt) -> gate.HeldOut | None:
@@ -503,10 +505,11 @@ def _champion(run: CleaningRun, registry: Registry, version: Version) -> Network
     return run.network(models.to_bytes(model), spec)
 
 
-def _all_removed(run: CleaningRun) -> Any:
-    from posttrain.schema import merged
+def _acted_on(run: CleaningRun) -> Removal:
+    """By this run and previous ones."""
+    from posttrain.live import Removal
 
-    return merged(run.earlier.excluded, run.removed)
+    return Removal(run.live.removed | run.live.previously_removed, run.live.relabelled)
 
 
 def _arrivals(config: JobFile, given: list[File], run: CleaningRun) -> dict[str, gate.Arrivals]:
@@ -514,7 +517,7 @@ def _arrivals(config: JobFile, given: list[File], run: CleaningRun) -> dict[str,
     import numpy as np
 
     from posttrain.cluster import matching
-    from posttrain.schema import PARTITION, ROW, merged
+    from posttrain.schema import PARTITION, ROW
 
     files = _as_read(config.data, given)
     shipments = _shipments(config.data, files)
@@ -526,7 +529,7 @@ def _arrivals(config: JobFile, given: list[File], run: CleaningRun) -> dict[str,
         partition: number[at].astype(np.int32)
         for partition, at in matching.files_of_rows(run.splits["train"], files).items()
     }
-    for partition, rows in merged(run.quarantined, run.earlier.excluded).items():
+    for partition, rows in (run.live.quarantined | run.live.previously_removed).by_partition():
         if partition in of_rows:
             of_rows[partition][rows] = len(names)
 
@@ -541,10 +544,7 @@ def _arrivals(config: JobFile, given: list[File], run: CleaningRun) -> dict[str,
         if table.num_rows:
             suspect = table["mislabel_odds"].to_numpy() > config.removal.least_odds
             counts[1] += counted(table[PARTITION][0].as_py(), table[ROW].to_numpy()[suspect])
-    relabelled = run.ledger.relabelled(run.ledger.rounds())
-    for partition, rows in merged(
-        run.removed, {partition: rows for partition, (rows, _) in relabelled.items()}
-    ).items():
+    for partition, rows in run.ledger.removal(run.ledger.rounds()).acted_on.by_partition():
         counts[2] += counted(partition, rows)
     return {name: gate.Arrivals(*map(int, column)) for name, column in zip(names, counts.T[:-1], strict=True)}
 

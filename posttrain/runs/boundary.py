@@ -11,24 +11,11 @@ from posttrain.config import Probe as ProbeSection
 from posttrain.influence import ensemble
 from posttrain.influence.ensemble import ProbeEnsemble
 from posttrain.influence.probe import Reduce, Standardizer
-from posttrain.schema import Excluded, Relabelled, excluded_digest, relabelled_digest
+from posttrain.live import Live
 from posttrain.store.folder import RunFolder
 
 Members = tuple[tuple[str, float], ...]
 """(layer, l2) of each probe that draws a boundary."""
-
-
-@dataclass(frozen=True)
-class Live:
-    """The samples that take part, with their present labels."""
-
-    excluded: Excluded
-    relabelled: Relabelled
-
-    @property
-    def digest(self) -> str:
-        """Tells one set of live samples and labels from another."""
-        return excluded_digest(self.excluded) + relabelled_digest(self.relabelled)
 
 
 @dataclass
@@ -52,8 +39,7 @@ class StoredSamples:
                 self.backbone,
                 self.split.name,
                 partitions,
-                self.live.excluded,
-                self.live.relabelled,
+                self.live,
                 layers,
                 standardizers,
             )
@@ -160,7 +146,9 @@ class Boundaries:
     def held_out(self, backbone: str) -> StoredSamples:
         """The validation samples with their features."""
         # nothing to leave out: what was quarantined of them is in no shard
-        return StoredSamples(self.workers, self.folder, backbone, self.splits["validation"], Live({}, {}))
+        return StoredSamples(
+            self.workers, self.folder, backbone, self.splits["validation"], Live(self.splits["validation"].rows)
+        )
 
     def chosen(self, backbone: str) -> Choice | None:
         """The choice made for this backbone."""

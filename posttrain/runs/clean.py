@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,6 @@ from posttrain.config import Data, RunFile, without_credentials
 from posttrain.errors import ConfigError, DataError, StepError, TrackingError
 from posttrain.report.progress import StepLog
 from posttrain.report.summary import print_summary
-from posttrain.schema import merged
 from posttrain.store import lock
 from posttrain.store.folder import RunFolder
 from posttrain.store.ledger import Ledger, settings
@@ -350,8 +350,8 @@ def finish(run: CleaningRun, outcome: rounds.Outcome[Network], began: float) -> 
         relabelled = sum(r.relabelled for r in state.history)
         if relabelled:
             results.write_taken(folder, "relabelled", numbers, classes)
-        relabelled_now = run.ledger.relabelled(state.history)
-        results.write_issues(folder, numbers, last_scores, run.live.excluded, relabelled_now, classes)
+        now = replace(run.live, relabelled=run.ledger.removal(state.history).relabelled)
+        results.write_issues(folder, numbers, last_scores, now, classes)
         kept = state.live
         if run.config.results.cleaned in ("both", "parquet"):
             from posttrain.cluster.writing import write_cleaned
@@ -360,8 +360,7 @@ def finish(run: CleaningRun, outcome: rounds.Outcome[Network], began: float) -> 
             data = run.config.data
             kept = write_cleaned(
                 run.splits["train"],
-                run.excluded,
-                run.relabelled,
+                run.live,
                 folder,
                 columns=(data.id, data.image, data.label),
                 classes=classes,
@@ -369,7 +368,7 @@ def finish(run: CleaningRun, outcome: rounds.Outcome[Network], began: float) -> 
             )
             files["clean data set"] = folder.path("cleaned")
         if run.config.results.cleaned in ("both", "manifest"):
-            kept = results.write_manifest(folder, last_scores, run.excluded, run.relabelled)
+            kept = results.write_manifest(folder, last_scores, run.live)
             files["its ids"] = folder.path("manifest.parquet")
         files |= {
             "what was removed": folder.path("removed.parquet"),
@@ -379,10 +378,9 @@ def finish(run: CleaningRun, outcome: rounds.Outcome[Network], began: float) -> 
         }
         if relabelled:
             files["what was relabelled"] = folder.path("relabelled.parquet")
-    earlier = sum(len(rows) for rows in run.earlier.excluded.values())
+    earlier = len(run.live.previously_removed)
     # what an earlier run removed, and is left out by now for another reason, counts once
-    either = merged(run.quarantined, run.earlier.excluded)
-    quarantined = sum(len(rows) for rows in either.values()) - earlier
+    quarantined = len(run.live.quarantined - run.live.previously_removed)
     check_counts(run.splits["train"].rows, kept, removed, quarantined, earlier)
     first, last = state.history[0].metrics, state.history[-1].metrics
     if run.tracking is not None:

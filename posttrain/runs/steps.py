@@ -28,9 +28,11 @@ from posttrain.influence.calibration import NoiseEstimate
 from posttrain.influence.ensemble import validation_sums, with_transition
 from posttrain.influence.probe import Standardizer
 from posttrain.influence.selection import Selection, select
+from posttrain.live import Live, NewLabels, Rows
+from posttrain.live import Removal as Removed
 from posttrain.report.progress import StepLog
 from posttrain.rounds import REFERENCE, Cut, Outcome, State, Steps
-from posttrain.runs.boundary import Boundaries, Drawn, Live
+from posttrain.runs.boundary import Boundaries, Drawn
 from posttrain.runs.inputs import Inputs
 from posttrain.schema import (
     LABEL,
@@ -39,13 +41,8 @@ from posttrain.schema import (
     ROW,
     SAMPLE_ID,
     SUPPORT,
-    Excluded,
     ModelSpec,
-    Relabelled,
     Round,
-    excluded_rows,
-    merged,
-    relabelled_rows,
     stream_seed,
 )
 from posttrain.store.features import ShardSummary, quarantine_table, read_shard
@@ -82,9 +79,7 @@ class Removal:
 
     selection: Selection
     scored: int
-    excluded: Excluded
-    """Of this round alone."""
-    relabelled: Relabelled
+    rows: Removed
     """Of this round alone."""
     support: float
     """Sum of the given labels' probabilities of all that is taken."""
@@ -115,9 +110,6 @@ class CleaningRun:
     train_workers: int
     tracking: Tracking | Outbox | None
     progress: StepLog
-    removed: Excluded = field(default_factory=dict)
-    relabelled: Relabelled = field(default_factory=dict)
-    quarantined: Excluded = field(default_factory=dict)
     quota: Sequence[int] | None = None
     """Samples to remove in each round instead of the budget: for controls."""
     _first: Network | None = None
@@ -128,13 +120,11 @@ class CleaningRun:
     """Images that were last said to be embedded at a time, for want of memory."""
     _gpus_told: bool = False
     """Whether it was said which GPUs embed."""
-    earlier: Live = field(default_factory=lambda: Live({}, {}))
-    """What former runs of the same job removed and relabelled; see `take_over`."""
     before: Before = field(default_factory=lambda: Before(NO_SUPPORT, 0.0))
     """What they knew of that."""
     former: Sequence[RunFolder] | None = None
     """Runs whose features are taken up, the latest first. None: this run is not one of a job."""
-    left_out: dict[str, Excluded] = field(default_factory=dict)
+    left_out: dict[str, Rows] = field(default_factory=dict)
     """By held-out set, the samples that take no part since they are training samples, too; see `leave_out`."""
     leaks: dict[str, dict[str, int]] | None = None
     """By held-out set, how many images are training images, too (`Leaks.counts`)."""
@@ -144,6 +134,7 @@ class CleaningRun:
     """The first estimate of the share of wrong labels, thus of the data as they came; see `told_of`."""
 
     def __post_init__(self) -> None:
+        self.live = Live(self.splits["train"].rows)
         self.boundaries = Boundaries(
             self.workers,
             self.folder,
@@ -159,19 +150,10 @@ class CleaningRun:
         return Ledger(self.folder)
 
     @property
-    def excluded(self) -> Excluded:
-        """What takes no part in training and scoring: removed, now or by a former run, or quarantined."""
-        return merged(merged(self.quarantined, self.removed), self.earlier.excluded)
-
-    @property
     def first(self) -> Network:
         """The network as it came."""
         assert self._first is not None, "there is none before round 0"
         return self._first
-
-    @property
-    def live(self) -> Live:
-        return Live(self.excluded, self.relabelled)
 
     # -- the steps -------------------------------------------------------------------------------------
 
@@ -205,11 +187,9 @@ class CleaningRun:
             held_out = self.workers.reducer(drawn.held_out)
             of_held_out, temperature = validation_sums(held_out, boundary.weights)
             # under their new labels, those that were relabelled would look like memory
-            relabelled = {partition: rows for partition, (rows, _) in self.relabelled.items()}
             as_given = drawn.live
-            if relabelled:
-                excluded = merged(as_given.excluded, relabelled)
-                as_given = replace(as_given, excluded=excluded, key=f"{as_given.key} as given")
+            if len(self.live.relabelled):
+                as_given = replace(as_given, live=self.live.as_given(), key=f"{as_given.key} as given")
             of_live = self.workers.calibration_sums(as_given, verdict, temperature)
             support = sum(done.metrics.get("taken_support", 0.0) for done in state.history)
             support += pc.sum(self.before.support[SUPPORT]).as_py() or 0.0
@@ -324,9 +304,9 @@ class CleaningRun:
         return Removal(
             selection,
             int(scored.class_counts.sum()),
-            excluded_rows(removed[PARTITION].to_numpy(), removed[ROW].to_numpy()),
-            relabelled_rows(
-                relabelled[PARTITION].to_numpy(), relabelled[ROW].to_numpy(), relabelled["suggested_label"].to_numpy()
+            Removed(
+                Rows.of_table(removed),
+                NewLabels.of(*(relabelled[name].to_numpy() for name in (PARTITION, ROW, "suggested_label"))),
             ),
             float(pc.sum(taken["self_confidence"]).as_py() or 0.0),
             scored.noise,
@@ -336,7 +316,7 @@ class CleaningRun:
 
     def count(self, removal: Removal) -> Cut:
         """How many samples were scored, how many are candidates, and what becomes of them."""
-        relabelled = sum(len(rows) for rows, _ in removal.relabelled.values())
+        relabelled = len(removal.rows.relabelled)
         return Cut(
             removal.scored,
             removal.selection.candidates,
@@ -349,7 +329,7 @@ class CleaningRun:
 
     def refine(self, state: State[Network], backbone: str, removal: Removal, drawn: Drawn) -> Network:
         """The model without the samples of this round: a new head, or the whole network trained on."""
-        live = self._after(removal)
+        live = self.live.without(removal.rows)
         settings = self.config.refining
         if settings.scope == "head":
             with self.progress.step("refine"):
@@ -382,14 +362,12 @@ class CleaningRun:
         """Make the round last, then tell MLflow."""
         with self.progress.step("commit"):
             self._write_checkpoint(done.number, model)
-            live = self._after(removal)
-            self.removed = merged(self.removed, removal.excluded)
-            self.relabelled = live.relabelled
+            self.live = self.live.without(removal.rows)
             metrics = {**done.metrics, **self._found, "taken_support": removal.support}
             if self._true_labels_known():
                 self.workers.make_room()
-                removed = merged(self.earlier.excluded, self.removed)
-                found = measuring.detection(self.splits["train"], removed, self.relabelled)
+                acted_on = Removed(self.live.removed | self.live.previously_removed, self.live.relabelled)
+                found = measuring.detection(self.splits["train"], acted_on)
                 metrics |= _known(
                     removal_precision=found.precision,
                     removal_recall=found.recall,
@@ -453,7 +431,7 @@ class CleaningRun:
         # measured in round 0, on the same samples
         metrics = last | {name: first[name] for name in first if name.startswith(("validation_", "test_"))}
         self._write_checkpoint(number, self.first)
-        done = Round(number, self._live(), 0, 0, 0, metrics, self.progress.seconds_of_round(), reason)
+        done = Round(number, self.live.count, 0, 0, 0, metrics, self.progress.seconds_of_round(), reason)
         self.assert_held()
         self.ledger.commit(done)
         self.tell_round(done, {})
@@ -477,7 +455,7 @@ class CleaningRun:
             model = self.redrawn(state.model, drawn.boundary.members, self.live)
         metrics = {**last.metrics, **self._found, **self.evaluate(state, model)}
         self._write_checkpoint(number, model)
-        done = Round(number, self._live(), 0, 0, 0, metrics, self.progress.seconds_of_round(), reason)
+        done = Round(number, self.live.count, 0, 0, 0, metrics, self.progress.seconds_of_round(), reason)
         self.assert_held()
         self.ledger.commit(done)
         self.tell_round(done, {})
@@ -489,7 +467,7 @@ class CleaningRun:
         path = self.folder.path("quarantine.parquet")
         excluded = leaks.excluded()
         self.leaks = leaks.counts()
-        self.quarantined = merged(self.quarantined, excluded.pop("train", {}))
+        self.live = self.live.quarantine(excluded.pop("train", Rows()))
         self.left_out = excluded
         if self.ledger.rounds():
             return  # written already
@@ -501,9 +479,10 @@ class CleaningRun:
 
     # -- as one of the runs of a job -------------------------------------------------------------------
 
-    def take_over(self, earlier: Live, former: Sequence[RunFolder], before: Before) -> None:
+    def take_over(self, earlier: Removed, former: Sequence[RunFolder], before: Before) -> None:
         """Start where former runs left off: with what they took out and relabelled, and with their features."""
-        self.earlier, self.former, self.relabelled, self.before = earlier, former, earlier.relabelled, before
+        self.live = replace(self.live, previously_removed=earlier.removed, relabelled=earlier.relabelled)
+        self.former, self.before = former, before
 
     def through_backbones(self) -> dict[str, dict[str, tuple[int, int]]]:
         """By split and backbone, the first one first: images that went through it, and those that were asked for."""
@@ -562,7 +541,7 @@ class CleaningRun:
             metrics |= self._without_removal(backbone)
         if self.config.refine.scope == "head":
             metrics[REFERENCE] = metrics["boundary_validation_accuracy"]
-        done = Round(0, self._live(), 0, 0, 0, metrics, self.progress.seconds_of_round())
+        done = Round(0, self.live.count, 0, 0, 0, metrics, self.progress.seconds_of_round())
         self.assert_held()
         self.ledger.commit(done)
         self.tell_round(done, {})
@@ -575,10 +554,8 @@ class CleaningRun:
         if self.folder.exists(path):
             table = self.folder.read_table(path)
             table = table.filter(pc.equal(table["split"], "train"))
-            self.quarantined = excluded_rows(table[PARTITION].to_numpy(), table[ROW].to_numpy())
-        self.removed = self.ledger.excluded(rounds)
-        for partition, (rows, new) in self.ledger.relabelled(rounds).items():
-            self.relabelled = relabelled_rows(np.full(len(rows), partition), rows, new, self.relabelled)
+            self.live = self.live.quarantine(Rows.of_table(table))
+        self.live = self.live.without(self.ledger.removal(rounds))
         self.boundaries.recall([done.number for done in rounds])
         self._first = self._read_checkpoint(0)
         for done in rounds:
@@ -627,8 +604,7 @@ class CleaningRun:
             trained = training.train(
                 model,
                 self.splits["train"],
-                live.excluded,
-                live.relabelled,
+                live,
                 training.Training(**settings.model_dump(exclude={"scope"}), max_steps=max_steps),
                 seed=seed,
                 workers=self.train_workers,
@@ -660,7 +636,7 @@ class CleaningRun:
         summaries: dict[str, list[ShardSummary]] = {}
         for name in splits:
             split = self.splits[name]
-            excluded = self.excluded if name == "train" else self.left_out.get(name, {})
+            excluded = self.live.excluded if name == "train" else self.left_out.get(name, Rows())
             with self.progress.step("embed" if name == "train" else f"embed {name}") as tell:
                 summaries[name] = self.workers.embed(
                     model,
@@ -673,7 +649,7 @@ class CleaningRun:
                     former=self.former or (),
                 )
             if self.former is not None:
-                asked = split.rows - sum(len(rows) for rows in excluded.values())
+                asked = split.rows - len(excluded)
                 self._note_embedded(backbone, name, sum(found.embedded for found in summaries[name]), asked)
         if any(shard.embedded for found in summaries.values() for shard in found):
             self._tell_gpus()
@@ -702,7 +678,7 @@ class CleaningRun:
             if table.num_rows:
                 tables.append(table.append_column("split", pa.array([name] * table.num_rows)))
             if table.num_rows and name == "train":
-                self.quarantined = excluded_rows(table[PARTITION].to_numpy(), table[ROW].to_numpy(), self.quarantined)
+                self.live = self.live.quarantine(Rows.of_table(table))
         before = self.folder.read_table(path) if self.folder.exists(path) else None
         if before is None or tables:
             known = set() if before is None else _keys(before)
@@ -724,7 +700,7 @@ class CleaningRun:
                     f"not one {name} sample can be read; quarantine.parquet in the run folder gives the reasons: "
                     f"is data.{name} right?"
                 )
-        if self._live() <= 0:
+        if self.live.count <= 0:
             raise PosttrainError(
                 "not one training sample can be read; quarantine.parquet in the run folder gives the reasons: "
                 "are data.image and data.image_shape right?"
@@ -733,13 +709,6 @@ class CleaningRun:
     def _backbone(self, model: Network) -> Network:
         """The network whose features are used: with a new head alone, the first one in all rounds."""
         return model if self.config.refine.scope != "head" or self._first is None else self._first
-
-    def _after(self, removal: Removal) -> Live:
-        """The live samples once the removal is made."""
-        labels = dict(self.relabelled)
-        for partition, (rows, new) in removal.relabelled.items():
-            labels = relabelled_rows(np.full(len(rows), partition), rows, new, labels)
-        return Live(merged(self.excluded, removal.excluded), labels)
 
     def _without_removal(self, backbone: str) -> dict[str, float]:
         """What a removal has to be compared with: a new head, and the chosen boundary, with nothing removed.
@@ -781,7 +750,7 @@ class CleaningRun:
             parts += [own, (bias if at == 0 else torch.zeros_like(bias))[:, None]]
         standardizers = tuple(Standardizer(torch.zeros(size).double(), torch.ones(size).double()) for size in sizes)
         partitions = tuple(partition.index for partition in self.splits[split].partitions)
-        view = View(self.folder, backbone, split, partitions, {}, {}, names, standardizers)
+        view = View(self.folder, backbone, split, partitions, Live(self.splits[split].rows), names, standardizers)
         return self.workers.reducer(view), torch.cat(parts, dim=1)
 
     def _widths(self, backbone: str, split: str, names: tuple[str, ...]) -> list[int]:
@@ -807,7 +776,7 @@ class CleaningRun:
         # the validation labels stay as noisy as they are: a later, lower estimate is chance
         most = max([noise.most, *(done.metrics.get("noise_most", 0.0) for done in state.history)])
         share = most if settings.share == "estimated" else settings.share
-        removed_before = sum(len(rows) for rows in self.earlier.excluded.values())
+        removed_before = len(self.live.previously_removed)
         relabelled_before = self.before.support.num_rows - removed_before
         return policy.allowance(
             state.history, share, removed_before=removed_before, relabelled_before=relabelled_before
@@ -823,8 +792,7 @@ class CleaningRun:
             if settings.score != "random" and self.quota is None:
                 scores[table["mislabel_odds"].to_numpy() <= settings.least_odds] = -np.inf
             # what has been relabelled once is let be: it would go back and forth
-            if table.num_rows and (changed := self.relabelled.get(table[PARTITION][0].as_py())) is not None:
-                scores[np.isin(table[ROW].to_numpy(), changed[0])] = -np.inf
+            scores[self.live.relabelled.rows.contains(table[PARTITION].to_numpy(), table[ROW].to_numpy())] = -np.inf
             yield table[SAMPLE_ID].to_numpy(), table[LABEL].to_numpy(), scores
 
     def _edges(self, path: str) -> np.ndarray:
@@ -839,9 +807,6 @@ class CleaningRun:
         if self.quota is not None:
             return self.quota[number - 1]
         return policy.in_one_round(live, self.config.removal.budget)
-
-    def _live(self) -> int:
-        return self.splits["train"].rows - sum(len(rows) for rows in self.excluded.values())
 
     @property
     def _validation_samples(self) -> int:

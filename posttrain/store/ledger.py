@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -19,17 +20,8 @@ from pydantic import ValidationError
 
 from posttrain.config import RunFile, differences, dump, without_marks, without_secrets
 from posttrain.errors import RunFolderError
-from posttrain.schema import (
-    NO_SUPPORT,
-    PARTITION,
-    ROW,
-    SUPPORT,
-    Excluded,
-    Relabelled,
-    Round,
-    excluded_rows,
-    relabelled_rows,
-)
+from posttrain.live import NewLabels, Removal, Rows
+from posttrain.schema import NO_SUPPORT, PARTITION, ROW, SUPPORT, Round
 from posttrain.store.folder import RunFolder
 
 _PACKAGES = (
@@ -159,36 +151,25 @@ class Ledger:
         """Make a round last; everything else of it has been written by now."""
         self.folder.write_json(self.folder.round(done.number, "round.json"), asdict(done))
 
-    def excluded(self, rounds: tuple[Round, ...]) -> Excluded:
-        """(partition, row) of all that the committed rounds removed."""
-        excluded: Excluded = {}
-        for done in rounds:
-            if done.removed:
-                table = self.removed(done.number, [PARTITION, ROW])
-                excluded = excluded_rows(table[PARTITION].to_numpy(), table[ROW].to_numpy(), excluded)
-        return excluded
+    def removal(self, rounds: Sequence[Round]) -> Removal:
+        """All that the committed rounds removed and relabelled."""
+        removed = self._acted_on("removed", rounds, [PARTITION, ROW])
+        relabelled = self._acted_on("relabelled", rounds, [PARTITION, ROW, "suggested_label"])
+        labels = NewLabels.of(*(relabelled[name].to_numpy() for name in relabelled.column_names))
+        return Removal(Rows.of_table(removed), labels)
 
-    def relabelled(self, rounds: tuple[Round, ...]) -> Relabelled:
-        """(partition, row) and new label of all that the committed rounds relabelled."""
-        relabelled: Relabelled = {}
-        for done in rounds:
-            if done.relabelled:
-                path = self.folder.round(done.number, "relabelled.parquet")
-                table = self.folder.read_table(path, [PARTITION, ROW, "suggested_label"])
-                relabelled = relabelled_rows(
-                    table[PARTITION].to_numpy(), table[ROW].to_numpy(), table["suggested_label"].to_numpy(), relabelled
-                )
-        return relabelled
-
-    def support(self, rounds: tuple[Round, ...]) -> pa.Table:
+    def support(self, rounds: Sequence[Round]) -> pa.Table:
         """{partition, row, self_confidence} of all that the committed rounds removed or relabelled."""
         names = [PARTITION, ROW, SUPPORT]
-        tables = [NO_SUPPORT]
-        for done in rounds:
-            for kind, count in (("removed", done.removed), ("relabelled", done.relabelled)):
-                if count:
-                    tables.append(self.folder.read_table(self.folder.round(done.number, f"{kind}.parquet"), names))
-        return pa.concat_tables(tables)
+        return pa.concat_tables([self._acted_on(kind, rounds, names) for kind in ("removed", "relabelled")])
+
+    def _acted_on(
+        self, kind: Literal["removed", "relabelled"], rounds: Sequence[Round], columns: list[str]
+    ) -> pa.Table:
+        """Columns of what the rounds removed, or relabelled."""
+        of_none = NO_SUPPORT.append_column("suggested_label", pa.array([], pa.int32())).select(columns)
+        paths = [self.folder.round(done.number, f"{kind}.parquet") for done in rounds if getattr(done, kind)]
+        return pa.concat_tables([of_none, *(self.folder.read_table(path, columns) for path in paths)])
 
     def keep_votes(self, number: int, votes: np.ndarray) -> None:
         """Write down `NoiseModel.votes` of a round, [classes, classes], as {class, label, votes}."""
