@@ -139,7 +139,7 @@ def rollback(jobfile: Jobfile, overrides: Overrides = None, as_json: Json = Fals
     """Make the version that was champion before the champion again."""
 
     def work(config: JobFile) -> dict[str, Any]:
-        from posttrain.jobs.retrain import rollback
+        from posttrain.jobs.rollback import rollback
 
         return rollback(config, verbose=verbose, quiet=as_json)
 

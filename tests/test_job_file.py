@@ -87,9 +87,9 @@ def command(monkeypatch: pytest.MonkeyPatch, write: Write) -> Callable[..., Any]
     """Installs a function as the pipeline `retrain` or `rollback`, and runs that command on a job file."""
 
     def run(name: str, function: Callable[..., dict[str, Any]], *arguments: str) -> Any:
-        module = ModuleType("posttrain.jobs.retrain")
+        module = ModuleType(f"posttrain.jobs.{name}")
         setattr(module, name, function)
-        monkeypatch.setitem(sys.modules, "posttrain.jobs.retrain", module)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
         return CliRunner().invoke(app, [name, str(write("job: {name: x}")), *arguments])
 
     return run
@@ -99,7 +99,7 @@ def command(monkeypatch: pytest.MonkeyPatch, write: Write) -> Callable[..., Any]
     ("outcome", "code"), [("promoted", 0), ("nothing new", 0), ("not promoted", 10), ("alarm", 11)]
 )
 def test_the_exit_code_says_what_became_of_the_run(command: Callable[..., Any], outcome: str, code: int) -> None:
-    from posttrain.jobs.retrain import EXIT_CODES
+    from posttrain.jobs.summary import EXIT_CODES
 
     assert EXIT_CODES[outcome] == code
     summary = {"outcome": outcome, "exit_code": code}

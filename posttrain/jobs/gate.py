@@ -1,4 +1,4 @@
-"""The gate: whether a newly made model takes the place of the one that serves. Numbers in, a decision out."""
+"""Whether a new model, the challenger, takes the place of the champion: first `alarm`, then `compare`. Pure."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """What a model makes of the held-out set, by class."""
+class ClassCounts:
+    """How a model does on the held-out set (test, or else validation), by class."""
 
     samples: tuple[int, ...]
     correct: tuple[int, ...]
@@ -26,25 +26,28 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
-class Arrivals:
-    """What the run made of training samples that are new since the last one: those of one file, or of several."""
+class BatchCounts:
+    """What a run found in a batch of training samples, such as those of a new file."""
 
     samples: int
     candidates: int
     """That looked wrong in the first round."""
-    taken: int
+    acted_on: int
     """That were removed or relabelled in the end."""
 
     @property
-    def suspect(self) -> float:
-        """The share that looks wrong, by whichever of both is more; 0 where nothing is new."""
-        return max(self.candidates, self.taken) / self.samples if self.samples else 0.0
+    def suspect_share(self) -> float:
+        """The share that looks wrong: by the first round or by the end, whichever is more; 0 without samples."""
+        return max(self.candidates, self.acted_on) / self.samples if self.samples else 0.0
 
 
-def together(arrivals: Iterable[Arrivals]) -> Arrivals:
-    """The samples of several files as those of one."""
-    parts = [(part.samples, part.candidates, part.taken) for part in arrivals]
-    return Arrivals(*(sum(column) for column in zip(*parts, strict=True))) if parts else Arrivals(0, 0, 0)
+NO_DATA = BatchCounts(0, 0, 0)
+
+
+def combined(batches: Iterable[BatchCounts]) -> BatchCounts:
+    """Several batches as one."""
+    parts = [(batch.samples, batch.candidates, batch.acted_on) for batch in batches]
+    return BatchCounts(*(sum(column) for column in zip(*parts, strict=True))) if parts else NO_DATA
 
 
 @dataclass(frozen=True)
@@ -54,47 +57,57 @@ class Decision:
     verdict: Verdict
     reason: str
     alarming: tuple[str, ...] = ()
-    """Names of the files whose new samples look wrong."""
+    """Names of the batches whose new samples look wrong."""
 
 
-def decide(
-    champion: HeldOut | None,
-    challenger: HeldOut,
-    arrivals: Mapping[str, Arrivals],
-    older: Arrivals,
+def alarm(
+    new_data: Mapping[str, BatchCounts],
+    older: BatchCounts,
+    *,
+    alarm_share: float,
+    alarm_samples: int,
+    alarm_older_share: float,
+) -> Decision | None:
+    """An alarm where too much of the new data looks wrong, or too much of the older data was acted on; else None.
+
+    new data: more than `alarm_share` of a batch looks wrong; `new_data` has them by name. Batches with fewer than
+    `alarm_samples` count as one, if that has as many. older data: the samples of previous runs; more than
+    `alarm_older_share` of them was removed or relabelled.
+    """
+    if alarming := _alarming(new_data, alarm_share, alarm_samples):
+        found = combined(new_data[name] for name in alarming)
+        return Decision(
+            "alarm",
+            f"{100 * found.suspect_share:.1f} % of the {found.samples:,} new samples of {_listed(alarming)} look wrong "
+            f"({found.candidates:,} in the first round, {found.acted_on:,} were taken out in the end), "
+            f"and gate.alarm_share allows {100 * alarm_share:g} %",
+            alarming,
+        )
+    if older.samples >= alarm_samples and older.acted_on > alarm_older_share * older.samples + _ROUNDING:
+        return Decision(
+            "alarm",
+            f"{older.acted_on:,} of the {older.samples:,} samples that previous runs had kept were taken out "
+            f"({100 * older.suspect_share:.1f} %), and gate.alarm_older_share allows {100 * alarm_older_share:g} %: "
+            "has data.validation changed, or the model?",
+        )
+    return None
+
+
+def compare(
+    champion: ClassCounts | None,
+    challenger: ClassCounts,
     *,
     margin: float,
     class_drop: float,
     class_samples: int,
-    alarm_share: float,
-    alarm_samples: int,
-    alarm_older_share: float,
     classes: Sequence[str],
 ) -> Decision:
-    """First the alarm, then the gate; without a champion there is no gate.
+    """Whether the challenger is promoted; without a champion it always is.
 
-    alarm: more than `alarm_share` of the new samples of a file looks wrong; `arrivals` has them by the file's name.
-    Files with fewer than `alarm_samples` are judged together, if they have as many together. Or more than
-    `alarm_older_share` of the samples that were there before was taken out. not promoted: the
-    accuracy is less than the champion's plus `margin`, or that of a class with at least `class_samples` held-out
-    samples is lower by more than `class_drop`. Raises ValueError where the two were not measured on the same samples.
+    Not promoted: its accuracy is less than the champion's plus `margin`, or that of a class with at least
+    `class_samples` held-out samples is lower by more than `class_drop`. Raises ValueError where the two were not
+    measured on the same samples.
     """
-    if alarming := _alarming(arrivals, alarm_share, alarm_samples):
-        found = together(arrivals[name] for name in alarming)
-        return Decision(
-            "alarm",
-            f"{100 * found.suspect:.1f} % of the {found.samples:,} new samples of {_listed(alarming)} look wrong "
-            f"({found.candidates:,} in the first round, {found.taken:,} were taken out in the end), "
-            f"and gate.alarm_share allows {100 * alarm_share:g} %",
-            alarming,
-        )
-    if older.samples >= alarm_samples and older.taken > alarm_older_share * older.samples + _ROUNDING:
-        return Decision(
-            "alarm",
-            f"{older.taken:,} of the {older.samples:,} samples that former runs had let pass were taken out "
-            f"({100 * older.suspect:.1f} %), and gate.alarm_older_share allows {100 * alarm_older_share:g} %: has "
-            "data.validation changed, or the model?",
-        )
     after = f"{100 * challenger.accuracy:.2f} % of {sum(challenger.samples):,} held-out samples right"
     if champion is None:
         return Decision("promoted", f"there was no champion yet; {after}")
@@ -120,13 +133,14 @@ def decide(
     return Decision("promoted", f"{after}, {before}")
 
 
-def _alarming(arrivals: Mapping[str, Arrivals], share: float, samples: int) -> tuple[str, ...]:
-    alone = [name for name, found in arrivals.items() if found.samples >= samples]
+def _alarming(new_data: Mapping[str, BatchCounts], share: float, samples: int) -> tuple[str, ...]:
+    large = [[name] for name, found in new_data.items() if found.samples >= samples]
     # or many small files would never raise an alarm
-    small = [name for name, found in arrivals.items() if 0 < found.samples < samples]
-    groups = [*([name] for name in alone), small]
-    found = ((group, together(arrivals[name] for name in group)) for group in groups)
-    return tuple(sorted(name for group, of in found if of.samples >= samples and of.suspect > share for name in group))
+    small = [name for name, found in new_data.items() if 0 < found.samples < samples]
+    groups = [(group, combined(new_data[name] for name in group)) for group in (*large, small)]
+    return tuple(
+        sorted(name for group, of in groups if of.samples >= samples and of.suspect_share > share for name in group)
+    )
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -77,7 +77,7 @@ def test_features_of_all_runs_but_those_kept_are_dropped_and_nothing_else(job: J
 
 def test_a_run_of_a_job_lies_beneath_it_where_its_uri_has_options() -> None:
     job = JobFolder(RunFolder("s3://bucket/job/?endpoint_override=127.0.0.1%3A1&scheme=http&region=us-east-1"))
-    assert job.run("r-v0").path("run.yaml") == "partition/job/runs/r-v0/run.yaml"
+    assert job.run("r-v0").path("run.yaml") == "bucket/job/runs/r-v0/run.yaml"
     assert job.run("r-v0").files.region == "us-east-1"
     assert RunFolder("/a/b?c/").beneath("runs").location == "/a/b?c/runs"
 

@@ -1,0 +1,68 @@
+"""A champion that somebody else registered is what a run starts from, if it can be trusted and compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from small_job import SmallJob, job_file
+
+from posttrain.config import Model
+from posttrain.errors import DataError, ModelError
+from posttrain.jobs.champion import base_network, prepare_inputs, run_file, trusted_recipe
+from posttrain.jobs.inventory import take_inventory
+from posttrain.jobs.opening import open_registry
+from posttrain.store.registry import CHAMPION
+from posttrain.vision import models
+
+
+def test_a_champion_that_somebody_saved_by_torch_is_what_the_run_starts_from(tmp_path: Path) -> None:
+    job = SmallJob(tmp_path)
+    job.write("a.parquet", "a")
+    model = models.mlp(10)
+    (tmp_path / "theirs").mkdir()
+    torch.save(model.state_dict(), tmp_path / "theirs" / "weights.pt")
+    job.registered(tmp_path / "theirs")
+    registry = open_registry(job.config, job.folder)  # leaves alone what is registered in the job's own database
+    base = base_network(job.config, job.folder, registry, registry.version(CHAMPION))
+
+    def weights(**data: str) -> bytes | None:
+        config = job_file(tmp_path, **data)
+        files = take_inventory(config.data, job.folder).files
+        return prepare_inputs(run_file(config, job.folder.run("a"), base), files, base).weights
+
+    digits = inputs_of_digits(tmp_path)
+    assert weights(**digits) == models.to_bytes(model)
+    # a tenth of the training data would be what it was trained on
+    del digits["validation"]
+    with pytest.raises(DataError, match=r"version 2\) was not made by this job, and the data have no validation set"):
+        weights(**digits)
+
+
+def inputs_of_digits(folder: Path) -> dict[str, str]:
+    """The section `data` of a run file on the first digits, in Parquet."""
+    digits = load_digits()
+    assert not isinstance(digits, tuple)
+    pixels = (digits.images[:200] * 15).astype(np.uint8).reshape(200, 64)
+    table = pa.table({"id": range(200), "image": [row.tobytes() for row in pixels], "label": digits.target[:200]})
+    table = table.replace_schema_metadata({"image_shape": "[8, 8]"})
+    for name, part in (("digits_train", table[:150]), ("digits_validation", table[150:])):
+        pq.write_table(part, folder / f"{name}.parquet")
+    names = {"train": "digits_train", "validation": "digits_validation"}
+    return {"source": "parquet", **{split: str(folder / f"{name}.parquet") for split, name in names.items()}}
+
+
+def test_a_function_that_a_registered_model_names_is_called_only_if_the_job_file_names_it() -> None:
+    model = Model(factory="posttrain.vision.models:mlp")
+    own = {"factory": "posttrain.vision.models:mlp", "arguments": {}, "head": "head"}
+    assert trusted_recipe(own, model, "version 1") == own
+    assert trusted_recipe(own | {"factory": "resnet18"}, model, "version 1") is not None
+    probed = own | {"factory": "posttrain.vision.layers:probed", "arguments": {"network": "os:system"}}
+    for recipe in (own | {"factory": "os:system"}, probed):
+        with pytest.raises(ModelError, match="version 1 is to be built by 'os:system'"):
+            trusted_recipe(recipe, model, "version 1")
