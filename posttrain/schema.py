@@ -25,13 +25,13 @@ ORDER = "order"
 PARTITION = "partition"
 ROW = "row"
 DIGEST = "image_digest"
-SUPPORT = "self_confidence"
+SELF_CONFIDENCE = "self_confidence"
 """Probability of the given label, leave-one-out and calibrated."""
 
-NO_SUPPORT = pa.table(
-    {PARTITION: pa.array([], pa.int32()), ROW: pa.array([], pa.int32()), SUPPORT: pa.array([], pa.float32())}
+NO_SELF_CONFIDENCE = pa.table(
+    {PARTITION: pa.array([], pa.int32()), ROW: pa.array([], pa.int32()), SELF_CONFIDENCE: pa.array([], pa.float32())}
 )
-"""Of no samples."""
+"""{partition, row, self_confidence} of no samples."""
 
 SPLITS = ("train", "validation", "test")
 
@@ -66,7 +66,7 @@ def uniform(ids: np.ndarray, seed: int) -> np.ndarray:
 
 
 def stream_seed(stream: str, *numbers: int) -> int:
-    """A seed for `uniform` that depends on its purpose: draws of different streams know nothing of each other."""
+    """A seed for `uniform` that depends on its purpose: numbers of different streams are independent."""
     text = ":".join([stream, *map(str, numbers)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
@@ -84,7 +84,7 @@ def partition_count(samples: int) -> int:
 
 
 def partition_boundaries(partitions: int) -> list[int]:
-    """The `buckets - 1` order keys at which one bucket ends and the next begins."""
+    """The `partitions - 1` order keys at which one partition ends and the next begins."""
     return [(2**ORDER_BITS * i) // partitions for i in range(1, partitions)]
 
 

@@ -1,4 +1,4 @@
-"""Which rows of the partitions are meant: samples known from a former run, and those of some files."""
+"""Which rows of the partitions are meant: samples known from a previous run, and those of some files."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from posttrain.schema import (
     FILE,
     IMAGE,
     LABEL,
-    NO_SUPPORT,
+    NO_SELF_CONFIDENCE,
     PARTITION,
     ROW,
     SAMPLE_ID,
-    SUPPORT,
+    SELF_CONFIDENCE,
 )
 from posttrain.store.features import image_digests
 
@@ -56,21 +56,20 @@ class Known:
     """Samples that a previous run removed or relabelled and that are still what they were."""
 
     removal: Removal
-    support: pa.Table
+    self_confidence: pa.Table
     """{partition, row, self_confidence}: the self-confidence of their labels when they were acted on."""
 
 
-def taken_out(split: Split, removal: Removal, support: pa.Table) -> pa.Table:
+def describe_acted_on(split: Split, removal: Removal, self_confidence: pa.Table) -> pa.Table:
     """{sample_id, image_digest, label, new_label, self_confidence} of the removed and relabelled samples.
 
-    `label` is the given one, `new_label` empty for the removed. `support`: {partition, row, self_confidence} of all of
-    them. `found_again` takes the table.
+    `label` is the given one, `new_label` empty for the removed. `self_confidence`: {partition, row, self_confidence} of
+    all of them. `found_again` takes the table.
     """
     calls: list[tuple[Any, np.ndarray]] = []
     labels: list[dict[str, pa.Array]] = []
-    support = support.sort_by([(PARTITION, "ascending"), (ROW, "ascending")])
-    confidences = support[SUPPORT].to_numpy()
-    known = Rows.of_table(support)
+    known = self_confidence.sort_by([(PARTITION, "ascending"), (ROW, "ascending")])
+    confidences, places = known[SELF_CONFIDENCE].to_numpy(), Rows.of_table(known)
     for partition in split.partitions:
         gone = removal.removed.in_partition(partition.index)
         changed, new = removal.relabelled.in_partition(partition.index)
@@ -79,7 +78,7 @@ def taken_out(split: Split, removal: Removal, support: pa.Table) -> pa.Table:
             calls.append((partition.block, rows))
             columns = {
                 NEW_LABEL: pa.array([None] * len(gone) + new.tolist(), pa.int32()),
-                SUPPORT: pa.array(confidences[known.positions(partition.index, rows)]),
+                SELF_CONFIDENCE: pa.array(confidences[places.positions(partition.index, rows)]),
             }
             labels.append(columns)
     tables = []
@@ -95,7 +94,7 @@ def taken_out(split: Split, removal: Removal, support: pa.Table) -> pa.Table:
                 DIGEST: pa.array([], pa.uint64()),
                 LABEL: pa.array([], pa.int32()),
                 NEW_LABEL: pa.array([], pa.int32()),
-                SUPPORT: pa.array([], pa.float32()),
+                SELF_CONFIDENCE: pa.array([], pa.float32()),
             }
         )
     return pa.concat_tables(tables)
@@ -107,11 +106,13 @@ def _matched(block: pa.Table, known: pa.Table) -> pa.Table:
 
 
 def match(block: pa.Table, known: pa.Table) -> pa.Table:
-    """{row, new_label, self_confidence} of the rows of a partition that a table of `taken_out` has, too.
+    """{row, new_label, self_confidence} of the rows of a partition that a table of `describe_acted_on` has, too.
 
     With the same image and given label, that is.
     """
-    empty = pa.table({ROW: pa.array([], pa.int32()), **{name: known[name][:0] for name in (NEW_LABEL, SUPPORT)}})
+    empty = pa.table(
+        {ROW: pa.array([], pa.int32()), **{name: known[name][:0] for name in (NEW_LABEL, SELF_CONFIDENCE)}}
+    )
     ids = known[SAMPLE_ID].combine_chunks()
     if not known.num_rows or block[SAMPLE_ID].type != ids.type:
         return empty
@@ -124,20 +125,20 @@ def match(block: pa.Table, known: pa.Table) -> pa.Table:
     same = np.ones(len(rows), bool)
     for column in (DIGEST, LABEL):
         same &= now[column].to_numpy() == before[column].to_numpy()
-    found = pa.table({ROW: now[ROW], NEW_LABEL: before[NEW_LABEL], SUPPORT: before[SUPPORT]})
+    found = pa.table({ROW: now[ROW], NEW_LABEL: before[NEW_LABEL], SELF_CONFIDENCE: before[SELF_CONFIDENCE]})
     return found.filter(pa.array(same))
 
 
 def found_again(split: Split, known: pa.Table) -> Known:
-    """The rows of the samples in a table of `taken_out` that are still what they were."""
+    """The rows of the samples in a table of `describe_acted_on` that are still what they were."""
     if not known.num_rows:
-        return Known(Removal(), NO_SUPPORT)
+        return Known(Removal(), NO_SELF_CONFIDENCE)
     reference = ray.put(known)
-    found = [NO_SUPPORT.append_column(NEW_LABEL, pa.array([], pa.int32()))]
+    found = [NO_SELF_CONFIDENCE.append_column(NEW_LABEL, pa.array([], pa.int32()))]
     tables = results(_matched, [(partition.block, reference) for partition in split.partitions])
     for partition, table in zip(split.partitions, tables, strict=True):
         partitions = pa.array(np.full(table.num_rows, partition.index), pa.int32())
-        found.append(table.append_column(PARTITION, partitions).select([PARTITION, ROW, SUPPORT, NEW_LABEL]))
+        found.append(table.append_column(PARTITION, partitions).select([PARTITION, ROW, SELF_CONFIDENCE, NEW_LABEL]))
     acted_on = pa.concat_tables(found)
     changed = acted_on[NEW_LABEL].is_valid()
     removed, new = acted_on.filter(pc.invert(changed)), acted_on.filter(changed)

@@ -167,6 +167,18 @@ def find(
     return leaks
 
 
+def record(leaks: Leaks, ledger: Ledger) -> None:
+    """Write down what was found and what is left out, unless rounds were made by it already."""
+    if ledger.rounds():
+        return
+    folder = ledger.folder
+    if (table := leaks.table()) is not None:
+        folder.write_table(folder.path("leakage.parquet"), table)
+    rows = leaks.quarantined()
+    if rows.num_rows:
+        folder.write_table(folder.path("quarantine.parquet"), rows)
+
+
 def refuse(config: RunFile, splits: Mapping[str, Split], leaks: Leaks) -> None:
     """Raises DataError where a held-out set holds training images and may not, or would be left out as a whole."""
     excluded = leaks.excluded()

@@ -7,7 +7,7 @@ Read from top to bottom: draw the recipes, read the data, embed them once for al
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -20,15 +20,16 @@ from posttrain.config import RunFile, Search, Tracking, dump, without_credential
 from posttrain.errors import StepError
 from posttrain.report.progress import StepLog
 from posttrain.report.search import print_search
-from posttrain.runs.clean import claim, crew, finished_already, first_model, join_ray, open_outbox, read, tell_remarks
+from posttrain.runs.open import finished_already, init_folder, join_ray, make_workers, read, say_remarks
+from posttrain.runs.tracking import open_outbox
 from posttrain.store import lock
 from posttrain.store.folder import RunFolder
 from posttrain.store.ledger import Ledger
 
 if TYPE_CHECKING:
     from posttrain.cluster.workers import Network
+    from posttrain.runs.context import Run
     from posttrain.runs.inputs import Inputs
-    from posttrain.runs.steps import CleaningRun
     from posttrain.schema import Round
     from posttrain.search.trial import Trial
     from posttrain.store.outbox import Outbox
@@ -64,21 +65,23 @@ def _searched(
         inputs = prepare(config)
         values = _values(config, folder)
         trials = _trials(config, inputs, values)
-    tell_remarks(inputs, progress)
+    say_remarks(inputs, progress)
     address = join_ray(config, progress, stack, verbose=verbose)
     import torch
 
     from posttrain.cluster import tuning
     from posttrain.runs import leakage
-    from posttrain.runs.steps import CleaningRun
+    from posttrain.runs.begin import first_model
+    from posttrain.runs.context import Run
     from posttrain.search import trial as trials_of
 
-    workers, train_workers = crew(config, on_cluster=address is not None)
+    workers, train_workers = make_workers(config, progress, on_cluster=address is not None)
     cpus, gpus = config.ray.cpus_per_worker, workers.gpus_per_worker
     tuning.refuse_too_small(cpus, gpus, on_cluster=address is not None, say=progress.say, stack=stack)
     splits, fingerprint = read(config, inputs, progress)
     leaks = leakage.find(config, splits, inputs.spec.image.shape, fingerprint, ledger, progress)
-    claim(ledger, config, fingerprint)
+    init_folder(ledger, config, fingerprint)
+    leakage.record(leaks, ledger)
     # from here on there is no test set to look at
     splits.pop("test", None)
     seen = {name: digest for name, digest in fingerprint.items() if name != "test"}
@@ -87,12 +90,8 @@ def _searched(
     with progress.step("open MLflow"):
         told = _Telling(stack.enter_context(open_outbox(config, inputs, folder, fingerprint, progress)))
 
-    def driver() -> CleaningRun:
-        run = CleaningRun(config, inputs, splits, folder, workers, train_workers, None, progress)
-        run.leave_out(leaks)
-        return run
-
-    first = first_model(driver())
+    driver = Run(config, inputs, splits, leaks, ledger, workers, train_workers, None, progress)
+    first = first_model(driver)
     trials = embedded_once(trials, first, driver)
     workers.release()
     folder.write_json(folder.path("trials.json"), values)
@@ -179,21 +178,23 @@ def _trials(config: RunFile, inputs: Inputs, values: Sequence[Mapping[str, JsonV
     return trials
 
 
-def embedded_once(trials: Sequence[Trial], first: Network, driver: Callable[[], CleaningRun]) -> list[Trial]:
+def embedded_once(trials: Sequence[Trial], first: Network, driver: Run) -> list[Trial]:
     """The trials with the features of the untouched backbone, which lie in the search's folder.
 
     One pass over the images keeps every layer that any recipe tries. Only another `probe.width` makes other features.
     """
+    from posttrain.runs.embed import features_of
+    from posttrain.runs.networks import network_of
+
     stores = {}
     for width in dict.fromkeys(trial.inputs.spec.width for trial in trials):
         specs = [trial.inputs.spec for trial in trials if trial.inputs.spec.width == width]
         head = specs[0].head
         layers = dict.fromkeys(layer for spec in specs for layer in spec.layers if layer != head)
         spec = replace(specs[0], layers=(*layers, head))
-        # a run of its own: what cannot be read is quarantined in every store
-        run = driver()
-        backbone = run.embedded(run.network(first.weights, spec), ("train", "validation"))
-        stores[width] = (spec, run.folder.path("features", backbone))
+        network = network_of(driver, first.weights, spec)
+        backbone, _ = features_of(driver, network, driver.live_at_start(), ("train", "validation"))
+        stores[width] = (spec, driver.folder.path("features", backbone))
     placed = []
     for trial in trials:
         spec, features = stores[trial.inputs.spec.width]
@@ -215,7 +216,7 @@ class _Telling:
 
     def catch_up(self, trial: Trial) -> None:
         """Tell of all that the trial's folder holds and MLflow does not know yet."""
-        from posttrain.runs.steps import figures_of
+        from posttrain.runs.noise_report import round_metrics
 
         history, number, config = trial.ledger.rounds(), trial.number, trial.config
         end = trial.ended()
@@ -228,7 +229,7 @@ class _Telling:
             )
         told = self._trials[number]
         for done in history[self._rounds.get(number, 0) :]:
-            told.log_round(done.number, params={}, metrics=figures_of(done), figures={}, artifacts=[])
+            told.log_round(done.number, params={}, metrics=round_metrics(done), figures={}, artifacts=[])
         self._rounds[number] = len(history)
         if end and number not in self._ended:
             self._ended.add(number)

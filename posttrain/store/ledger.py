@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from posttrain.config import RunFile, differences, dump, without_marks, without_secrets
 from posttrain.errors import RunFolderError
 from posttrain.live import NewLabels, Removal, Rows
-from posttrain.schema import NO_SUPPORT, PARTITION, ROW, SUPPORT, Round
+from posttrain.schema import NO_SELF_CONFIDENCE, PARTITION, ROW, SELF_CONFIDENCE, Round
 from posttrain.store.folder import RunFolder
 
 _PACKAGES = (
@@ -55,6 +55,8 @@ class Ledger:
 
     folder: RunFolder
     kind: Literal["run", "search"] = "run"
+    assert_held: Callable[[], None] = lambda: None
+    """Raises where another process has taken the folder over; called before a round is made last."""
 
     # -- what the run was started with -----------------------------------------------------------------
 
@@ -149,6 +151,7 @@ class Ledger:
 
     def commit(self, done: Round) -> None:
         """Make a round last; everything else of it has been written by now."""
+        self.assert_held()
         self.folder.write_json(self.folder.round(done.number, "round.json"), asdict(done))
 
     def removal(self, rounds: Sequence[Round]) -> Removal:
@@ -158,39 +161,35 @@ class Ledger:
         labels = NewLabels.of(*(relabelled[name].to_numpy() for name in relabelled.column_names))
         return Removal(Rows.of_table(removed), labels)
 
-    def support(self, rounds: Sequence[Round]) -> pa.Table:
+    def self_confidence(self, rounds: Sequence[Round]) -> pa.Table:
         """{partition, row, self_confidence} of all that the committed rounds removed or relabelled."""
-        names = [PARTITION, ROW, SUPPORT]
+        names = [PARTITION, ROW, SELF_CONFIDENCE]
         return pa.concat_tables([self._acted_on(kind, rounds, names) for kind in ("removed", "relabelled")])
 
     def _acted_on(
         self, kind: Literal["removed", "relabelled"], rounds: Sequence[Round], columns: list[str]
     ) -> pa.Table:
         """Columns of what the rounds removed, or relabelled."""
-        of_none = NO_SUPPORT.append_column("suggested_label", pa.array([], pa.int32())).select(columns)
+        of_none = NO_SELF_CONFIDENCE.append_column("suggested_label", pa.array([], pa.int32())).select(columns)
         paths = [self.folder.round(done.number, f"{kind}.parquet") for done in rounds if getattr(done, kind)]
         return pa.concat_tables([of_none, *(self.folder.read_table(path, columns) for path in paths)])
 
-    def keep_votes(self, number: int, votes: np.ndarray) -> None:
-        """Write down `NoiseModel.votes` of a round, [classes, classes], as {class, label, votes}."""
-        classes = np.arange(len(votes), dtype=np.int32)
-        columns = np.repeat(classes, len(classes)), np.tile(classes, len(classes)), votes.flatten()
-        self.folder.write_table(
-            self._votes(number), pa.table(dict(zip(("class", "label", "votes"), columns, strict=True)))
-        )
+    def keep_confident_joint(self, number: int, joint: np.ndarray) -> None:
+        """Write down `NoiseModel.votes` of a round, [classes, classes], as {class, label, samples}."""
+        classes = np.arange(len(joint), dtype=np.int32)
+        columns = np.repeat(classes, len(classes)), np.tile(classes, len(classes)), joint.flatten()
+        table = pa.table(dict(zip(("class", "label", "samples"), columns, strict=True)))
+        self.folder.write_table(self._confident_joint(number), table)
 
-    def votes(self, number: int) -> np.ndarray | None:
-        """What `keep_votes` wrote in a round; None where it did not, as in a round that found no wrong labels."""
-        if not self.folder.exists(self._votes(number)):
+    def confident_joint(self, number: int) -> np.ndarray | None:
+        """What `keep_confident_joint` wrote in a round; None where it did not, as in one that found no wrong labels."""
+        if not self.folder.exists(self._confident_joint(number)):
             return None
-        found = self.folder.read_table(self._votes(number))["votes"].to_numpy()
+        found = self.folder.read_table(self._confident_joint(number))["samples"].to_numpy()
         return found.reshape(math.isqrt(len(found)), -1)
 
-    def _votes(self, number: int) -> str:
-        return self.folder.round(number, "votes.parquet")
-
-    def removed(self, number: int, columns: list[str] | None = None) -> pa.Table:
-        return self.folder.read_table(self.folder.round(number, "removed.parquet"), columns)
+    def _confident_joint(self, number: int) -> str:
+        return self.folder.round(number, "confident_joint.parquet")
 
     # -- the end ---------------------------------------------------------------------------------------
 

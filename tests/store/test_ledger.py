@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from posttrain.config import RunFile, load
-from posttrain.errors import RunFolderError
+from posttrain.errors import HeldError, RunFolderError
 from posttrain.live import NewLabels, Removal
 from posttrain.schema import Round
 from posttrain.store.folder import RunFolder
@@ -247,12 +247,21 @@ def test_no_credential_of_any_uri_is_written_down_and_none_is_a_difference(tmp_p
     assert "bucket/c" in str(caught.value) and "hunter" not in str(caught.value)
 
 
-def test_the_votes_of_a_round_come_back_to_the_bit(ledger: Ledger):
-    assert ledger.votes(2) is None
-    votes = np.random.default_rng(0).random((7, 7))
-    ledger.keep_votes(2, votes)
-    found = ledger.votes(2)
-    assert found is not None and ledger.votes(1) is None
-    np.testing.assert_array_equal(found, votes)
-    table = ledger.folder.read_table(ledger.folder.round(2, "votes.parquet"))
-    assert table.slice(2 * 7 + 5, 1).to_pylist() == [{"class": 2, "label": 5, "votes": votes[2, 5]}]
+def test_the_confident_joint_of_a_round_comes_back_to_the_bit(ledger: Ledger):
+    assert ledger.confident_joint(2) is None
+    joint = np.random.default_rng(0).random((7, 7))
+    ledger.keep_confident_joint(2, joint)
+    found = ledger.confident_joint(2)
+    assert found is not None and ledger.confident_joint(1) is None
+    np.testing.assert_array_equal(found, joint)
+    table = ledger.folder.read_table(ledger.folder.round(2, "confident_joint.parquet"))
+    assert table.slice(2 * 7 + 5, 1).to_pylist() == [{"class": 2, "label": 5, "samples": joint[2, 5]}]
+
+
+def test_a_round_is_not_committed_once_another_process_has_taken_the_folder_over(ledger: Ledger):
+    def lost() -> None:
+        raise HeldError("held by another")
+
+    with pytest.raises(HeldError):
+        replace(ledger, assert_held=lost).commit(a_round(0))
+    assert ledger.rounds() == ()
