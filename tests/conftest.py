@@ -6,9 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
+from harness import python_path
 
 # Before anyone imports torch: worker processes share the cores, and threads of one steal from the others.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before any Ray starts: its workers, and commands in processes of their own, import this checkout and the harness.
+os.environ["PYTHONPATH"] = python_path()
 # Seconds per test, read by pytest-timeout: a Ray that hangs must fail, not block.
 os.environ.setdefault("PYTEST_TIMEOUT", "900")
 

@@ -65,7 +65,7 @@ def seeds(target: str) -> Path:
     """A folder with whole inputs to begin from."""
     folder = Path(tempfile.mkdtemp())
     if target == "image":
-        from harness.bad_input import ROWS
+        from harness.bad_rows import ROWS
 
         contents = [cell for row in ROWS if (cell := row.image()) is not None and len(cell) < 4000]
     elif target == "run_file":

@@ -1,9 +1,8 @@
 """A search's trials side by side, through Ray Tune: the only module that knows it.
 
-A trial is a plain function in a process of its own, kept for the next trial. Tune decides where and when a trial runs,
-and by asynchronous successive halving which of them is not worth going on with. What a trial has come to lies in
-its run folder alone: Tune's own state is pickled, written at most every ten seconds, and thrown away, so that a
-search is gone on with by running those trials that their folders do not show to be at their end.
+A trial is a plain function in a process of its own, which is kept for the next trial. Tune decides where and when a
+trial runs, and by asynchronous successive halving which trials are stopped. What a trial has come to lies in its run
+folder alone: Tune's own state is thrown away, and a search goes on by running the trials whose folders show no end.
 """
 
 from __future__ import annotations
@@ -50,15 +49,29 @@ _QUIET = {"RAY_AIR_NEW_OUTPUT": "0"}
 ROUND, FINAL = "round", "final"
 
 
-class OnEnd(Protocol):
-    """Called when a trial is at its end: its own, or because it was `stopped`."""
-
-    def __call__(self, number: int, *, stopped: bool) -> None: ...
-
-
 Report = Callable[[Mapping[str, Any]], None]
-"""Called with a round's figures: `round`, `final` and the metric among them. It does not return where that round is to
-be the trial's last."""
+"""Called by a trial with a round's figures: `round`, `final` and the metric among them. It does not return where that
+round is to be the trial's last."""
+
+
+class Listener(Protocol):
+    """What the search calls in its own process, with the number of a trial; what it raises ends the search."""
+
+    def on_report(self, number: int, figures: Mapping[str, Any]) -> None:
+        """A trial has reported a round."""
+        ...
+
+    def on_end(self, number: int, *, stopped: bool) -> None:
+        """A trial is at its end: its own, or because it was stopped."""
+        ...
+
+
+@dataclass(frozen=True)
+class PerTrial:
+    """What one trial takes of a node."""
+
+    cpus: float
+    gpus: float
 
 
 @dataclass(frozen=True)
@@ -75,21 +88,34 @@ class Halving:
     """Trials that are never stopped."""
 
 
-def draw(space: Mapping[str, Distribution], trials: int, seed: int) -> list[dict[str, JsonValue]]:
+@dataclass(frozen=True)
+class Schedule:
+    """Which trials run, and which of them are stopped early."""
+
+    numbers: Sequence[int]
+    """The trials to run."""
+    known: Mapping[int, Sequence[Mapping[str, Any]]]
+    """The reports of earlier, interrupted searches: of all trials, as far as they got."""
+    halving: Halving
+    at_once: int | None
+    """Most trials side by side. None: as many as the resources carry."""
+
+
+def sample_values(space: Mapping[str, Distribution], trials: int, seed: int) -> list[dict[str, JsonValue]]:
     """By trial, the value of each key; trial 0 has none of its own.
 
     A value depends on the seed, the trial's number, the key and its distribution: not on how many trials there are.
     """
     return [
         {
-            key: _drawn(distribution, np.random.default_rng(stream_seed(f"search {key}", seed, number)))
+            key: _sampled(distribution, np.random.default_rng(stream_seed(f"search {key}", seed, number)))
             for key, distribution in (space.items() if number else ())
         }
         for number in range(trials)
     ]
 
 
-def _drawn(distribution: Distribution, generator: np.random.Generator) -> JsonValue:
+def _sampled(distribution: Distribution, generator: np.random.Generator) -> JsonValue:
     if distribution.choice is not None:
         # by their positions: NumPy would turn the values into its own types
         return distribution.choice[tune.randint(0, len(distribution.choice)).sample(random_state=generator)]
@@ -102,100 +128,95 @@ def _drawn(distribution: Distribution, generator: np.random.Generator) -> JsonVa
     return min(max(float(f"{domain.sample(random_state=generator):.4g}"), low), high)
 
 
-def refuse_too_small(
-    cpus: float, gpus: float, *, on_cluster: bool, say: Callable[[str], None], stack: ExitStack
-) -> None:
+def refuse_too_small(wanted: PerTrial, *, on_cluster: bool, say: Callable[[str], None], stack: ExitStack) -> None:
     """Raises ConfigError where no node has what one trial takes.
 
     A cluster is asked for such a node, and waited for; `stack` takes the request back.
     """
-    wanted = f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
+    named = f"{wanted.cpus:g} CPUs" + (f" and {wanted.gpus:g} GPUs" if wanted.gpus else "")
     deadline = time.monotonic() + (_GROWS_WITHIN_S if on_cluster else 0)
     while True:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        if any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
+        if any(node.get("CPU", 0) >= wanted.cpus and node.get("GPU", 0) >= wanted.gpus for node in nodes):
             return
         if time.monotonic() >= deadline:
             most = ", ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
             raise ConfigError(
-                f"a trial takes {wanted} of one node, and there is none that has them (there are {most}); "
+                f"a trial takes {named} of one node, and there is none that has them (there are {most}); "
                 "lower ray.cpus_per_worker or ray.gpus_per_worker, or raise ray.num_cpus"
             )
         if deadline - time.monotonic() > _GROWS_WITHIN_S - 1:
-            say(f"no node of the cluster has the {wanted} that a trial takes: waiting for one")
+            say(f"no node of the cluster has the {named} that a trial takes: waiting for one")
             from ray.autoscaler.sdk import request_resources
 
-            request_resources(bundles=[{"CPU": cpus, **({"GPU": gpus} if gpus else {})}])
+            request_resources(bundles=[{"CPU": wanted.cpus, **({"GPU": wanted.gpus} if wanted.gpus else {})}])
             # else the cluster would keep that node for ever: what its trials want, they ask for themselves
             stack.callback(request_resources, bundles=[])
         time.sleep(2)
 
 
 def search(
-    work: Callable[[int, Any, Report], None],
-    handed: Any,
-    numbers: Sequence[int],
-    known: Mapping[int, Sequence[Mapping[str, Any]]],
-    halving: Halving,
+    run_trial: Callable[[int, Any, Report], None],
+    shared: Any,
+    schedule: Schedule,
+    per_trial: PerTrial,
     *,
-    cpus: float,
-    gpus: float,
-    at_once: int | None,
     folder: RunFolder,
-    on_report: Callable[[int, Mapping[str, Any]], None],
-    on_end: OnEnd,
+    listener: Listener,
     verbose: bool,
 ) -> dict[int, str]:
-    """Runs the trials of these numbers; returns the errors of those that failed, by number.
+    """Runs the trials; returns the errors of those that failed, by number.
 
-    `work(number, handed, report)` is a trial, in another process; `handed` travels once for all. `known` are the
-    reports of earlier, interrupted runs: of all trials, as far as they got. `on_report` and `on_end` are called here,
-    and what they raise ends the search.
+    `run_trial(number, shared, report)` is a trial, in another process; `shared` travels once for all.
     """
     scratch = folder.path("tune")
     _delete(folder, scratch)
-    if not numbers:
+    if not schedule.numbers:
         # all were at their end when the search was interrupted
         return {}
-    reported = {number: max(r[ROUND] for r in reports) for number, reports in known.items() if reports}
+    reported = {number: max(r[ROUND] for r in reports) for number, reports in schedule.known.items() if reports}
     trainable = tune.with_resources(
-        tune.with_parameters(_trial, work=work, handed=handed, reported=reported), {"cpu": cpus, "gpu": gpus}
+        tune.with_parameters(_trial, run_trial=run_trial, shared=shared, reported=reported),
+        {"cpu": per_trial.cpus, "gpu": per_trial.gpus},
     )
-    listener = _Listener(on_report, on_end)
+    callback = _Callback(listener)
     with _environment(verbose):
-        tuner = tune.Tuner(
-            trainable,
-            param_space={"number": tune.grid_search(list(numbers))},
-            tune_config=tune.TuneConfig(
-                scheduler=_Halving(halving, known),
-                max_concurrent_trials=at_once,
-                # a new process would import torch first
-                reuse_actors=True,
-                trial_name_creator=_name,
-                trial_dirname_creator=_name,
-            ),
-            run_config=tune.RunConfig(
-                name="tune",
-                storage_path=folder.path(),
-                storage_filesystem=folder.files,
-                # of processes that die; what a trial itself finds wrong is its result
-                failure_config=tune.FailureConfig(max_failures=2),
-                callbacks=[listener],
-                verbose=int(verbose),
-            ),
-        )
         try:
-            results = tuner.fit()
+            results = _tuner(trainable, schedule, folder, callback, verbose=verbose).fit()
         except Exception as error:
             raise_cause(error)
-    listener.raise_error()
+    callback.raise_error()
     failed = {r.config["number"]: str(r.error).strip().splitlines()[-1] for r in results if r.error and r.config}
     if not failed:
         _delete(folder, scratch)
     return failed
 
 
-def _trial(config: dict[str, Any], *, work: Any, handed: Any, reported: Mapping[int, int]) -> None:
+def _tuner(trainable: Any, schedule: Schedule, folder: RunFolder, callback: _Callback, *, verbose: bool) -> tune.Tuner:
+    return tune.Tuner(
+        trainable,
+        param_space={"number": tune.grid_search(list(schedule.numbers))},
+        tune_config=tune.TuneConfig(
+            scheduler=Scheduler(schedule.halving, schedule.known),
+            max_concurrent_trials=schedule.at_once,
+            # a new process would import torch first
+            reuse_actors=True,
+            trial_name_creator=_name,
+            trial_dirname_creator=_name,
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=folder.path(),
+            storage_filesystem=folder.files,
+            # of processes that die; what a trial itself finds wrong is its result
+            failure_config=tune.FailureConfig(max_failures=2),
+            callbacks=[callback],
+            verbose=int(verbose),
+        ),
+    )
+
+
+def _trial(config: dict[str, Any], *, run_trial: Any, shared: Any, reported: Mapping[int, int]) -> None:
     number = config["number"]
     last = reported.get(number, -1)
     checkpoint = tune.get_checkpoint()
@@ -210,23 +231,23 @@ def _trial(config: dict[str, Any], *, work: Any, handed: Any, reported: Mapping[
                 Path(path, "round.json").write_text(json.dumps(figures[ROUND]))
                 tune.report(dict(figures), checkpoint=tune.Checkpoint.from_directory(path))
 
-    work(number, handed, report)
+    run_trial(number, shared, report)
 
 
 def _name(trial: Any) -> str:
     return f"{trial.config['number']:04d}"
 
 
-class _Halving(ASHAScheduler):
-    """Knows trials by their numbers, and what those reported before the search was interrupted."""
+class Scheduler(ASHAScheduler):
+    """Tune's, which knows trials by their numbers, and what those reported before the search was interrupted."""
 
     def __init__(self, rule: Halving, known: Mapping[int, Sequence[Mapping[str, Any]]]) -> None:
         super().__init__(
             time_attr=ROUND,
             metric=rule.metric,
             mode="max" if rule.highest_is_best else "min",
-            # a trial ends by itself: behind its last round there may be one in which a boundary is put on, and one in
-            # which the model is taken back
+            # a trial ends by itself: its last round may be followed by one that puts the boundary on as the new head,
+            # and by one that takes the model back
             max_t=max(rule.longest, rule.grace) + 3,
             grace_period=rule.grace,
             reduction_factor=rule.reduction,
@@ -258,31 +279,31 @@ def _numbered(trial: Any) -> Any:
     return SimpleNamespace(trial_id=_name(trial))
 
 
-class _Listener(tune.Callback):
-    """Passes reports on; an error of who listens is kept, since Tune would take it for the trial's."""
+class _Callback(tune.Callback):
+    """Calls the listener; keeps what it raises, since Tune would take it for an error of the trial."""
 
-    def __init__(self, on_report: Callable[[int, Mapping[str, Any]], None], on_end: OnEnd) -> None:
-        self._on_report, self._on_end = on_report, on_end
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
         self._stopped: set[int] = set()
         self._error: Exception | None = None
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
         number = trial.config["number"]
-        self._kept(self._on_report, number, result)
+        self._call(self._listener.on_report, number, result)
         # only a decision of the scheduler has it done already; its process waits meanwhile
         if result.get("done"):
             self._stopped.add(number)
-            self._kept(self._on_end, number, stopped=True)
+            self._call(self._listener.on_end, number, stopped=True)
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         number = trial.config["number"]
         if number not in self._stopped:
-            self._kept(self._on_end, number, stopped=False)
+            self._call(self._listener.on_end, number, stopped=False)
 
-    def _kept(self, call: Callable[..., None], *arguments: Any, **options: Any) -> None:
+    def _call(self, function: Callable[..., None], *arguments: Any, **options: Any) -> None:
         if self._error is None:
             try:
-                call(*arguments, **options)
+                function(*arguments, **options)
             except Exception as error:
                 self._error = error
 
@@ -294,7 +315,7 @@ class _Listener(tune.Callback):
             raise self._error
 
     def __getstate__(self) -> dict[str, Any]:
-        # Tune writes it down with its own state, which is never read again
+        # Tune pickles it with its own state, which is never read again
         return {}
 
 

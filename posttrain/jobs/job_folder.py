@@ -1,12 +1,12 @@
-"""The job folder: the one owner of every path in it, and of what a job knows of the runs before.
+"""The job folder: the one owner of every path in it, and of what a job knows of its previous runs.
 
 ```
 <job>/
-  state.json         files held back, champion, runs so far; written last, so that what it says has happened
+  state.json         files held back, champion, runs so far; written last: what it says is done
   files/<digest>.parquet   the files that have been seen, with what tells whether one has changed
-  base/<key>.safetensors, <key>.json   networks whose features the probes of the champions sit on
+  base/<key>.safetensors, <key>.json   networks that the champions' features come from
   runs/<name>/       run folders
-  lease/             claims to the lease
+  lease/             claims to the lock
 ```
 """
 
@@ -25,7 +25,7 @@ from posttrain.data.listing import File
 from posttrain.errors import RunFolderError
 from posttrain.store.folder import RunFolder
 
-_FORMAT = 1
+_FORMAT = 2
 _COLUMNS = pa.schema(
     [
         ("split", pa.string()),
@@ -108,8 +108,7 @@ class JobFolder:
         try:
             if record.pop("format") != _FORMAT:
                 raise KeyError("format")
-            lists = {key: tuple(record.pop(key)) for key in ("runs", "held_back", "accepted")}
-            lists["unused"] = tuple(record.pop("unused", ()))
+            lists = {key: tuple(record.pop(key)) for key in ("runs", "held_back", "accepted", "unused")}
             return replace(State(**record), **lists)
         except (KeyError, TypeError, AttributeError):
             raise RunFolderError(

@@ -1,4 +1,4 @@
-"""A trial of `posttrain tune`: the rounds of `posttrain clean` in one process, which tells Ray Tune of each."""
+"""A trial of `posttrain tune`: the rounds of `posttrain clean` in one process, which reports each to Ray Tune."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from pydantic import JsonValue
 from rich.console import Console
 
 from posttrain.cluster.reading import Split
-from posttrain.cluster.tuning import FINAL, ROUND, Report
+from posttrain.cluster.tuning import FINAL, ROUND, PerTrial, Report
 from posttrain.cluster.workers import Network, Workers, computing_threads
 from posttrain.config import RunFile
 from posttrain.errors import RecipeError, SingularCurvatureError
@@ -30,8 +31,10 @@ class Trial:
     """One recipe and its run folder."""
 
     number: int
+    values: Mapping[str, JsonValue]
+    """Of the keys that the search varies; trial 0 has none of its own."""
     config: RunFile
-    """With the trial's values, and with its own folder as `run.path`."""
+    """With these values, and with the trial's folder as `run.path`."""
     inputs: Inputs
     features: str | None = None
     """Path of the features of the untouched backbone, which all trials read."""
@@ -45,56 +48,56 @@ class Trial:
         return Ledger(self.folder)
 
     def ended(self) -> dict[str, str] | None:
-        """How and why it came to its end; None before."""
+        """{how, why} of its end; None before."""
         path = self.folder.path("trial.json")
         return self.folder.read_json(path) if self.folder.exists(path) else None
 
     def end(self, how: Literal["finished", "stopped", "failed"], why: str) -> None:
-        """Make its end last."""
-        # those of a refined network are nobody's any more
+        """Write down that it has ended."""
+        # nobody asks for the features of its fine-tuned networks any more
         self.folder.keep_only_features("")
         self.folder.write_json(self.folder.path("trial.json"), {"how": how, "why": why})
 
 
 @dataclass(frozen=True)
-class Handed:
-    """What is handed to all trials."""
+class Shared:
+    """What all trials are given."""
 
     trials: Sequence[Trial]
     splits: dict[str, Split]
-    fingerprint: dict[str, str]
+    digests: dict[str, str]
+    """Of the data, by split."""
     leaks: Leaks
     weights: bytes = field(repr=False)
     """Of the network to clean with."""
-    cpus: float
-    gpus: float
+    per_trial: PerTrial
     threads: int
-    """torch's, in the driver that `posttrain clean` has."""
+    """Threads of torch where `posttrain clean` computes in its driver."""
     training_threads: int
-    """torch's, in the process that trains there."""
+    """Threads of torch where it trains."""
 
 
-def work(number: int, handed: Handed, report: Report) -> None:
+def run_trial(number: int, shared: Shared, report: Report) -> None:
     """Carry a trial through to its end, from its last committed round on; every committed round is reported."""
-    trial = handed.trials[number]
+    trial = shared.trials[number]
     ledger = trial.ledger
     if ledger.started() is None:
-        ledger.start(trial.config, handed.fingerprint)
-    leakage.record(handed.leaks, ledger)
+        ledger.start(trial.config, shared.digests)
+    leakage.record(shared.leaks, ledger)
 
     def train(*arguments: Any, **settings: Any) -> Network:
-        with computing_threads(handed.training_threads):
+        with computing_threads(shared.training_threads):
             return refine.train(*arguments, **settings)
 
-    with computing_threads(handed.threads):
+    with computing_threads(shared.threads):
         run = Run(
             trial.config,
             # the network to clean with is the same for all trials
-            replace(trial.inputs, weights=handed.weights),
-            handed.splits,
-            handed.leaks,
+            replace(trial.inputs, weights=shared.weights),
+            shared.splits,
+            shared.leaks,
             ledger,
-            Workers(count=0, cpus=handed.cpus, gpus=handed.gpus, on_cluster=True),
+            Workers(count=0, cpus=shared.per_trial.cpus, gpus=shared.per_trial.gpus, on_cluster=True),
             0,
             lambda done: report(reported(done)),
             StepLog(Console(quiet=True)),
@@ -102,7 +105,7 @@ def work(number: int, handed: Handed, report: Report) -> None:
         try:
             outcome = cleaned(run, train=train)
         except (RecipeError, SingularCurvatureError) as error:
-            # a recipe with which it cannot be done is a result: others may do better. A full disk is none
+            # that a recipe does not work is a result, as others may; a full disk is none
             trial.end("failed", str(error))
             return
     trial.end("finished", outcome.reason)
@@ -110,5 +113,5 @@ def work(number: int, handed: Handed, report: Report) -> None:
 
 
 def reported(done: Round) -> Mapping[str, Any]:
-    """A round's figures as Ray Tune is told them."""
+    """What Ray Tune is told of a round."""
     return {**round_metrics(done), ROUND: done.number, FINAL: False}

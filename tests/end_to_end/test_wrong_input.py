@@ -10,7 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from harness import bad_input
+from harness import RESULTS
+from harness.bad_rows import FILES, ROWS, run_rows
+from harness.refusals import REFUSALS, Refusal
+from harness.refusals import refused as outcome_of
+from harness.workshop import Workshop
 from small_data import Digits
 from typer.testing import CliRunner
 
@@ -42,55 +46,54 @@ def written(table: pa.Table, folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory, mlflow_uri: str) -> bad_input.Workshop:
-    return bad_input.Workshop(tmp_path_factory.mktemp("bad_input"), mlflow_uri)
+def workshop(tmp_path_factory: pytest.TempPathFactory, mlflow_uri: str) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("bad_input"), mlflow_uri)
 
 
-def of_the_table(refusal: bad_input.Refusal) -> str:
+def of_the_table(refusal: Refusal) -> str:
     return f"{refusal.kind} ({refusal.given})"
 
 
-@pytest.mark.parametrize("refusal", [r for r in bad_input.REFUSALS if not r.reads], ids=of_the_table)
+@pytest.mark.parametrize("refusal", [r for r in REFUSALS if not r.reads], ids=of_the_table)
 def test_what_the_table_calls_refused_is_refused_before_anything_is_read(
-    refusal: bad_input.Refusal, workshop: bad_input.Workshop, monkeypatch: pytest.MonkeyPatch
+    refusal: Refusal, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ray.init", lambda **_: pytest.fail("Ray was started"))
     assert_refused(refusal, workshop)
 
 
-@pytest.mark.parametrize("refusal", [r for r in bad_input.REFUSALS if r.reads], ids=of_the_table)
+@pytest.mark.parametrize("refusal", [r for r in REFUSALS if r.reads], ids=of_the_table)
 def test_what_the_table_calls_refused_on_reading_is_refused_then(
-    refusal: bad_input.Refusal, workshop: bad_input.Workshop, shared_workers: None
+    refusal: Refusal, workshop: Workshop, shared_workers: None
 ) -> None:
     assert_refused(refusal, workshop)
 
 
-def assert_refused(refusal: bad_input.Refusal, workshop: bad_input.Workshop) -> None:
-    code, said, left = bad_input.refused(workshop, refusal)
+def assert_refused(refusal: Refusal, workshop: Workshop) -> None:
+    code, said, left = outcome_of(workshop, refusal)
     assert (code, left) == (2, []), said
     assert said.count("error: ") == 1 and "\n" not in said
     assert refusal.says in said
 
 
 def test_rows_of_a_run_are_taken_or_quarantined_as_the_table_says(
-    workshop: bad_input.Workshop, shared_workers: None, tmp_path: Path
+    workshop: Workshop, shared_workers: None, tmp_path: Path
 ) -> None:
-    outcomes = bad_input.run_rows(workshop, tmp_path / "run")
-    for row, found in zip(bad_input.ROWS, outcomes, strict=False):
+    outcomes = run_rows(workshop, tmp_path / "run")
+    for row, found in zip(ROWS, outcomes, strict=False):
         assert (found.kind, found.given) == (row.kind, row.given)
         if row.reason is None:
             assert (found.outcome, found.message) == ("taken", ""), row.given
         else:
             assert found.outcome == "quarantined" and found.message.startswith(row.reason), row.given
-    assert all(found.outcome == "taken" for found in outcomes[len(bad_input.ROWS) :])
+    assert all(found.outcome == "taken" for found in outcomes[len(ROWS) :])
 
 
 def test_the_table_has_the_kinds_that_it_promises() -> None:
-    kinds = {entry.kind for entry in (*bad_input.ROWS, *bad_input.FILES, *bad_input.REFUSALS)}
+    kinds = {entry.kind for entry in (*ROWS, *FILES, *REFUSALS)}
     assert len(kinds) >= 60
-    written = (Path(bad_input.__file__).parent / "results" / "bad_input.md").read_text(encoding="utf-8")
-    # those that only Ray's reading finds may stand below the table
-    assert not {kind for kind in kinds if f"| {kind} |" not in written and f"{kind} (" not in written}
+    written = (RESULTS / "bad_input.md").read_text(encoding="utf-8")
+    assert not {kind for kind in kinds if f"| {kind} |" not in written}
 
 
 def test_images_none_of_which_can_be_read(runfile: Make, shared_workers: None, digits: Digits, tmp_path: Path) -> None:

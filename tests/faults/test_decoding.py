@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from harness.faults import environment
+from harness.surroundings import environment
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -50,7 +50,8 @@ def clean(folder: Path, **data: object) -> subprocess.CompletedProcess[str]:
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(raw))
     with tempfile.TemporaryDirectory(prefix="pt", dir="/tmp") as short:
-        env = environment(short) | {"PYTHONPATH": str(Path(__file__).parent / "fatal_decoder")}
+        env = environment(short)
+        env["PYTHONPATH"] = f"{Path(__file__).parent / 'fatal_decoder'}:{env['PYTHONPATH']}"
         command = [sys.executable, "-m", "posttrain.cli", "clean", str(folder / "run.yaml")]
         return subprocess.run(command, env=env, capture_output=True, text=True)
 

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from harness.faults import Arena, differences, misplaced, tracked
+from harness.comparison import differences, misplaced, tracked
+from harness.faults import STEPS_OF, Arena
+
+import posttrain
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -36,6 +39,12 @@ def test_a_run_whose_driver_and_workers_are_killed_ends_the_same_when_it_is_star
     assert (outcome.different, outcome.lost, outcome.left_behind) == ([], 0, 0)
     killed = [kill.target for kill in outcome.kills]
     assert "driver" in killed and outcome.starts - outcome.by_itself == 1 + killed.count("driver")
+
+
+def test_the_steps_that_are_struck_are_those_of_the_product() -> None:
+    source = "".join(path.read_text() for path in Path(posttrain.__file__).parent.rglob("*.py"))
+    names = {name.removesuffix(" validation") for names in STEPS_OF.values() for name in names}
+    assert {name for name in names if f'"{name}"' not in source} == set()
 
 
 # -- the comparison itself ---------------------------------------------------------------------------------
