@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from posttrain import rounds
 from posttrain.config import Gate, JobFile, RunFile
 from posttrain.data.listing import File
 from posttrain.jobs import champion as champions
@@ -66,8 +65,7 @@ def make_challenger(
     opening.say_remarks(inputs, progress)
     with _opened(run_config, inputs, job, attempt, progress, assert_held, verbose=verbose) as (run, tracking, digests):
         from posttrain.runs.begin import begin_or_resume
-        from posttrain.runs.clean import limits, steps_of
-        from posttrain.runs.conclude import conclude
+        from posttrain.runs.clean import cleaned
         from posttrain.runs.finish import finish
 
         previous = previous_runs.of_champion(
@@ -76,15 +74,11 @@ def make_challenger(
         run = replace(run, previous=previous)
         state = begin_or_resume(run)
         champion = _champion_by_class(run, state, registry, attempt)
-        outcome = rounds.clean(state, steps_of(run), limits(run_config))
-        progress.say(f"stopped: {outcome.reason}")
-        outcome = conclude(run, outcome)
+        outcome = cleaned(run, state)
         summary = finish(run, outcome, began)
         with progress.step("compare"):
             compared, decision = _compare(run, outcome, inventory, champion, config.gate)
-        embedded = _embedded(run)
-        for line in embedded_sentences(embedded):
-            progress.say(line)
+        embedded = _say_embedded(run)
         assert_held()
         with progress.step("keep"):
             kept = _keep(run, outcome, job, attempt)
@@ -217,7 +211,7 @@ def _compare(
     return Compared(champion, challenger, gate.combined(new_data.values())), decision
 
 
-def _embedded(run: Run) -> dict[str, dict[str, int]]:
+def _say_embedded(run: Run) -> dict[str, dict[str, int]]:
     """By split: images that went through the backbone the run began with, of how many, and through later ones."""
     from posttrain.runs.embed import embedded_counts
 
@@ -225,6 +219,8 @@ def _embedded(run: Run) -> dict[str, dict[str, int]]:
     for split, counts in embedded_counts(run).items():
         (new, of), *later = counts.values()
         found[split] = {"new": new, "of": of, "for_new_weights": sum(count for count, _ in later)}
+    for line in embedded_sentences(found):
+        run.progress.say(line)
     return found
 
 

@@ -14,20 +14,20 @@ from posttrain.runs.evaluate import evaluate, of_boundary
 from posttrain.runs.fit import Fitted, fitted, refitted
 from posttrain.runs.networks import network_of, read_checkpoint
 from posttrain.runs.quarantine import quarantined_before, readable_validation_samples
-from posttrain.runs.refine import Train, train
+from posttrain.runs.refine import train
 from posttrain.schema import Round
 
 
-def begin_or_resume(run: Run, *, train: Train = train) -> State[Network, Fitted]:
+def begin_or_resume(run: Run) -> State[Network, Fitted]:
     """The state to go on from."""
     committed = run.ledger.rounds()
     if not committed:
-        return begin(run, first_model(run, train=train))
+        return begin(run, first_model(run))
     run.progress.say(f"{run.config.run.path}: going on after round {committed[-1].number}")
     return resume(run, committed)
 
 
-def first_model(run: Run, *, train: Train = train) -> Network:
+def first_model(run: Run) -> Network:
     """The model to clean with: the given weights, or the network trained on the given labels first."""
     if run.inputs.weights is not None:
         return network_of(run, run.inputs.weights)

@@ -40,33 +40,28 @@ def clean(config: RunFile, *, verbose: bool = False, quiet: bool = False) -> dic
     summary = finished_already(Ledger(RunFolder(config.run.path)), config, progress)
     if summary is None:
         with opened(config, progress, verbose=verbose) as run:
+            from posttrain.runs.begin import begin_or_resume
             from posttrain.runs.finish import finish
 
-            summary = finish(run, cleaned(run), began)
+            outcome = cleaned(run, begin_or_resume(run))
+            summary = finish(run, outcome, began)
         summary["undelivered"] = undelivered(run.tracking)
     if not quiet:
         print_summary(Console(), summary)
     return summary
 
 
-def cleaned(run: Run, *, train: Train | None = None) -> rounds.Outcome[Network, Fitted]:
-    """All rounds of the run, from its last committed one on, and the model that it leaves behind.
+def cleaned(
+    run: Run, state: rounds.State[Network, Fitted], *, train: Train | None = None
+) -> rounds.Outcome[Network, Fitted]:
+    """All rounds from this state on, and the model that the run leaves behind; `train` in place of `refine.train`."""
+    from posttrain.runs.conclude import conclude
 
-    `train` trains networks in place of `refine.train`.
-    """
-    from posttrain.runs import begin, conclude, refine
-
-    train = train or refine.train
-    state = begin.begin_or_resume(run, train=train)
-    outcome = rounds.clean(state, steps_of(run, train=train), limits(run.config))
+    removal = run.config.removal
+    limits = rounds.Limits(removal.max_rounds, removal.minimum, removal.patience)
+    outcome = rounds.clean(state, steps_of(run, train=train), limits)
     run.progress.say(f"stopped: {outcome.reason}")
-    return conclude.conclude(run, outcome)
-
-
-def limits(config: RunFile) -> rounds.Limits:
-    """When the rounds of this run file end."""
-    removal = config.removal
-    return rounds.Limits(removal.max_rounds, removal.minimum, removal.patience)
+    return conclude(run, outcome)
 
 
 def steps_of(

@@ -16,6 +16,7 @@ from posttrain.config import RunFile
 from posttrain.errors import RecipeError, SingularCurvatureError
 from posttrain.report.progress import StepLog
 from posttrain.runs import leakage, refine
+from posttrain.runs.begin import begin_or_resume
 from posttrain.runs.clean import cleaned
 from posttrain.runs.context import Run
 from posttrain.runs.inputs import Inputs
@@ -103,7 +104,7 @@ def run_trial(number: int, shared: Shared, report: Report) -> None:
             StepLog(Console(quiet=True)),
         )
         try:
-            outcome = cleaned(run, train=train)
+            outcome = cleaned(run, begin_or_resume(run), train=train)
         except (RecipeError, SingularCurvatureError) as error:
             # that a recipe does not work is a result, as others may; a full disk is none
             trial.end("failed", str(error))

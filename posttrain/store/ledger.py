@@ -44,6 +44,19 @@ _MAY_DIFFER = {
 _MAY_NOT_DIFFER = ("ray.precision",)
 
 
+FORMAT = 2
+"""Of run, search and job folders; one of another format is refused."""
+
+
+def refuse_older(folder: RunFolder, record: object) -> None:
+    """Raises RunFolderError where the first record of a folder is not of this format."""
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise RunFolderError(
+            f"{folder.location} was made by an older version of posttrain, whose run folders this one cannot go on "
+            "with; name another run.path"
+        )
+
+
 def settings(config: RunFile) -> dict[str, Any]:
     """The run file as it may be written down: without the users, passwords and keys in its URIs."""
     return without_secrets(yaml.safe_load(dump(config)))
@@ -61,9 +74,11 @@ class Ledger:
     # -- what the run was started with -----------------------------------------------------------------
 
     def started(self) -> dict[str, Any] | None:
-        """`run.yaml` (`search.yaml`) as it was written; None for a new folder."""
+        """`run.yaml` (`search.yaml`) as it was written; None for a new folder. Refuses that of an older version."""
         if self.folder.exists(self._record):
-            return yaml.safe_load(self.folder.read_bytes(self._record))
+            record = yaml.safe_load(self.folder.read_bytes(self._record))
+            refuse_older(self.folder, record)
+            return record
         other, command = ("search", "tune") if self.kind == "run" else ("run", "clean")
         if self.folder.exists(self.folder.path(f"{other}.yaml")):
             raise RunFolderError(
@@ -90,6 +105,7 @@ class Ledger:
             except importlib.metadata.PackageNotFoundError:
                 versions[name] = "not installed as a package"
         record = {
+            "format": FORMAT,
             "config": settings(config),
             "data": fingerprint,
             "versions": {"python": platform.python_version(), **versions},

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from posttrain.cli import app
 from posttrain.config import RunFile, load
 from posttrain.errors import HeldError, RunFolderError
 from posttrain.live import NewLabels, Removal
@@ -177,6 +179,25 @@ def test_new_labels_left_by_a_round_that_was_never_committed_do_not_count(ledger
     # committed with nothing relabelled: the file is of a selection that came to nothing
     ledger.commit(a_round(1))
     assert ledger.removal(ledger.rounds()) == Removal()
+
+
+@pytest.mark.parametrize(("kind", "command"), [("run", "clean"), ("search", "tune")])
+def test_a_folder_of_an_older_version_is_refused_in_one_sentence(
+    ledger: Ledger, kind: Literal["run", "search"], command: str
+):
+    older = Ledger(ledger.folder, kind)
+    older.start(RunFile(), DATA)
+    record = older.started()
+    assert record is not None
+    del record["format"]
+    location = ledger.folder.location
+    (ledger.folder.local / f"{kind}.yaml").write_text(yaml.safe_dump(record))
+    result = CliRunner().invoke(app, [command, "--set", f"run.path={location}"])
+    assert result.exit_code == 2
+    assert (
+        f"{location} was made by an older version of posttrain, whose run folders this one cannot go on with; name "
+        "another run.path"
+    ) in " ".join(result.stderr.split())
 
 
 def test_rounds_of_another_version_are_refused_by_name(ledger: Ledger):
