@@ -1,6 +1,6 @@
-"""What a run allows itself: how many samples go, what each class keeps, when a new boundary becomes the head.
+"""How far a run may go: how many samples it acts on, what each class keeps, when the fitted boundary becomes the head.
 
-Numbers in, numbers out: a run on a cluster and the benchmarks in memory decide by the same rules.
+Numbers in, numbers out: a run on a cluster and one in memory decide by the same rules.
 """
 
 from __future__ import annotations
@@ -32,17 +32,20 @@ def acted_on(history: Sequence[Round]) -> int:
     return sum(done.removed + done.relabelled for done in history)
 
 
-def allowance(history: Sequence[Round], share: float, *, removed_before: int = 0, relabelled_before: int = 0) -> int:
-    """Samples that may still be dealt with, in this and all later rounds: `share` is of those live in round 0.
+def allowance(
+    history: Sequence[Round], share: float, *, previously_removed: int = 0, previously_relabelled: int = 0
+) -> int:
+    """Samples that may still be removed or relabelled, in this and all later rounds, so that they stay below `share`.
 
-    What former runs of the same job dealt with counts along: relabelled samples are live, removed ones are not.
+    The share is of all samples that were live in round 0 or removed by previous runs of the same job; what these runs
+    acted on counts towards it.
     """
-    of = history[0].live + removed_before
-    return max(0, int(share * of) - acted_on(history) - removed_before - relabelled_before)
+    of = history[0].live + previously_removed
+    return max(0, int(share * of) - acted_on(history) - previously_removed - previously_relabelled)
 
 
 def in_one_round(live: int, budget: float) -> int:
-    """Most samples to deal with in one round: a share of the live ones, at least one."""
+    """Most samples to act on in one round: a share of the live ones, at least one."""
     return max(1, int(budget * live))
 
 
@@ -56,19 +59,19 @@ def caps(live: np.ndarray, samples: np.ndarray, class_floor: float) -> np.ndarra
 
 
 def boundary_is_due(scope: Scope, rounds: int) -> bool:
-    """Whether the boundary may become the head after the last of so many rounds.
+    """Whether the fitted boundary may become the head after the last of so many rounds.
 
-    Of `both` always; of `head`, which has drawn it in every round, where there was none.
+    With `both` always; with `head`, where every round makes it the head, only if there was no round.
     """
     return scope == "both" or (scope == "head" and rounds == 0)
 
 
 def boundary_is_taken(scope: Scope, rounds: int, before: float, after: float, samples: int) -> bool:
-    """Whether the boundary becomes the head, by the validation accuracies `before` (the model's) and `after`.
+    """Whether the boundary becomes the head, by the validation accuracies of the model (`before`) and of it (`after`).
 
-    Of `both`, after any round, unless the accuracy falls: its network has been trained on, and is another one anyway.
-    Without a round only if it rises by more than two standard errors of a difference: a network that is not known to
-    be worse stays.
+    With `both`, after at least one round, unless the accuracy falls: the rounds have changed the network anyway. Without
+    a round only if it rises by more than two standard errors of a difference: a network that is not known to be worse
+    stays as it is.
     """
     if scope == "both" and rounds:
         return after >= before
@@ -76,9 +79,9 @@ def boundary_is_taken(scope: Scope, rounds: int, before: float, after: float, sa
 
 
 def first_is_taken_back(first: float, last: float, samples: int) -> bool:
-    """Whether the model as it came is handed back, by its validation accuracy and that of what became of it.
+    """Whether the run gives back the model as it came, by its validation accuracy and that of the last model.
 
-    Only if it is higher by more than two standard errors of a difference: what was removed stays removed.
+    Only if it is higher by more than two standard errors of a difference. What was removed stays removed.
     """
     return _exceeds(first, last, samples)
 

@@ -1,7 +1,7 @@
-"""The loop: embed, fit, score, select, refine, evaluate, commit, until it stops helping.
+"""The method: embed, fit, score, select, remove, refine, evaluate, commit, until it stops helping.
 
-This page is the whole method. It knows neither Ray nor MLflow nor a disk: its steps are handed to it as functions,
-and only `commit` makes what a round did last.
+This page is the whole of it. It knows neither Ray nor MLflow nor a disk: its steps are handed to it as functions, and
+only `commit` makes what a round did last.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from posttrain import policy
+from posttrain.live import Live, Removal
 from posttrain.schema import Round
 
 Features = TypeVar("Features")
 Probe = TypeVar("Probe")
 Scores = TypeVar("Scores")
-Removal = TypeVar("Removal")
+Choice = TypeVar("Choice", bound="Selected")
 Model = TypeVar("Model")
 
 
 REFERENCE = "reference_accuracy"
-"""In the metrics of round 0: the validation accuracy that the rounds begin from, where that is not the model's own. Of
-rounds that put a new head on, it is that of this head with nothing removed."""
+"""Metric of round 0: the validation accuracy from which the patience rule counts, where it is not the model's own. Rounds
+that put a new head on are compared with this head fitted on all samples."""
 
 
 @dataclass(frozen=True)
@@ -31,94 +32,117 @@ class Limits:
 
     max_rounds: int
     minimum: float
-    """Share of the live samples: fewer candidates than this are what a clean set gives."""
+    """Share of the live samples: a round with fewer candidates than this finds no more than a clean set would show."""
     patience: int
     """Rounds in a row whose validation accuracy lies below the best by more than two standard errors."""
 
 
 @dataclass(frozen=True)
-class State(Generic[Model]):
-    """Where a run is: its rounds so far and the model after the last of them."""
+class State(Generic[Model, Probe]):
+    """Where a run is: its rounds so far, and the samples that take part and the model after the last of them."""
 
     history: tuple[Round, ...]
+    live: Live
     model: Model
+    first: Model
+    """The model as it came."""
     validation_samples: int
+    probe: Probe | None = None
+    """Fitted on the live samples already, where refining the model did that."""
 
     @property
     def number(self) -> int:
         return self.history[-1].number
 
-    @property
-    def live(self) -> int:
-        return self.history[-1].live
-
 
 @dataclass(frozen=True)
-class Cut:
-    """What `select` found: how many of the live samples look wrong, how many of them go."""
+class RoundCounts:
+    """How many live samples look wrong, and whether more of them may go."""
 
-    live: int
-    """Samples that were scored."""
     candidates: int
-    removed: int
-    relabelled: int
-    """Samples that stay, with another label."""
     estimate: str
     """What is known of the share of wrong labels, as a clause."""
     exhausted: bool
-    """Whether as many samples have been dealt with as may be in all rounds; true from the start where none may."""
+    """Whether as many samples were acted on as all rounds may; true from the start where they may act on none."""
     share: float | None = None
-    """How many may be in all rounds, where the user says so (`removal.share`); None: as many as may be wrong."""
+    """How many all rounds may act on, where the user says so (`removal.share`); None: as many as may be wrong."""
+
+
+@dataclass(frozen=True)
+class Selected:
+    """What `select` found: the samples to remove or relabel in this round."""
+
+    removal: Removal
+    counts: RoundCounts
+    metrics: dict[str, float]
+    """What fitting and scoring found out, for the round's metrics."""
 
     @property
-    def taken(self) -> int:
-        """Samples that were dealt with."""
-        return self.removed + self.relabelled
+    def acted_on(self) -> int:
+        """Samples that are removed or relabelled."""
+        return len(self.removal.removed) + len(self.removal.relabelled)
 
 
 @dataclass(frozen=True)
-class Steps(Generic[Features, Probe, Scores, Removal, Model]):
+class Steps(Generic[Features, Probe, Scores, Choice, Model]):
     """The steps of a round, in their order."""
 
-    embed: Callable[[State[Model]], Features]
-    fit: Callable[[State[Model], Features], Probe]
-    score: Callable[[State[Model], Features, Probe], Scores]
-    select: Callable[[State[Model], Scores], Removal]
-    count: Callable[[Removal], Cut]
-    refine: Callable[[State[Model], Features, Removal, Probe], Model]
-    evaluate: Callable[[State[Model], Model], dict[str, float]]
-    commit: Callable[[State[Model], Removal, Model, Round], Round]
-    """Makes the round last; returns it with its timings."""
+    embed: Callable[[State[Model, Probe]], tuple[Features, Live]]
+    """The features, and what is live without the samples that cannot be embedded."""
+    fit: Callable[[State[Model, Probe], Features], Probe]
+    score: Callable[[State[Model, Probe], Features, Probe], Scores]
+    select: Callable[[State[Model, Probe], Scores], Choice]
+    refine: Callable[[State[Model, Probe], Features, Probe, Live], tuple[Model, Probe | None]]
+    """The model on the samples that are live after the removal, and the probe, where that was fitted on them anew."""
+    evaluate: Callable[[State[Model, Probe], Model], dict[str, float]]
+    commit: Callable[[State[Model, Probe], Choice, Round], Round]
+    """Makes the round last; returns it with its timings. The state has the round's live samples and model."""
 
 
 @dataclass(frozen=True)
-class Outcome(Generic[Model]):
+class LastLook(Generic[Probe]):
+    """What was found by the steps that no round followed, as nothing was to be done."""
+
+    probe: Probe
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[Model, Probe]):
     """The last committed state, and why there was no further round."""
 
-    state: State[Model]
+    state: State[Model, Probe]
     reason: str
+    last_look: LastLook[Probe] | None = None
 
 
-def clean(start: State[Model], steps: Steps[Features, Probe, Scores, Removal, Model], limits: Limits) -> Outcome[Model]:
+def clean(
+    start: State[Model, Probe], steps: Steps[Features, Probe, Scores, Choice, Model], limits: Limits
+) -> Outcome[Model, Probe]:
     """Rounds from `start` on until one of the limits is reached."""
     state = start
     while (reason := limit_reached(state, limits)) is None:
-        features = steps.embed(state)
+        features, live = steps.embed(state)
+        state = replace(state, live=live)
         probe = steps.fit(state, features)
         scores = steps.score(state, features, probe)
-        removal = steps.select(state, scores)
-        cut = steps.count(removal)
-        if cut.taken == 0 or cut.candidates < limits.minimum * cut.live:
-            return Outcome(state, nothing_left(state, cut))
-        model = steps.refine(state, features, removal, probe)
-        metrics = steps.evaluate(state, model)
-        done = Round(state.number + 1, cut.live - cut.removed, cut.candidates, cut.removed, cut.relabelled, metrics)
-        done = steps.commit(state, removal, model, done)
-        state = replace(state, history=(*state.history, done), model=model)
+        selected = steps.select(state, scores)
+        candidates = selected.counts.candidates
+        if selected.acted_on == 0 or candidates < limits.minimum * state.live.count:
+            return Outcome(state, nothing_left(state, selected), LastLook(probe, selected.metrics))
+
+        live = state.live.without(selected.removal)
+        model, refitted = steps.refine(state, features, probe, live)
+        metrics = {**steps.evaluate(state, model), **selected.metrics}
+        removed, relabelled = len(selected.removal.removed), len(selected.removal.relabelled)
+        done = Round(state.number + 1, live.count, candidates, removed, relabelled, metrics)
+        state = replace(state, live=live, model=model, probe=refitted)
+        done = steps.commit(state, selected, done)
+        state = replace(state, history=(*state.history, done))
     return Outcome(state, reason)
 
 
-def limit_reached(state: State[Model], limits: Limits) -> str | None:
+def limit_reached(state: State[Model, Probe], limits: Limits) -> str | None:
     """Why no round may follow; None where one may."""
     if state.history[-1].ended:
         return state.history[-1].ended
@@ -144,16 +168,17 @@ def limit_reached(state: State[Model], limits: Limits) -> str | None:
     return None
 
 
-def nothing_left(state: State[Model], cut: Cut) -> str:
+def nothing_left(state: State[Model, Probe], selected: Selected) -> str:
     """The reason where there is nothing (more) to do."""
-    if cut.exhausted:
+    counts, acted_on = selected.counts, selected.acted_on
+    if counts.exhausted:
         done = policy.acted_on(state.history)
-        of_user = None if cut.share is None else f"removal.share = {cut.share:g}"
+        of_user = None if counts.share is None else f"removal.share = {counts.share:g}"
         if not done:
-            return f"no sample goes: {of_user + '; ' if of_user else ''}{cut.estimate}"
+            return f"no sample goes: {of_user + '; ' if of_user else ''}{counts.estimate}"
         most = f"{of_user} allows" if of_user else "may be wrong"
-        return f"{done} samples are dealt with, as many as {most}; {cut.estimate}"
-    if cut.candidates and not cut.taken:
-        looks = "1 sample looks" if cut.candidates == 1 else f"{cut.candidates} samples look"
+        return f"{done} samples are dealt with, as many as {most}; {counts.estimate}"
+    if counts.candidates and not acted_on:
+        looks = "1 sample looks" if counts.candidates == 1 else f"{counts.candidates} samples look"
         return f"{looks} wrong, but the budget or the class floors let none of them go"
-    return f"what is left no longer looks wrong: {cut.candidates} of {cut.live} samples would be candidates"
+    return f"what is left no longer looks wrong: {counts.candidates} of {state.live.count} samples would be candidates"

@@ -25,13 +25,13 @@ ORDER = "order"
 PARTITION = "partition"
 ROW = "row"
 DIGEST = "image_digest"
-SUPPORT = "self_confidence"
+SELF_CONFIDENCE = "self_confidence"
 """Probability of the given label, leave-one-out and calibrated."""
 
-NO_SUPPORT = pa.table(
-    {PARTITION: pa.array([], pa.int32()), ROW: pa.array([], pa.int32()), SUPPORT: pa.array([], pa.float32())}
+NO_SELF_CONFIDENCE = pa.table(
+    {PARTITION: pa.array([], pa.int32()), ROW: pa.array([], pa.int32()), SELF_CONFIDENCE: pa.array([], pa.float32())}
 )
-"""Of no samples."""
+"""{partition, row, self_confidence} of no samples."""
 
 SPLITS = ("train", "validation", "test")
 
@@ -66,7 +66,7 @@ def uniform(ids: np.ndarray, seed: int) -> np.ndarray:
 
 
 def stream_seed(stream: str, *numbers: int) -> int:
-    """A seed for `uniform` that depends on its purpose: draws of different streams know nothing of each other."""
+    """A seed for `uniform` that depends on its purpose: numbers of different streams are independent."""
     text = ":".join([stream, *map(str, numbers)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
@@ -116,73 +116,6 @@ class ModelSpec:
     """Layers whose features are kept, the head's name for what goes into it."""
     width: int
     """Most features of a layer other than the head's."""
-
-
-Excluded = dict[int, np.ndarray]
-"""partition -> rows in it (int32, sorted) that take no part: removed or quarantined."""
-
-
-def merged(some: Excluded, others: Excluded) -> Excluded:
-    """The rows of either."""
-    both = dict(some)
-    for partition, rows in others.items():
-        both[partition] = np.union1d(both.get(partition, np.empty(0, np.int32)), rows).astype(np.int32)
-    return both
-
-
-def excluded_rows(partitions: np.ndarray, rows: np.ndarray, before: Excluded | None = None) -> Excluded:
-    """`before` with the rows of a table of (partition, row) added."""
-    new = {
-        int(partition): np.unique(rows[partitions == partition]).astype(np.int32) for partition in np.unique(partitions)
-    }
-    return merged(before or {}, new)
-
-
-Relabelled = dict[int, tuple[np.ndarray, np.ndarray]]
-"""partition -> (rows in it, int32, sorted; their new labels, int32)."""
-
-
-def relabelled_rows(
-    partitions: np.ndarray, rows: np.ndarray, labels: np.ndarray, before: Relabelled | None = None
-) -> Relabelled:
-    """`before` with the rows of a table of (partition, row, new label) added; no row may be in both."""
-    both = dict(before or {})
-    for partition in np.unique(partitions):
-        mine = partitions == partition
-        known, given = both.get(int(partition), (np.empty(0, np.int32), np.empty(0, np.int32)))
-        all_rows = np.concatenate([known, rows[mine].astype(np.int32)])
-        order = np.argsort(all_rows, kind="stable")
-        both[int(partition)] = (all_rows[order], np.concatenate([given, labels[mine].astype(np.int32)])[order])
-    return both
-
-
-def current_labels(labels: np.ndarray, rows: np.ndarray, partition: int, relabelled: Relabelled) -> np.ndarray:
-    """The labels of a partition's `rows` (sorted) with the new ones in their place."""
-    if partition not in relabelled or not len(rows):
-        return labels
-    changed, new = relabelled[partition]
-    at = np.searchsorted(rows, changed).clip(max=len(rows) - 1)
-    there = rows[at] == changed
-    labels = labels.copy()
-    labels[at[there]] = new[there]
-    return labels
-
-
-def excluded_digest(excluded: Excluded) -> str:
-    """16 hexadecimal digits that tell one set of excluded rows from another."""
-    digest = hashlib.sha256()
-    for partition in sorted(excluded):
-        digest.update(f"{partition}:".encode() + excluded[partition].astype(np.int32).tobytes())
-    return digest.hexdigest()[:16]
-
-
-def relabelled_digest(relabelled: Relabelled) -> str:
-    """16 hexadecimal digits that tell one set of new labels from another."""
-    digest = hashlib.sha256()
-    for partition in sorted(relabelled):
-        rows, labels = relabelled[partition]
-        digest.update(f"{partition}:".encode() + rows.astype(np.int32).tobytes() + labels.astype(np.int32).tobytes())
-    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

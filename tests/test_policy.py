@@ -28,8 +28,8 @@ def test_the_allowance_is_a_share_of_the_first_samples_less_what_was_dealt_with(
 
 def test_what_former_runs_dealt_with_counts_along():
     """By hand: 1000 live, 200 of which were relabelled, and 250 removed before; 75 dealt with now."""
-    assert policy.allowance(HISTORY, 0.5, removed_before=250, relabelled_before=200) == 625 - 75 - 450
-    assert policy.allowance(HISTORY, 0.4, removed_before=250, relabelled_before=200) == 0
+    assert policy.allowance(HISTORY, 0.5, previously_removed=250, previously_relabelled=200) == 625 - 75 - 450
+    assert policy.allowance(HISTORY, 0.4, previously_removed=250, previously_relabelled=200) == 0
 
 
 def test_a_round_takes_a_share_of_the_live_samples_but_always_one():

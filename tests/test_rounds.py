@@ -6,20 +6,35 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from posttrain.rounds import REFERENCE, Cut, Limits, Outcome, State, Steps, clean, limit_reached
+from posttrain.live import Live, NewLabels, Removal, Rows
+from posttrain.rounds import (
+    REFERENCE,
+    LastLook,
+    Limits,
+    Outcome,
+    RoundCounts,
+    Selected,
+    State,
+    Steps,
+    clean,
+    limit_reached,
+)
 from posttrain.schema import Round
 
 ESTIMATE = "of 50 samples, 5 have another label"
-STEPS = ("embed", "fit", "score", "select", "count", "refine", "evaluate", "commit")
+STEPS = ("embed", "fit", "score", "select", "refine", "evaluate", "commit")
 NO_LIMIT = Limits(max_rounds=100, minimum=0.0, patience=100)
 
+FakeState = State[int, str]
 
-def start(*accuracies: float, live: int = 100, samples: int = 1000) -> State[int]:
+
+def start(*accuracies: float, live: int = 100, samples: int = 1000) -> FakeState:
     """A state after a round for each accuracy; the model is the number of the last."""
     rounds = tuple(Round(i, live, 0, 0, 0, {"validation_accuracy": a}) for i, a in enumerate(accuracies))
-    return State(rounds, len(rounds) - 1, samples)
+    return State(rounds, Live(live), len(rounds) - 1, 0, samples)
 
 
 class DiedError(Exception):
@@ -28,75 +43,74 @@ class DiedError(Exception):
 
 @dataclass
 class Fakes:
-    """Steps that find `wrong` wrong samples, of which each round takes `budget`, and all rounds `in_all`."""
+    """Steps that find `wrong` wrong samples, of which each round takes `budget`, and all rounds `in_all`.
+
+    They are the first rows of partition 0.
+    """
 
     wrong: int = 10
     budget: int = 3
     in_all: int = 1000
     relabels: int = 0
-    """Of those taken in a round, at most this many get another label; the others go."""
+    """Of those acted on in a round, at most this many get another label; the others go."""
     accuracies: Sequence[float] = (0.9,) * 100
+    unreadable: int | None = None
+    """A row that cannot be embedded."""
     dies_in: tuple[int, str] | None = None
     """(round, step)"""
     calls: list[tuple[Any, ...]] = field(default_factory=list)
-    committed: list[tuple[Round, int]] = field(default_factory=list)
-    """What would be on disk: each round, and the model after it."""
+    committed: list[tuple[Round, Removal, int]] = field(default_factory=list)
+    """What would be on disk: each round, what it acted on, and the model after it."""
 
     def _called(self, step: str, number: int, *arguments: Any) -> None:
         self.calls.append((step, *arguments))
         if self.dies_in == (number, step):
             raise DiedError(step)
 
-    def steps(self) -> Steps[str, str, str, Cut, int]:
-        done = sum(r.removed + r.relabelled for r, _ in self.committed)
-        left = {"wrong": self.wrong - done, "in_all": self.in_all - done}
-
-        def embed(state: State[int]) -> str:
+    def steps(self) -> Steps[str, str, str, Selected, int]:
+        def embed(state: FakeState) -> tuple[str, Live]:
             self._called("embed", state.number + 1, state.model)
-            return f"features {state.model}"
+            unreadable = Rows() if self.unreadable is None else Rows.of(0, np.array([self.unreadable]))
+            return f"features {state.model}", state.live.quarantine(unreadable)
 
-        def fit(state: State[int], features: str) -> str:
+        def fit(state: FakeState, features: str) -> str:
             self._called("fit", state.number + 1, features)
             return f"probe on {features}"
 
-        def score(state: State[int], features: str, probe: str) -> str:
+        def score(state: FakeState, features: str, probe: str) -> str:
             self._called("score", state.number + 1, features, probe)
             return f"scores of {features}"
 
-        def select(state: State[int], scores: str) -> Cut:
+        def select(state: FakeState, scores: str) -> Selected:
             self._called("select", state.number + 1, scores)
-            taken = min(left["wrong"], left["in_all"], self.budget)
-            relabelled = min(taken, self.relabels)
-            exhausted = left["in_all"] == 0
-            return Cut(state.live, left["wrong"], taken - relabelled, relabelled, ESTIMATE, exhausted)
+            done = sum(r.removed + r.relabelled for r in state.history)
+            left, in_all = self.wrong - done, self.in_all - done
+            acted_on = np.arange(done, done + min(left, in_all, self.budget))
+            relabelled, removed = acted_on[: self.relabels], acted_on[self.relabels :]
+            new = NewLabels.of(0, relabelled, np.ones(len(relabelled)))
+            counts = RoundCounts(left, ESTIMATE, in_all == 0)
+            return Selected(Removal(Rows.of(0, removed), new), counts, {"noise": left / 100})
 
-        def count(removal: Cut) -> Cut:
-            self.calls.append(("count", removal))
-            return removal
+        def refine(state: FakeState, features: str, probe: str, live: Live) -> tuple[int, str]:
+            self._called("refine", state.number + 1, features, probe, live)
+            return state.model + 1, f"{probe}, again"
 
-        def refine(state: State[int], features: str, removal: Cut, probe: str) -> int:
-            self._called("refine", state.number + 1, features, removal, probe)
-            return state.model + 1
-
-        def evaluate(state: State[int], model: int) -> dict[str, float]:
+        def evaluate(state: FakeState, model: int) -> dict[str, float]:
             self._called("evaluate", state.number + 1, model)
             return {"validation_accuracy": self.accuracies[state.number + 1]}
 
-        def commit(state: State[int], removal: Cut, model: int, done: Round) -> Round:
-            self._called("commit", state.number + 1, removal, model, done)
-            for what in left:
-                left[what] -= removal.taken
+        def commit(state: FakeState, selected: Selected, done: Round) -> Round:
+            self._called("commit", done.number, state.model, selected, done)
             done = replace(done, seconds={"commit": 1.0})
-            self.committed.append((done, model))
+            self.committed.append((done, selected.removal, state.model))
             return done
 
-        return Steps(embed, fit, score, select, count, refine, evaluate, commit)
+        return Steps(embed, fit, score, select, refine, evaluate, commit)
 
-    def go_on(self, state: State[int], limits: Limits = NO_LIMIT) -> Outcome[int]:
+    def go_on(self, state: FakeState, limits: Limits = NO_LIMIT) -> Outcome[int, str]:
         """Once more from what is committed."""
-        if self.committed:
-            rounds = tuple(r for r, _ in self.committed)
-            state = State((*state.history, *rounds), self.committed[-1][1], state.validation_samples)
+        for done, removal, model in self.committed:
+            state = replace(state, history=(*state.history, done), live=state.live.without(removal), model=model)
         return clean(state, self.steps(), limits)
 
 
@@ -105,21 +119,43 @@ def names(calls: list[tuple[Any, ...]]) -> list[str]:
 
 
 def test_a_round_takes_its_steps_in_order_and_hands_each_what_the_earlier_ones_gave():
-    fakes = Fakes()
+    fakes = Fakes(relabels=1)
     outcome = clean(start(0.9), fakes.steps(), replace(NO_LIMIT, max_rounds=1))
-    cut = Cut(100, 10, 3, 0, ESTIMATE, False)
-    done = Round(1, 97, 10, 3, 0, {"validation_accuracy": 0.9})
+    removal = Removal(Rows.of(0, np.array([1, 2])), NewLabels.of(0, np.array([0]), np.array([1])))
+    selected = Selected(removal, RoundCounts(10, ESTIMATE, False), {"noise": 0.1})
+    live = Live(100).without(removal)
+    done = Round(1, 98, 10, 2, 1, {"validation_accuracy": 0.9, "noise": 0.1})
     assert fakes.calls == [
         ("embed", 0),
         ("fit", "features 0"),
         ("score", "features 0", "probe on features 0"),
         ("select", "scores of features 0"),
-        ("count", cut),
-        ("refine", "features 0", cut, "probe on features 0"),
+        ("refine", "features 0", "probe on features 0", live),
         ("evaluate", 1),
-        ("commit", cut, 1, done),
+        ("commit", 1, selected, done),
     ]
-    assert outcome.state.model == 1
+    assert outcome.state == replace(
+        start(0.9),
+        history=(*start(0.9).history, replace(done, seconds={"commit": 1.0})),
+        live=live,
+        model=1,
+        probe="probe on features 0, again",
+    )
+    assert outcome.last_look is None
+
+
+def test_the_loop_itself_takes_out_what_was_selected():
+    fakes = Fakes(relabels=1)
+    live = clean(start(0.9), fakes.steps(), replace(NO_LIMIT, max_rounds=3)).state.live
+    assert live.rows(0, 12).tolist() == [0, 3, 6, 9, 10, 11] and live.count == 94
+    assert live.labels(0, np.arange(10), np.zeros(10)).tolist() == [1, 0, 0, 1, 0, 0, 1, 0, 0, 0]
+
+
+def test_what_cannot_be_embedded_leaves_the_live_set_and_is_not_counted_as_removed():
+    fakes = Fakes(unreadable=50)
+    outcome = clean(start(0.9), fakes.steps(), replace(NO_LIMIT, max_rounds=2))
+    assert [(r.live, r.removed) for r in outcome.state.history] == [(100, 0), (96, 3), (93, 3)]
+    assert len(outcome.state.live.quarantined) == 1
 
 
 def test_each_round_starts_from_the_model_and_the_samples_that_the_last_one_left():
@@ -133,7 +169,7 @@ def test_each_round_starts_from_the_model_and_the_samples_that_the_last_one_left
         (3, 91, 4, 3),
     ]
     # what commit returns is what is kept, timings and all
-    assert outcome.state.history[1:] == tuple(r for r, _ in fakes.committed)
+    assert outcome.state.history[1:] == tuple(r for r, _, _ in fakes.committed)
     assert outcome.state.history[1].seconds == {"commit": 1.0}
 
 
@@ -147,7 +183,7 @@ def test_relabelled_samples_stay_and_are_counted_apart():
         (97, 4, 1, 2),
         (97, 1, 0, 1),  # a round that only relabels is a round
     ]
-    assert outcome.state.history[1:] == tuple(r for r, _ in fakes.committed)
+    assert outcome.state.history[1:] == tuple(r for r, _, _ in fakes.committed)
     assert outcome.state.model == 4
     assert "no longer looks wrong" in outcome.reason
 
@@ -179,15 +215,17 @@ def test_a_run_ends_when_fewer_candidates_are_left_than_a_clean_set_gives(wrong:
 def test_nothing_is_refined_or_committed_where_nothing_may_go():
     fakes = Fakes(wrong=7, budget=0)
     outcome = clean(start(0.9), fakes.steps(), NO_LIMIT)
-    assert names(fakes.calls) == ["embed", "fit", "score", "select", "count"]
+    assert names(fakes.calls) == ["embed", "fit", "score", "select"]
     assert outcome.state == start(0.9)
     assert "7 samples look wrong" in outcome.reason and "class floors" in outcome.reason
+    # what the look at the samples found is handed on: it need not be found again
+    assert outcome.last_look == LastLook("probe on features 0", {"noise": 0.07})
 
 
 def test_a_run_without_a_sign_of_wrong_labels_leaves_everything_as_it_was():
     fakes = Fakes(wrong=7, in_all=0)
     outcome = clean(start(0.9), fakes.steps(), NO_LIMIT)
-    assert names(fakes.calls) == ["embed", "fit", "score", "select", "count"]
+    assert names(fakes.calls) == ["embed", "fit", "score", "select"]
     assert outcome.state == start(0.9)
     assert outcome.reason == f"no sample goes: {ESTIMATE}"
 
@@ -203,7 +241,8 @@ def test_a_run_ends_when_as_many_samples_are_dealt_with_as_may_be_in_all(relabel
 def test_a_run_that_is_exhausted_and_started_again_says_the_same():
     fakes = Fakes(wrong=70, in_all=8, relabels=1)
     first = fakes.go_on(start(0.9))
-    assert fakes.go_on(start(0.9)) == first
+    # but for the probe, which is fitted again
+    assert fakes.go_on(start(0.9)) == replace(first, state=replace(first.state, probe=None))
     assert len(fakes.committed) == 3
 
 
@@ -274,14 +313,14 @@ def test_the_loop_ends_itself_by_patience():
     assert "standard errors" in outcome.reason
 
 
-@pytest.mark.parametrize("step", [step for step in STEPS if step != "count"])
+@pytest.mark.parametrize("step", STEPS)
 def test_a_run_interrupted_in_any_step_goes_on_from_its_last_commit_to_the_same_end(step: str):
     whole = Fakes()
     expected = clean(start(0.9), whole.steps(), NO_LIMIT)
     fakes = Fakes(dies_in=(2, step))
     with pytest.raises(DiedError, match=step):
         fakes.go_on(start(0.9))
-    assert [r.number for r, _ in fakes.committed] == [1]
+    assert [r.number for r, _, _ in fakes.committed] == [1]
     fakes.dies_in = None
     outcome = fakes.go_on(start(0.9))
     assert outcome == expected
@@ -292,9 +331,9 @@ def test_a_run_that_has_ended_and_is_started_again_commits_nothing_twice():
     fakes = Fakes()
     first = fakes.go_on(start(0.9))
     again = fakes.go_on(start(0.9))
-    assert again == first
-    assert [r.number for r, _ in fakes.committed] == [1, 2, 3, 4]
-    assert sum(r.removed for r, _ in fakes.committed) == 10
+    assert again == replace(first, state=replace(first.state, probe=None))
+    assert [r.number for r, _, _ in fakes.committed] == [1, 2, 3, 4]
+    assert sum(r.removed for r, _, _ in fakes.committed) == 10
 
 
 def test_a_perfect_validation_accuracy_has_a_standard_error_too():

@@ -22,16 +22,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from pipelines.benchmarks.hardware import hardware
 from pipelines.benchmarks.tables import percent
 from posttrain import rounds
+from posttrain.cluster import measuring
+from posttrain.cluster.reading import Split
 from posttrain.config import RunFile, load
 from posttrain.report.progress import StepLog
-from posttrain.runs.clean import begun, finish, first_model, opened
-from posttrain.runs.steps import CleaningRun, average_precisions
-from posttrain.schema import Round
+from posttrain.runs.begin import begin_or_resume
+from posttrain.runs.clean import steps_of as steps_of_round
+from posttrain.runs.conclude import conclude
+from posttrain.runs.context import Run
+from posttrain.runs.embed import embed
+from posttrain.runs.evaluate import evaluate
+from posttrain.runs.finish import finish
+from posttrain.runs.fit import fitted
+from posttrain.runs.open import opened
+from posttrain.runs.refine import refine, train
+from posttrain.schema import PARTITION, ROW, Round
+from posttrain.store.folder import RunFolder
 
 CONTROLS = {"posttrain": "mislabel_odds", "random removal": "random", "removal by loss": "loss", "no removal": None}
 
@@ -52,17 +64,15 @@ def measured(
     with opened(config, progress, verbose=False) as run:
         if first is not None:
             run.folder.write_bytes(run.folder.path("pretrained", "model.safetensors"), first.read_bytes())
-        state = begun(run) or run.begin(first_model(run))
+        state = begin_or_resume(run)
         if CONTROLS[name] is None:
             found = without_removal(run, state, steps)
         else:
-            run.quota = quota
             most = config.removal.max_rounds if quota is None else len(quota)
             # the controls go as far as the run that they are compared with
             minimum, patience = (config.removal.minimum, config.removal.patience) if quota is None else (0.0, most)
-            limits = rounds.Limits(most, minimum, patience)
-            outcome = rounds.clean(state, run.as_steps(), limits)
-            summary = finish(run, run.concluded(outcome), began)
+            outcome = rounds.clean(state, steps_of_round(run, quota=quota), rounds.Limits(most, minimum, patience))
+            summary = finish(run, conclude(run, outcome), began)
             found = {key: summary[key] for key in summary if key not in ("files", "run")}
             found["history"] = [[r.live, r.removed, r.metrics] for r in outcome.state.history]
             found["average_precision"] = average_precisions(run.folder, run.splits["train"])
@@ -70,20 +80,35 @@ def measured(
     return found
 
 
-def without_removal(run: CleaningRun, state: rounds.State[Any], budget: Sequence[int]) -> dict[str, Any]:
+def average_precisions(folder: RunFolder, split: Split) -> dict[str, float]:
+    """Average precision of every score of the first round against the labels known to be right (measuring)."""
+    from sklearn.metrics import average_precision_score
+
+    from posttrain.influence.scores import SCORES
+
+    wrong = measuring.wrong_rows(split)
+    table: Any = folder.read_table(folder.round(1, "scores.parquet"), [PARTITION, ROW, *SCORES])
+    truth = np.array(
+        [wrong[b][r] for b, r in zip(table[PARTITION].to_pylist(), table[ROW].to_pylist(), strict=True)], bool
+    )
+    if not truth.any():
+        return {}
+    return {name: float(average_precision_score(truth, table[name].to_numpy())) for name in SCORES}
+
+
+def without_removal(run: Run, state: rounds.State[Any, Any], budget: Sequence[int]) -> dict[str, Any]:
     """As many rounds of training on all samples, each of as many steps."""
     for number, steps in enumerate(budget, start=1):
         if run.config.refine.scope != "head":
             seed = run.config.run.seed + 1000 * number
-            model = run.train(state.model, run.config.refining, run.live, name="refine", seed=seed, max_steps=steps)
+            model = train(run, state.model, run.config.refining, state.live, name="refine", seed=seed, max_steps=steps)
         else:
-            backbone = run.embed(state)
-            choice = run.boundaries.chosen(backbone)
-            assert choice is not None, "round 0 chose"
-            model = run.redrawn(run.first, choice.members, run.live)
-        done = Round(number, state.live, 0, 0, 0, run.evaluate(state, model))
+            backbone, live = embed(run, state)
+            probe = fitted(run, backbone, live, state.history, number, known=state.probe)
+            model, _ = refine(run, state, backbone, probe, live)
+        done = Round(number, state.live.count, 0, 0, 0, evaluate(run, state, model))
         state = replace(state, history=(*state.history, done), model=model)
-    state = run.concluded(rounds.Outcome(state, "as many rounds as with removals")).state
+    state = conclude(run, rounds.Outcome(state, "as many rounds as with removals")).state
     return {
         "test_accuracy_before": state.history[0].metrics["test_accuracy"],
         "test_accuracy_after": state.history[-1].metrics["test_accuracy"],

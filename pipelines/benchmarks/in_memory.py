@@ -15,11 +15,12 @@ from posttrain import policy, rounds
 from posttrain.config import Probe as ProbeSection
 from posttrain.config import Removal
 from posttrain.influence import calibration, ensemble, scores, selection
-from posttrain.influence.calibration import NoiseEstimate
 from posttrain.influence.ensemble import ProbeEnsemble
-from posttrain.rounds import Cut, State, Steps
-from posttrain.runs.boundary import Choice
-from posttrain.runs.steps import in_words
+from posttrain.live import Live, Rows
+from posttrain.live import Removal as Removed
+from posttrain.rounds import Outcome, RoundCounts, Selected, State, Steps
+from posttrain.runs.fit import Choice
+from posttrain.runs.noise_report import noise_sentence
 from posttrain.schema import Round
 from posttrain.vision import layers, models
 
@@ -59,18 +60,11 @@ class Features:
 
 
 @dataclass(frozen=True)
-class Taken:
+class Taken(Selected):
     """What a round takes out."""
 
-    cut: selection.Selection
-    gone: np.ndarray
-    """bool [n] over all training samples."""
-    live: int
-    """Samples that were scored."""
-    support: float
-    """Sum of the given labels' probabilities of those that go."""
-    noise: NoiseEstimate
-    exhausted: bool
+    self_confidence: float
+    """Sum over those that go."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +104,7 @@ def start(case: Case, data: Data, weights: bytes) -> Start:
 def best_by_layer(boundary: ProbeEnsemble) -> list[tuple[str, float]]:
     """(layer, l2) of each layer's best: what later rounds try."""
     tried = tuple((fit.layer, fit.l2, fit.loss, fit.accuracy) for fit in boundary.tried)
-    return Choice("", boundary.members, tried).candidates()
+    return Choice("", boundary.members, tried).best_of_layers()
 
 
 @dataclass
@@ -141,7 +135,7 @@ class CleaningInMemory:
         self._features = (self.start.weights, self.start.features)
         self._chosen = (self.start.weights, self.start.boundary)
 
-    def embed(self, state: State[Model]) -> Features:
+    def embed(self, state: State[Model, ProbeEnsemble]) -> tuple[Features, Live]:
         """Features of the model's backbone; with a new head alone, that is the first network in all rounds."""
         weights = state.model.weights
         if weights != self._features[0]:
@@ -151,9 +145,9 @@ class CleaningInMemory:
                 for part in (self.data.train, self.data.validation)
             )
             self._features = (weights, Features(train, validation))
-        return self._features[1]
+        return self._features[1], state.live
 
-    def fit(self, state: State[Model], features: Features) -> ProbeEnsemble:
+    def fit(self, state: State[Model, ProbeEnsemble], features: Features) -> ProbeEnsemble:
         """The boundary on the live samples: of a refined network its members are chosen anew."""
         if state.model.boundary is not None:
             return state.model.boundary
@@ -164,7 +158,7 @@ class CleaningInMemory:
             self._chosen = (state.model.weights, chosen)
         return chosen
 
-    def score(self, state: State[Model], features: Features, boundary: ProbeEnsemble) -> scores.Evidence:
+    def score(self, state: State[Model, ProbeEnsemble], features: Features, boundary: ProbeEnsemble) -> scores.Evidence:
         """The calibrated evidence on the live samples."""
         live = replace(self.data, train=self.data.train.rows(self.kept))
         train, removed = rows(features.train, self.kept), int((~self.kept).sum())
@@ -185,7 +179,7 @@ class CleaningInMemory:
         self.estimates.append(Estimate(noise.rate, noise.low, noise.high, noise.found))
         return found
 
-    def select(self, state: State[Model], found: scores.Evidence) -> Taken:
+    def select(self, state: State[Model, ProbeEnsemble], found: scores.Evidence) -> Taken:
         """The round's cut: at most the budget, at most what is estimated to be wrong, no class below its floor."""
         assert found.noise_model is not None
         noise, live = found.noise_model.noise, int(self.kept.sum())
@@ -200,21 +194,18 @@ class CleaningInMemory:
             threshold=self.removal.least_odds,
         )
         support = float(scores.suggestion(found).self_confidence[torch.from_numpy(gone[self.kept])].sum())
-        return Taken(cut, gone, live, support, noise, in_all == 0)
+        counts = RoundCounts(cut.candidates, noise_sentence(noise), in_all == 0)
+        return Taken(Removed(Rows.of(0, np.flatnonzero(gone))), counts, {}, support)
 
-    def count(self, removal: Taken) -> Cut:
-        """How many samples were scored, how many are candidates, how many go."""
-        return Cut(
-            removal.live, removal.cut.candidates, removal.cut.total, 0, in_words(removal.noise), removal.exhausted
-        )
-
-    def refine(self, state: State[Model], features: Features, removal: Taken, boundary: ProbeEnsemble) -> Model:
+    def refine(
+        self, state: State[Model, ProbeEnsemble], features: Features, boundary: ProbeEnsemble, live: Live
+    ) -> tuple[Model, None]:
         """The model without this round's samples: the boundary drawn again, or the whole network trained on."""
-        kept = self.kept & ~removal.gone
+        kept = self.mask(live)
         if self.mode == "head":
-            live = rows(features.train, kept)
-            drawn = ensemble.refit(live, features.validation, boundary.members, classes=self.data.classes)
-            return Model(state.model.weights, drawn)
+            train = rows(features.train, kept)
+            drawn = ensemble.refit(train, features.validation, boundary.members, classes=self.data.classes)
+            return Model(state.model.weights, drawn), None
         weights, steps = trained_on(
             self.case,
             self.data.train.rows(kept),
@@ -223,9 +214,9 @@ class CleaningInMemory:
             settings=refining(self.case.dataset),
         )
         self.steps.append(steps)
-        return Model(weights)
+        return Model(weights), None
 
-    def evaluate(self, state: State[Model], model: Model) -> dict[str, float]:
+    def evaluate(self, state: State[Model, ProbeEnsemble], model: Model) -> dict[str, float]:
         """Accuracy on what was never trained on and never cleaned."""
         if model.boundary is None:
             return network_accuracies(self.case, self.data, model.weights)
@@ -235,43 +226,48 @@ class CleaningInMemory:
             test = embedded(self.case, network, model.boundary.layers, self.data.test, PROBE.width)
         return boundary_accuracies(model.boundary, test)
 
-    def commit(self, state: State[Model], removal: Taken, model: Model, done: Round) -> Round:
+    def commit(self, state: State[Model, ProbeEnsemble], selected: Taken, done: Round) -> Round:
         """Take the round's samples out."""
-        self._removed_support += removal.support
-        self.kept = self.kept & ~removal.gone
+        self._removed_support += selected.self_confidence
+        self.kept = self.mask(state.live)
         return done
 
-    def clean(self) -> rounds.Outcome[Model]:
+    def mask(self, live: Live) -> np.ndarray:
+        """bool [n] over all training samples."""
+        return live.mask(0, np.arange(len(self.data.train)))
+
+    def clean(self) -> Outcome[Model, ProbeEnsemble]:
         """All rounds, from the network as it came."""
         metrics = dict(self.start.accuracies)
         if self.mode == "head":
             metrics[rounds.REFERENCE] = self.start.boundary.accuracy
         first = Round(0, len(self.data.train), 0, 0, 0, metrics)
-        state = State((first,), Model(self.start.weights), len(self.data.validation))
-        steps = Steps(
-            self.embed, self.fit, self.score, self.select, self.count, self.refine, self.evaluate, self.commit
+        model = Model(self.start.weights)
+        state = State[Model, ProbeEnsemble](
+            (first,), Live(len(self.data.train)), model, model, len(self.data.validation)
         )
+        steps = Steps(self.embed, self.fit, self.score, self.select, self.refine, self.evaluate, self.commit)
         limits = rounds.Limits(self.removal.max_rounds, self.removal.minimum, self.removal.patience)
         return rounds.clean(state, steps, limits)
 
-    def concluded(self, state: State[Model], mode: Mode) -> State[Model]:
+    def concluded(self, state: State[Model, ProbeEnsemble], mode: Mode) -> State[Model, ProbeEnsemble]:
         """After the last round, where `policy` says so: the boundary as the new head, or the network as it came."""
         state = self._last_boundary(state, mode)
         first, last = (of.metrics["validation_accuracy"] for of in (state.history[0], state.history[-1]))
         if not policy.first_is_taken_back(first, last, state.validation_samples):
             return state
-        done = Round(state.number + 1, state.live, 0, 0, 0, state.history[0].metrics)
+        done = Round(state.number + 1, state.live.count, 0, 0, 0, state.history[0].metrics)
         return replace(state, history=(*state.history, done), model=Model(self.start.weights))
 
-    def _last_boundary(self, state: State[Model], mode: Mode) -> State[Model]:
+    def _last_boundary(self, state: State[Model, ProbeEnsemble], mode: Mode) -> State[Model, ProbeEnsemble]:
         if not policy.boundary_is_due(mode, state.number):
             return state
-        boundary = self.fit(state, self.embed(state))
+        boundary = self.fit(state, self.embed(state)[0])
         before = state.history[-1].metrics["validation_accuracy"]
         if not policy.boundary_is_taken(mode, state.number, before, boundary.accuracy, state.validation_samples):
             return state
         model = Model(state.model.weights, boundary)
-        done = Round(state.number + 1, state.live, 0, 0, 0, self.evaluate(state, model))
+        done = Round(state.number + 1, state.live.count, 0, 0, 0, self.evaluate(state, model))
         return replace(state, history=(*state.history, done), model=model)
 
 

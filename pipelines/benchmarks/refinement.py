@@ -62,6 +62,8 @@ from pipelines.benchmarks.refinement_report import report, short
 from pipelines.benchmarks.training import Average, refining, round_seed, steps_of_epoch, trained_on
 from posttrain import rounds
 from posttrain.influence import ensemble
+from posttrain.influence.ensemble import ProbeEnsemble
+from posttrain.live import Live
 from posttrain.rounds import State
 from posttrain.schema import Round, stream_seed, uniform
 
@@ -122,7 +124,7 @@ def _measured(case: Case, data: Data, weights: bytes, own_steps: int, *, scratch
     measured.append(_of_right_labels(data, begin))
     cleanings: dict[Mode, Cleaning] = {}
     head, network = (CleaningInMemory(case, data, mode, begin) for mode in ("head", "network"))
-    outcomes: dict[Mode, rounds.Outcome[Model]] = {"head": head.clean(), "network": network.clean()}
+    outcomes: dict[Mode, rounds.Outcome[Model, ProbeEnsemble]] = {"head": head.clean(), "network": network.clean()}
     # the same rounds: only what follows them differs
     outcomes["both"] = outcomes["network"]
     for mode, outcome in outcomes.items():
@@ -175,14 +177,18 @@ def _controls(
     yield EMA, network_accuracies(case, data, average.finished(after)), everything, steps
     trained = tuple(Round(number, len(everything), 0, 0, 0, accuracies) for number in range(1 + len(plan.steps)))
     control = CleaningInMemory(case, data, "both", begin)
-    state = control.concluded(State(trained, Model(after), len(data.validation)), "both")
+    state = control.concluded(
+        State(trained, Live(len(everything)), Model(after), Model(begin.weights), len(data.validation)), "both"
+    )
     yield THEN_BOUNDARY, state.history[-1].metrics, everything, steps
     for name, ranking in ((RANDOM, at_random(case, data)), (BY_LOSS, by_loss(case, data))):
         after, kept, steps = refined(case, data, begin.weights, plan, ranking=ranking)
         yield name, network_accuracies(case, data, after), kept, steps
 
 
-def _cleaning(run: CleaningInMemory, outcome: rounds.Outcome[Model], last: State[Model]) -> Cleaning:
+def _cleaning(
+    run: CleaningInMemory, outcome: rounds.Outcome[Model, ProbeEnsemble], last: State[Model, ProbeEnsemble]
+) -> Cleaning:
     history = outcome.state.history[1:]
     return Cleaning(
         outcome.reason,

@@ -1,4 +1,4 @@
-"""Which rows of the partitions are meant: samples known from a former run, and those of some files."""
+"""Which rows of the partitions are meant: samples known from a previous run, and those of some files."""
 
 from __future__ import annotations
 
@@ -12,20 +12,17 @@ import ray
 
 from posttrain.cluster.reading import Split
 from posttrain.cluster.tasks import results
+from posttrain.live import NewLabels, Removal, Rows
 from posttrain.schema import (
     DIGEST,
     FILE,
     IMAGE,
     LABEL,
-    NO_SUPPORT,
+    NO_SELF_CONFIDENCE,
     PARTITION,
     ROW,
     SAMPLE_ID,
-    SUPPORT,
-    Excluded,
-    Relabelled,
-    excluded_rows,
-    relabelled_rows,
+    SELF_CONFIDENCE,
 )
 from posttrain.store.features import image_digests
 
@@ -56,33 +53,32 @@ def describe(block: pa.Table, rows: np.ndarray) -> pa.Table:
 
 @dataclass(frozen=True)
 class Known:
-    """Samples that a former run removed or relabelled and that are still what they were."""
+    """Samples that a previous run removed or relabelled and that are still what they were."""
 
-    removed: Excluded
-    relabelled: Relabelled
-    support: pa.Table
-    """{partition, row, self_confidence}: what their labels had for them when they were taken."""
+    removal: Removal
+    self_confidence: pa.Table
+    """{partition, row, self_confidence}: the self-confidence of their labels when they were acted on."""
 
 
-def taken_out(split: Split, removed: Excluded, relabelled: Relabelled, support: pa.Table) -> pa.Table:
+def describe_acted_on(split: Split, removal: Removal, self_confidence: pa.Table) -> pa.Table:
     """{sample_id, image_digest, label, new_label, self_confidence} of the removed and relabelled samples.
 
-    `label` is the given one, `new_label` empty for the removed. `support`: {partition, row, self_confidence} of all of
-    them. `found_again` takes the table.
+    `label` is the given one, `new_label` empty for the removed. `self_confidence`: {partition, row, self_confidence} of
+    all of them. `found_again` takes the table.
     """
-    nothing = np.empty(0, np.int32)
     calls: list[tuple[Any, np.ndarray]] = []
     labels: list[dict[str, pa.Array]] = []
+    known = self_confidence.sort_by([(PARTITION, "ascending"), (ROW, "ascending")])
+    confidences, places = known[SELF_CONFIDENCE].to_numpy(), Rows.of_table(known)
     for partition in split.partitions:
-        gone = removed.get(partition.index, nothing)
-        changed, new = relabelled.get(partition.index, (nothing, nothing))
+        gone = removal.removed.in_partition(partition.index)
+        changed, new = removal.relabelled.in_partition(partition.index)
         if len(gone) + len(changed):
-            calls.append((partition.block, np.concatenate([gone, changed])))
-            of_partition = support.filter(pc.equal(support[PARTITION], partition.index))
-            at = pc.index_in(pa.array(calls[-1][1], pa.int32()), value_set=of_partition[ROW].combine_chunks())
+            rows = np.concatenate([gone, changed])
+            calls.append((partition.block, rows))
             columns = {
                 NEW_LABEL: pa.array([None] * len(gone) + new.tolist(), pa.int32()),
-                SUPPORT: of_partition[SUPPORT].combine_chunks().take(at),
+                SELF_CONFIDENCE: pa.array(confidences[places.positions(partition.index, rows)]),
             }
             labels.append(columns)
     tables = []
@@ -98,7 +94,7 @@ def taken_out(split: Split, removed: Excluded, relabelled: Relabelled, support: 
                 DIGEST: pa.array([], pa.uint64()),
                 LABEL: pa.array([], pa.int32()),
                 NEW_LABEL: pa.array([], pa.int32()),
-                SUPPORT: pa.array([], pa.float32()),
+                SELF_CONFIDENCE: pa.array([], pa.float32()),
             }
         )
     return pa.concat_tables(tables)
@@ -110,11 +106,13 @@ def _matched(block: pa.Table, known: pa.Table) -> pa.Table:
 
 
 def match(block: pa.Table, known: pa.Table) -> pa.Table:
-    """{row, new_label, self_confidence} of the rows of a partition that a table of `taken_out` has, too.
+    """{row, new_label, self_confidence} of the rows of a partition that a table of `describe_acted_on` has, too.
 
     With the same image and given label, that is.
     """
-    empty = pa.table({ROW: pa.array([], pa.int32()), **{name: known[name][:0] for name in (NEW_LABEL, SUPPORT)}})
+    empty = pa.table(
+        {ROW: pa.array([], pa.int32()), **{name: known[name][:0] for name in (NEW_LABEL, SELF_CONFIDENCE)}}
+    )
     ids = known[SAMPLE_ID].combine_chunks()
     if not known.num_rows or block[SAMPLE_ID].type != ids.type:
         return empty
@@ -127,32 +125,25 @@ def match(block: pa.Table, known: pa.Table) -> pa.Table:
     same = np.ones(len(rows), bool)
     for column in (DIGEST, LABEL):
         same &= now[column].to_numpy() == before[column].to_numpy()
-    found = pa.table({ROW: now[ROW], NEW_LABEL: before[NEW_LABEL], SUPPORT: before[SUPPORT]})
+    found = pa.table({ROW: now[ROW], NEW_LABEL: before[NEW_LABEL], SELF_CONFIDENCE: before[SELF_CONFIDENCE]})
     return found.filter(pa.array(same))
 
 
 def found_again(split: Split, known: pa.Table) -> Known:
-    """The rows of the samples in a table of `taken_out` that are still what they were."""
+    """The rows of the samples in a table of `describe_acted_on` that are still what they were."""
     if not known.num_rows:
-        return Known({}, {}, NO_SUPPORT)
+        return Known(Removal(), NO_SELF_CONFIDENCE)
     reference = ray.put(known)
-    support = [NO_SUPPORT]
-    removed: Excluded = {}
-    relabelled: Relabelled = {}
+    found = [NO_SELF_CONFIDENCE.append_column(NEW_LABEL, pa.array([], pa.int32()))]
     tables = results(_matched, [(partition.block, reference) for partition in split.partitions])
     for partition, table in zip(split.partitions, tables, strict=True):
         partitions = pa.array(np.full(table.num_rows, partition.index), pa.int32())
-        support.append(pa.table({PARTITION: partitions, ROW: table[ROW], SUPPORT: table[SUPPORT]}))
-        changed = table[NEW_LABEL].is_valid()
-        gone, new = table.filter(pc.invert(changed)), table.filter(changed)
-        if gone.num_rows:
-            rows = gone[ROW].to_numpy()
-            removed = excluded_rows(np.full(len(rows), partition.index), rows, removed)
-        if new.num_rows:
-            rows = new[ROW].to_numpy()
-            labels = new[NEW_LABEL].to_numpy()
-            relabelled = relabelled_rows(np.full(len(rows), partition.index), rows, labels, relabelled)
-    return Known(removed, relabelled, pa.concat_tables(support))
+        found.append(table.append_column(PARTITION, partitions).select([PARTITION, ROW, SELF_CONFIDENCE, NEW_LABEL]))
+    acted_on = pa.concat_tables(found)
+    changed = acted_on[NEW_LABEL].is_valid()
+    removed, new = acted_on.filter(pc.invert(changed)), acted_on.filter(changed)
+    relabelled = NewLabels.of(*(new[name].to_numpy() for name in (PARTITION, ROW, NEW_LABEL)))
+    return Known(Removal(Rows.of_table(removed), relabelled), acted_on.drop_columns([NEW_LABEL]))
 
 
 @ray.remote

@@ -10,7 +10,8 @@ import ray
 
 from posttrain.cluster.reading import Split
 from posttrain.cluster.tasks import results
-from posttrain.schema import LABEL, TRUE_LABEL, Excluded, Relabelled
+from posttrain.live import Removal
+from posttrain.schema import LABEL, TRUE_LABEL
 
 
 @dataclass(frozen=True)
@@ -56,24 +57,20 @@ def is_wrong(block: pa.Table) -> np.ndarray:
     return (given >= 0) & (true >= 0) & (given != true)
 
 
-def detection(split: Split, removed: Excluded, relabelled: Relabelled) -> Detection:
-    """Counts over all of the split's samples; `removed` without the quarantined."""
-    nothing = np.empty(0, np.int32)
+def detection(split: Split, removal: Removal) -> Detection:
+    """Counts over all of the split's samples."""
+    removed, relabelled = removal.removed, removal.relabelled
     counts = list(
         results(
             _count,
-            [
-                (b.block, removed.get(b.index, nothing), *relabelled.get(b.index, (nothing, nothing)))
-                for b in split.partitions
-            ],
+            [(b.block, removed.in_partition(b.index), *relabelled.in_partition(b.index)) for b in split.partitions],
         )
     )
-    changed = sum(len(rows) for rows, _ in relabelled.values())
     return Detection(
         sum(wrong for wrong, _, _ in counts),
-        sum(len(rows) for rows in removed.values()) + changed,
+        len(removed) + len(relabelled),
         sum(found for _, found, _ in counts),
-        changed,
+        len(relabelled),
         sum(right for _, _, right in counts),
     )
 

@@ -702,8 +702,8 @@ def _by_row_group(
     for path in files[_PATH].to_pylist():
         fragment = pads.ParquetFileFormat().make_fragment(path, filesystem)
         try:
-            for group in patiently(fragment.split_by_row_group):
-                table = patiently(functools.partial(group.to_table, columns=columns))
+            for group in with_retries(fragment.split_by_row_group):
+                table = with_retries(functools.partial(group.to_table, columns=columns))
                 yield _with_path(table, path, path_column)
         except _NOT_READABLE as error:
             raise _no_parquet(path, error) from None

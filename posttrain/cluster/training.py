@@ -13,11 +13,9 @@ import math
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
-import numpy as np
 import ray
 import ray.train
 import ray.train.torch
@@ -27,17 +25,15 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from posttrain.cluster.devices import BatchSize, computing_in, moved, name_of
-from posttrain.cluster.reading import Partition, Progress, Split, raise_cause
+from posttrain.cluster.live_images import LiveImages
+from posttrain.cluster.reading import Progress, Split, raise_cause
 from posttrain.cluster.workers import Network, load_network
 from posttrain.errors import RecipeError, StepError
-from posttrain.schema import FILE, IMAGE, LABEL, SAMPLE_ID, Excluded, ImageSpec, Precision, Relabelled, current_labels
+from posttrain.live import Live
+from posttrain.schema import ImageSpec, Precision
 from posttrain.store.folder import RunFolder
 from posttrain.vision import models
-from posttrain.vision.images import augmentation, decode_column, normalize
-
-WINDOW_BYTES = 2**30
-"""Decoded pixels that a training process holds: data that fit are decoded once, others once per epoch."""
-
+from posttrain.vision.images import augmentation, normalize
 
 DEATHS_OF_A_TRAINING = 5
 """Times that training begins again because a worker of it was lost."""
@@ -80,8 +76,7 @@ class Trained:
 def train(
     network: Network,
     split: Split,
-    excluded: Excluded,
-    relabelled: Relabelled,
+    live: Live,
     training: Training,
     *,
     seed: int,
@@ -91,7 +86,7 @@ def train(
     run_name: str,
     progress: Progress,
 ) -> Trained:
-    """The network after training on the split's samples but the excluded ones, under their present labels.
+    """The network after training on the split's live samples, under their present labels.
 
     It computes in the network's precision, on a GPU where `gpus_per_worker` is above 0 and there is one. `progress`
     counts samples; with `workers > 0` it is called once, at the end. Raises StepError where the loss is not finite,
@@ -101,8 +96,7 @@ def train(
     config: dict[str, Any] = {
         "network": network,
         "partitions": split.partitions,
-        "excluded": excluded,
-        "relabelled": relabelled,
+        "live": live,
         "training": training,
         "seed": seed,
         "threads": None if workers == 0 else 1,
@@ -110,8 +104,35 @@ def train(
     }
     if workers == 0:
         config["progress"] = progress
+    trainer = _trainer(config, workers=workers, gpus_per_worker=gpus_per_worker, folder=folder, run_name=run_name)
+    try:
+        result = trainer.fit()
+    except Exception as error:
+        raise_cause(error)
+    found = result.return_value
+    if found is None:
+        raise StepError("training ended without a result; start the same command again to go on")
+    if "failed" in found:
+        raise StepError(found["failed"])
+    if workers:
+        progress(live.count * found["epochs"], live.count * found["epochs"])
+    return Trained(
+        found["weights"],
+        found["epochs"],
+        found["steps"],
+        found["accuracy"],
+        found["loss"],
+        time.perf_counter() - started,
+        found["part"],
+        found["gpu"],
+    )
+
+
+def _trainer(
+    config: dict[str, Any], *, workers: int, gpus_per_worker: float, folder: RunFolder, run_name: str
+) -> TorchTrainer:
     logging.getLogger("ray.train").setLevel(logging.CRITICAL)
-    trainer = TorchTrainer(
+    return TorchTrainer(
         _train_loop,
         train_loop_config=config,
         # NCCL refuses two processes on one GPU
@@ -131,28 +152,6 @@ def train(
             # of one training, each of which begins anew: nothing is lost but time
             failure_config=ray.train.FailureConfig(max_failures=DEATHS_OF_A_TRAINING),
         ),
-    )
-    try:
-        result = trainer.fit()
-    except Exception as error:
-        raise_cause(error)
-    found = result.return_value
-    if found is None:
-        raise StepError("training ended without a result; start the same command again to go on")
-    if "failed" in found:
-        raise StepError(found["failed"])
-    live = split.rows - sum(len(rows) for rows in excluded.values())
-    if workers:
-        progress(live * found["epochs"], live * found["epochs"])
-    return Trained(
-        found["weights"],
-        found["epochs"],
-        found["steps"],
-        found["accuracy"],
-        found["loss"],
-        time.perf_counter() - started,
-        found["part"],
-        found["gpu"],
     )
 
 
@@ -179,19 +178,17 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
         parallel = ray.train.torch.prepare_model(model, move_to_device=device) if world > 1 else model
         images = LiveImages(
             config["partitions"][rank::world],
-            config["excluded"],
-            config["relabelled"],
+            config["live"],
             network.spec.image,
             seed=config["seed"] + 7919 * rank,
         )
-        live = sum(b.rows - len(config["excluded"].get(b.index, ())) for b in config["partitions"])
         try:
             outcome = fit_network(
                 parallel,
                 images,
                 training,
                 spec=network.spec.image,
-                live=live,
+                live=config["live"].count,
                 world=world,
                 device=device,
                 seed=config["seed"],
@@ -363,104 +360,3 @@ def _optimizer(model: torch.nn.Module, training: Training) -> torch.optim.Optimi
         weight_decay=training.weight_decay,
         nesterov=training.momentum > 0,
     )
-
-
-class LiveImages:
-    """Decoded live images of some partitions in seeded random order.
-
-    Partitions are visited in a random order, as many at a time as fit `window_bytes`; within these the order is
-    random. What fits whole is decoded once.
-    """
-
-    def __init__(
-        self,
-        partitions: tuple[Partition, ...],
-        excluded: Excluded,
-        relabelled: Relabelled,
-        spec: ImageSpec,
-        *,
-        seed: int,
-        window_bytes: int = WINDOW_BYTES,
-        get: Callable[[Any], Any] = ray.get,
-    ) -> None:
-        self._partitions, self._excluded, self._relabelled = partitions, excluded, relabelled
-        self._spec, self._seed, self._get = spec, seed, get
-        height, width = spec.size
-        rows = max((b.rows for b in partitions), default=1)
-        self._window = max(1, window_bytes // max(1, rows * spec.channels * height * width))
-        self._whole: tuple[Tensor, Tensor] | None = None
-        self._readable = 0
-        self._unreadable: str | None = None
-        """The first image that could not be read, and why."""
-
-    def batches(self, size: int, steps: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """`steps` batches (uint8 [n, c, h, w], labels [n]); begins again where the rank has fewer samples."""
-        taken, again = 0, 0
-        while taken < steps:
-            generator = np.random.default_rng([self._seed, epoch, again])
-            before = taken
-            rest: tuple[Tensor, Tensor] | None = None
-            for pixels, labels in self._windows(generator):
-                if rest is not None:
-                    pixels, labels = torch.cat([rest[0], pixels]), torch.cat([rest[1], labels])
-                whole = len(labels) // size * size
-                for start in range(0, whole, size):
-                    if taken == steps:
-                        return
-                    yield pixels[start : start + size], labels[start : start + size]
-                    taken += 1
-                rest = (pixels[whole:], labels[whole:]) if whole < len(labels) else None
-            # a batch of one would leave batch normalisation without a variance
-            if rest is not None and len(rest[1]) > 1 and taken < steps:
-                yield rest
-                taken += 1
-            elif rest is not None and taken == steps - 1:
-                return
-            if taken == before:
-                if self._unreadable is not None:
-                    raise StepError(
-                        f"of the images of a training worker {self._readable} can be read, and two are needed; the "
-                        f"first that cannot is {self._unreadable}"
-                    )
-                raise StepError("a training worker has fewer than two samples; use fewer ray.train_workers")
-            again += 1
-
-    def _windows(self, generator: np.random.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        if self._window >= len(self._partitions):
-            if self._whole is None:
-                self._whole = self._decode(self._partitions)
-            order = torch.from_numpy(generator.permutation(len(self._whole[1])))
-            # gathered batch by batch in `batches` would copy less at once, but a permuted copy is one line
-            yield self._whole[0][order], self._whole[1][order]
-            return
-        visit = generator.permutation(len(self._partitions))
-        for start in range(0, len(visit), self._window):
-            chosen = tuple(self._partitions[i] for i in visit[start : start + self._window])
-            pixels, labels = self._decode(chosen)
-            order = torch.from_numpy(generator.permutation(len(labels)))
-            yield pixels[order], labels[order]
-
-    def _decode(self, partitions: tuple[Partition, ...]) -> tuple[Tensor, Tensor]:
-        pixels, labels = [], []
-        for partition in partitions:
-            block = self._get(partition.block)
-            rows = np.setdiff1d(np.arange(block.num_rows), self._excluded.get(partition.index, np.empty(0, np.int32)))
-            block = block.take(rows)
-            spec = self._spec
-            decoded, readable, reasons = decode_column(
-                block[IMAGE], channels=spec.channels, size=spec.size, shape=spec.shape, background=spec.background
-            )
-            self._readable += int(readable.sum())
-            if reasons and self._unreadable is None:
-                row = block.slice(int(np.flatnonzero(~readable)[0]), 1)
-                where = f"{row[FILE][0].as_py() or ''} sample_id {row[SAMPLE_ID][0].as_py()!r}".strip()
-                self._unreadable = f"{where}: {reasons[0]}"
-            given = current_labels(block[LABEL].to_numpy(), rows, partition.index, self._relabelled)
-            # before the first embedding nothing has been quarantined yet
-            kept = torch.from_numpy(given[readable] >= 0)
-            pixels.append(decoded[kept])
-            labels.append(torch.from_numpy(given[readable].astype(np.int64))[kept])
-        if not pixels:
-            height, width = self._spec.size
-            return torch.empty(0, self._spec.channels, height, width, dtype=torch.uint8), torch.empty(0).long()
-        return torch.cat(pixels), torch.cat(labels)

@@ -44,6 +44,7 @@ from posttrain.influence.curvature import Curvature, hessian_block
 from posttrain.influence.ensemble import ProbeEnsemble
 from posttrain.influence.probe import BlockFn, Standardizer
 from posttrain.influence.scores import SCORES, Evidence, joint_evidence, suggestion
+from posttrain.live import Live, Rows
 from posttrain.schema import (
     FILE,
     IMAGE,
@@ -51,13 +52,8 @@ from posttrain.schema import (
     PARTITION,
     ROW,
     SAMPLE_ID,
-    Excluded,
     ModelSpec,
     Precision,
-    Relabelled,
-    current_labels,
-    excluded_digest,
-    relabelled_digest,
     uniform,
 )
 from posttrain.store.features import (
@@ -98,8 +94,7 @@ class View:
     backbone: str
     split: str
     partitions: tuple[int, ...]
-    excluded: Excluded
-    relabelled: Relabelled
+    live: Live
     layers: tuple[str, ...]
     """Whose features lie side by side."""
     standardizers: tuple[Standardizer, ...] | None
@@ -168,7 +163,7 @@ def scores_key(view: View, verdict: Verdict) -> str:
     return content_digest(
         posttrain.__version__,
         (view.backbone, view.split, view.layers, view.standardizers),
-        (excluded_digest(view.excluded), relabelled_digest(view.relabelled)),
+        view.live.digest,
         (boundary.layers, boundary.standardizers, [fitted.weights for fitted in boundary.probes], boundary.members),
         (verdict.curvatures, verdict.seed, verdict.noise_model),
     )
@@ -349,11 +344,10 @@ class _Worker:
 def read_live(view: View, partition: int) -> Shard:
     """The live rows of a partition with their present labels, features as stored (float16)."""
     shard = read_shard(view.folder, view.folder.features(view.backbone, view.split, partition), view.layers)
-    labels = current_labels(shard.labels, shard.rows, partition, view.relabelled)
-    excluded = view.excluded.get(partition)
-    if excluded is None or not len(excluded):
+    labels = view.live.labels(partition, shard.rows, shard.labels)
+    live = view.live.mask(partition, shard.rows)
+    if live.all():
         return replace(shard, labels=labels)
-    live = ~np.isin(shard.rows, excluded)
     features = {layer: matrix[live] for layer, matrix in shard.features.items()}
     return Shard(shard.rows[live], shard.sample_ids.filter(pa.array(live)), labels[live], features)
 
@@ -587,7 +581,7 @@ class Workers:
         *,
         backbone: str,
         split: str,
-        excluded: Excluded,
+        excluded: Rows,
         progress: Progress,
         former: Sequence[RunFolder] = (),
     ) -> list[ShardSummary]:
@@ -601,8 +595,7 @@ class Workers:
         todo = [b for b in partitions if found[b.index] is None]
         if todo:
             self.make_room()
-        nothing = np.empty(0, np.int32)
-        live = {b.index: b.rows - len(excluded.get(b.index, nothing)) for b in todo}
+        live = {b.index: b.rows - len(excluded.in_partition(b.index)) for b in todo}
         total = sum(live.values())
         reference = ray.put(network)
         candidates = (former_features(run, backbone, split) for run in former if todo)
@@ -615,7 +608,7 @@ class Workers:
                 partition.index,
                 folder,
                 folder.features(backbone, split, partition.index),
-                excluded.get(partition.index, nothing),
+                excluded.in_partition(partition.index),
                 taken_up,
                 len(partitions),
                 fatal,
@@ -633,7 +626,7 @@ class Workers:
             done += live[partition.index]
             progress(done, total)
         for partition in suspects:
-            rows = np.setdiff1d(np.arange(partition.rows), excluded.get(partition.index, nothing)).astype(np.int32)
+            rows = np.setdiff1d(np.arange(partition.rows), excluded.in_partition(partition.index)).astype(np.int32)
             self._pool.tell(
                 f"{_DEATHS_OF_A_PARTITION} worker processes ended at the images of partition {partition.index} of {split}; "
                 "looking for the one that does it"

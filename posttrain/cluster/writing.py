@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import pyarrow as pa
 import ray
 
 from posttrain.cluster.reading import Progress, Split
 from posttrain.cluster.tasks import results
-from posttrain.schema import IMAGE, LABEL, SAMPLE_ID, Excluded, Relabelled, current_labels
+from posttrain.live import Live
+from posttrain.schema import IMAGE, LABEL, SAMPLE_ID
 from posttrain.store.folder import RunFolder
 
 
@@ -18,16 +18,15 @@ from posttrain.store.folder import RunFolder
 def _write(
     block: pa.Table,
     partition: int,
-    skip: np.ndarray,
-    relabelled: Relabelled,
+    live: Live,
     folder: RunFolder,
     path: str,
     columns: tuple[str, str, str],
     classes: tuple[str, ...],
 ) -> int:
-    rows = np.setdiff1d(np.arange(block.num_rows), skip)
+    rows = live.rows(partition, block.num_rows)
     kept = block.take(pa.array(rows)).select([SAMPLE_ID, IMAGE, LABEL])
-    labels = current_labels(kept[LABEL].to_numpy(), rows, partition, relabelled)
+    labels = live.labels(partition, rows, kept[LABEL].to_numpy())
     kept = kept.set_column(2, LABEL, pa.array(labels, pa.int32()))
     names = pa.array(classes).take(kept[LABEL])
     kept = kept.rename_columns(list(columns))
@@ -39,27 +38,24 @@ def _write(
 
 def write_cleaned(
     split: Split,
-    excluded: Excluded,
-    relabelled: Relabelled,
+    live: Live,
     folder: RunFolder,
     *,
     columns: tuple[str, str, str],
     classes: Sequence[str],
     progress: Progress,
 ) -> int:
-    """Writes `cleaned/part-*.parquet` with what is in no row of `excluded`, under its present label.
+    """Writes `cleaned/part-*.parquet` with the live samples, under their present labels.
 
     Returns the number of samples. `columns`: the names of id, image and label, which are those of the input where
     it has names.
     """
-    nothing = np.empty(0, np.int32)
     kept = seen = 0
     calls = [
         (
             b.block,
             b.index,
-            excluded.get(b.index, nothing),
-            {b.index: relabelled[b.index]} if b.index in relabelled else {},
+            live.only(b.index),
             folder,
             folder.path("cleaned", f"part-{b.index:05d}.parquet"),
             columns,

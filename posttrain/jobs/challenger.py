@@ -9,13 +9,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from posttrain import rounds
 from posttrain.config import Gate, JobFile, RunFile
 from posttrain.data.listing import File
 from posttrain.jobs import champion as champions
@@ -25,18 +24,20 @@ from posttrain.jobs.gate import BatchCounts, ClassCounts, Decision
 from posttrain.jobs.inventory import Inventory, batch_names, file_names
 from posttrain.jobs.job_folder import Base, JobFolder
 from posttrain.jobs.new_data import counts_by_batch
-from posttrain.jobs.previous_runs import PreviousRuns
 from posttrain.jobs.summary import challenger_metrics, embedded_sentences
 from posttrain.report.progress import StepLog
-from posttrain.runs import clean
-from posttrain.schema import PARTITION, ROW, merged
+from posttrain.runs import open as opening
+from posttrain.runs import tracking as run_tracking
+from posttrain.schema import PARTITION, ROW
 from posttrain.store.ledger import Ledger
 
 if TYPE_CHECKING:
     from posttrain.cluster.workers import Network
-    from posttrain.rounds import Outcome
+    from posttrain.live import Live
+    from posttrain.rounds import Outcome, State
+    from posttrain.runs.context import Run
+    from posttrain.runs.fit import Fitted
     from posttrain.runs.inputs import Inputs
-    from posttrain.runs.steps import CleaningRun
     from posttrain.store.registry import Registry
     from posttrain.store.tracking import Tracking
 
@@ -61,25 +62,26 @@ def make_challenger(
         base = champions.base_network(config, job, registry, attempt.champion)
         run_config = champions.run_file(config, attempt.folder, base)
         inputs = champions.prepare_inputs(run_config, inventory.files, base)
-    clean.tell_remarks(inputs, progress)
-    with _opened(run_config, inputs, job, attempt, progress, verbose=verbose) as (run, tracking, digests):
-        run.assert_held = assert_held
-        previous = previous_runs.of_champion(job, attempt.champion, run.splits["train"], digests, progress.say)
-        _take_over(run, previous, job, inventory.state.runs)
-        state = clean.begun(run) or run.begin(clean.first_model(run))
-        champion = _champion_by_class(run, registry, attempt)
-        outcome = rounds.clean(state, run.as_steps(), clean.limits(run_config))
-        progress.say(f"stopped: {outcome.reason}")
-        outcome = run.concluded(outcome)
-        summary = clean.finish(run, outcome, began)
+    opening.say_remarks(inputs, progress)
+    with _opened(run_config, inputs, job, attempt, progress, assert_held, verbose=verbose) as (run, tracking, digests):
+        from posttrain.runs.begin import begin_or_resume
+        from posttrain.runs.clean import cleaned
+        from posttrain.runs.finish import finish
+
+        previous = previous_runs.of_champion(
+            job, inventory.state.runs[::-1], attempt.champion, run.splits["train"], digests, progress.say
+        )
+        run = replace(run, previous=previous)
+        state = begin_or_resume(run)
+        champion = _champion_by_class(run, state, registry, attempt)
+        outcome = cleaned(run, state)
+        summary = finish(run, outcome, began)
         with progress.step("compare"):
             compared, decision = _compare(run, outcome, inventory, champion, config.gate)
-        embedded = _embedded(run)
-        for line in embedded_sentences(embedded):
-            progress.say(line)
+        embedded = _say_embedded(run)
         assert_held()
         with progress.step("keep"):
-            kept = _keep(run, outcome, job, attempt, previous)
+            kept = _keep(run, outcome, job, attempt)
         model_uri = None
         if decision.verdict != "alarm":
             assert_held()
@@ -95,7 +97,7 @@ def make_challenger(
             "parent": attempt.champion.number if attempt.champion else None,
             "data": digests,
             "measured_on": "test" if "test" in run.splits else "validation",
-            "removed_earlier": sum(map(len, previous.removed.values())),
+            "previously_removed": len(previous.removal.removed),
             "embedded": embedded,
         }
         tracking.log_metrics(challenger_metrics(record))
@@ -104,67 +106,68 @@ def make_challenger(
 
 @contextmanager
 def _opened(
-    config: RunFile, inputs: Inputs, job: JobFolder, attempt: Attempt, progress: StepLog, *, verbose: bool
-) -> Iterator[tuple[CleaningRun, Tracking, dict[str, str]]]:
+    config: RunFile,
+    inputs: Inputs,
+    job: JobFolder,
+    attempt: Attempt,
+    progress: StepLog,
+    assert_held: Callable[[], None],
+    *,
+    verbose: bool,
+) -> Iterator[tuple[Run, Tracking, dict[str, str]]]:
     """The run with its data read, its run in MLflow, and the digests of the data."""
     with ExitStack() as stack:
-        address = clean.join_ray(config, progress, stack, verbose=verbose)
+        address = opening.join_ray(config, progress, stack, verbose=verbose)
         from posttrain.runs import leakage
-        from posttrain.runs.steps import CleaningRun
+        from posttrain.runs.context import Run
 
-        splits, digests = clean.read(config, inputs, progress)
-        ledger = Ledger(attempt.folder)
+        splits, digests = opening.read(config, inputs, progress)
+        ledger = Ledger(attempt.folder, assert_held=assert_held)
         leaks = leakage.find(config, splits, inputs.spec.image.shape, digests, ledger, progress)
-        clean.claim(ledger, config, digests)
-        workers, train_workers = clean.crew(config, on_cluster=address is not None)
+        opening.init_folder(ledger, config, digests)
+        leakage.record(leaks, ledger)
+        workers, train_workers = opening.make_workers(config, progress, on_cluster=address is not None)
         if not train_workers:
             workers.start()
         with progress.step("open MLflow"):
-            tracking = stack.enter_context(clean.open_tracking(config, attempt.folder, home=job.folder))
-            clean.log_data(tracking, config, inputs, digests)
-        run = CleaningRun(config, inputs, splits, attempt.folder, workers, train_workers, tracking, progress)
-        run.leave_out(leaks)
+            tracking = stack.enter_context(run_tracking.open_tracking(config, attempt.folder, home=job.folder))
+            run_tracking.log_data(tracking, config, inputs, digests)
+        run = Run(config, inputs, splits, leaks, ledger, workers, train_workers, tracking, progress)
         yield run, tracking, digests
 
 
-def _take_over(run: CleaningRun, previous: PreviousRuns, job: JobFolder, finished: tuple[str, ...]) -> None:
-    """Start the run where the previous ones ended: with what they acted on, and the features of the finished ones."""
-    from posttrain.runs.boundary import Live
-    from posttrain.runs.steps import Before
-
-    run.take_over(
-        Live(previous.removed, previous.relabelled),
-        [job.run(name) for name in reversed(finished)],
-        Before(previous.self_confidence, previous.validation_noise),
-    )
-
-
-def _champion_by_class(run: CleaningRun, registry: Registry, attempt: Attempt) -> ClassCounts | None:
+def _champion_by_class(
+    run: Run, state: State[Network, Fitted], registry: Registry, attempt: Attempt
+) -> ClassCounts | None:
     """The champion on the held-out set; measured once, while the features of its base network are there."""
     if attempt.champion is None:
         return None
+    from posttrain.runs.evaluate import by_class
+    from posttrain.runs.networks import network_of
+
     path = run.folder.path("champion.json")
     if not run.folder.exists(path):
         with run.progress.step("champion"):
-            network = run.network(*champions.own_network(registry, attempt.champion, run.config.model, run.inputs.spec))
-            samples, correct = run.by_class(network, on=run.first)
+            network = network_of(
+                run, *champions.own_network(registry, attempt.champion, run.config.model, run.inputs.spec)
+            )
+            samples, correct = by_class(run, state, network, on=state.first)
         run.folder.write_json(path, {"samples": samples, "correct": correct})
     record = run.folder.read_json(path)
     return ClassCounts(tuple(record["samples"]), tuple(record["correct"]))
 
 
-def _counts_by_batch(run: CleaningRun, files: list[File]) -> dict[str, BatchCounts]:
+def _counts_by_batch(run: Run, live: Live, files: list[File]) -> dict[str, BatchCounts]:
     """What the run found in these files, by batch."""
     names = file_names(run.config.data, files)
-    relabelled = run.ledger.relabelled(run.ledger.rounds())
     return counts_by_batch(
         run.splits["train"],
         names,
         batch_names(run.config.data, names),
         scores=run.folder.row_groups(run.folder.round(1, "scores.parquet"), [PARTITION, ROW, "mislabel_odds"]),
         least_odds=run.config.removal.least_odds,
-        acted_on=merged(run.removed, {partition: rows for partition, (rows, _) in relabelled.items()}),
-        left_out=merged(run.quarantined, run.earlier.excluded),
+        acted_on=run.ledger.removal(run.ledger.rounds()).acted_on,
+        left_out=live.quarantined | live.previously_removed,
     )
 
 
@@ -178,13 +181,16 @@ class Compared:
 
 
 def _compare(
-    run: CleaningRun, outcome: Outcome[Network], inventory: Inventory, champion: ClassCounts | None, rules: Gate
+    run: Run, outcome: Outcome[Network, Fitted], inventory: Inventory, champion: ClassCounts | None, rules: Gate
 ) -> tuple[Compared, Decision]:
     """What was compared, and the decision: first the alarm, then the gate."""
-    challenger = ClassCounts(*run.by_class(outcome.state.model))
-    new_data = _counts_by_batch(run, inventory.checked)
-    others = gate.combined([*new_data.values(), *_counts_by_batch(run, inventory.exempt).values()])
-    history = outcome.state.history
+    from posttrain.runs.evaluate import by_class
+
+    state = outcome.state
+    challenger = ClassCounts(*by_class(run, state, state.model))
+    new_data = _counts_by_batch(run, state.live, inventory.checked)
+    others = gate.combined([*new_data.values(), *_counts_by_batch(run, state.live, inventory.exempt).values()])
+    history = state.history
     acted_on = sum(done.removed + done.relabelled for done in history)
     older = BatchCounts(history[0].live - others.samples, 0, acted_on - others.acted_on)
     decision = gate.alarm(
@@ -205,29 +211,33 @@ def _compare(
     return Compared(champion, challenger, gate.combined(new_data.values())), decision
 
 
-def _embedded(run: CleaningRun) -> dict[str, dict[str, int]]:
+def _say_embedded(run: Run) -> dict[str, dict[str, int]]:
     """By split: images that went through the backbone the run began with, of how many, and through later ones."""
+    from posttrain.runs.embed import embedded_counts
+
     found = {}
-    for split, counts in run.through_backbones().items():
+    for split, counts in embedded_counts(run).items():
         (new, of), *later = counts.values()
         found[split] = {"new": new, "of": of, "for_new_weights": sum(count for count, _ in later)}
+    for line in embedded_sentences(found):
+        run.progress.say(line)
     return found
 
 
-def _keep(
-    run: CleaningRun, outcome: Outcome[Network], job: JobFolder, attempt: Attempt, previous: PreviousRuns
-) -> dict[str, Any]:
+def _keep(run: Run, outcome: Outcome[Network, Fitted], job: JobFolder, attempt: Attempt) -> dict[str, Any]:
     """Write what later runs start from: the base network, and all samples acted on so far; its part of the record."""
     from posttrain.cluster import matching
-    from posttrain.runs.steps import recipe
+    from posttrain.runs.commit import acted_on_so_far
+    from posttrain.runs.conclude import base_network
+    from posttrain.runs.networks import recipe
 
-    base = run.base_of(outcome.state)
+    state, previous = outcome.state, run.previous
+    base = base_network(run, state)
     job.keep_base(Base(base.key, recipe(base.spec), run.inputs.classes, base.weights))
-    confidence = pa.concat_tables([previous.self_confidence, run.ledger.support(outcome.state.history)])
-    removed = merged(run.earlier.excluded, run.removed)
-    acted_on = matching.taken_out(run.splits["train"], removed, run.relabelled, confidence)
+    confidence = pa.concat_tables([previous.self_confidence, run.ledger.self_confidence(state.history)])
+    acted_on = matching.describe_acted_on(run.splits["train"], acted_on_so_far(state.live), confidence)
     attempt.folder.write_table(attempt.folder.path(previous_runs.ACTED_ON), acted_on)
-    noise = outcome.state.history[-1].metrics.get("held_out_noise", previous.validation_noise)
+    noise = state.history[-1].metrics.get("validation_noise", previous.validation_noise)
     return {"base": base.key, "acted_on": acted_on.num_rows, "validation_noise": noise}
 
 
@@ -236,4 +246,4 @@ def _log_model(tracking: Tracking, model: Network) -> str | None:
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder, "model.safetensors")
         weights.write_bytes(model.weights)
-        return clean.log_model(tracking, model, weights)
+        return run_tracking.log_model(tracking, model, weights)

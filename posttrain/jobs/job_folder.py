@@ -24,8 +24,8 @@ from pyarrow import fs
 from posttrain.data.listing import File
 from posttrain.errors import RunFolderError
 from posttrain.store.folder import RunFolder
+from posttrain.store.ledger import FORMAT, refuse_older
 
-_FORMAT = 2
 _COLUMNS = pa.schema(
     [
         ("split", pa.string()),
@@ -105,9 +105,9 @@ class JobFolder:
         if not self.folder.exists(path):
             return State()
         record = self.folder.read_json(path)
+        refuse_older(self.folder, record)
         try:
-            if record.pop("format") != _FORMAT:
-                raise KeyError("format")
+            del record["format"]
             lists = {key: tuple(record.pop(key)) for key in ("runs", "held_back", "accepted", "unused")}
             return replace(State(**record), **lists)
         except (KeyError, TypeError, AttributeError):
@@ -123,7 +123,7 @@ class JobFolder:
             name = f"{listing_digest(rows)}.parquet"
             self.folder.write_table(self.folder.path("files", name), table)
             state = replace(state, files=name)
-        self.folder.write_json(self.folder.path("state.json"), {"format": _FORMAT, **asdict(state)})
+        self.folder.write_json(self.folder.path("state.json"), {"format": FORMAT, **asdict(state)})
 
     def seen(self, state: State) -> dict[tuple[str, str], File]:
         """The files that the finished runs have seen, by split and path; those held back are among them."""

@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from posttrain.jobs.gate import BatchCounts
-from posttrain.schema import PARTITION, ROW, Excluded
+from posttrain.live import Rows
+from posttrain.schema import PARTITION, ROW
 
 if TYPE_CHECKING:
     from posttrain.cluster.reading import Split
@@ -22,8 +23,8 @@ def counts_by_batch(
     *,
     scores: Iterable[pa.Table],
     least_odds: float,
-    acted_on: Excluded,
-    left_out: Excluded,
+    acted_on: Rows,
+    left_out: Rows,
 ) -> dict[str, BatchCounts]:
     """By batch: how many samples it has, how many looked wrong in the first round, how many were acted on.
 
@@ -38,7 +39,7 @@ def counts_by_batch(
     # the last entry is for rows of other files, whose place is -1
     of_file = np.array([*(numbers[name] for name in batches), len(names)], np.int32)
     of_rows = {partition: of_file[at] for partition, at in matching.files_of_rows(train, files).items()}
-    for partition, rows in left_out.items():
+    for partition, rows in left_out.by_partition():
         if partition in of_rows:
             of_rows[partition][rows] = len(names)
 
@@ -53,6 +54,6 @@ def counts_by_batch(
         if table.num_rows:
             suspect = table["mislabel_odds"].to_numpy() > least_odds
             counts[1] += counted(table[PARTITION][0].as_py(), table[ROW].to_numpy()[suspect])
-    for partition, rows in acted_on.items():
+    for partition, rows in acted_on.by_partition():
         counts[2] += counted(partition, rows)
     return {name: BatchCounts(*map(int, column)) for name, column in zip(names, counts.T[:-1], strict=True)}

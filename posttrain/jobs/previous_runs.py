@@ -2,50 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import pyarrow as pa
-
 from posttrain.jobs.job_folder import JobFolder
-from posttrain.schema import NO_SUPPORT, Excluded, Relabelled
 
 if TYPE_CHECKING:
     from posttrain.cluster.reading import Split
+    from posttrain.runs.context import PreviousRuns
     from posttrain.store.registry import Version
 
 ACTED_ON = "acted_on.parquet"
 """In a run's folder: all samples that this run or one before it removed or relabelled."""
 
 
-@dataclass(frozen=True)
-class PreviousRuns:
-    """What a run takes over from those before it; nothing, without a champion of this job."""
-
-    removed: Excluded
-    relabelled: Relabelled
-    self_confidence: pa.Table
-    """{partition, row, self_confidence} of all of them."""
-    validation_noise: float
-    """Share of wrong labels in the same validation set; 0 where it is not known."""
-
-
 def of_champion(
     job: JobFolder,
+    finished: Sequence[str],
     champion: Version | None,
     train: Split,
     digests: Mapping[str, str],
     say: Callable[[str], None],
 ) -> PreviousRuns:
-    """What the runs up to the champion's found out about these training samples.
+    """What the runs up to the champion's found out about these training samples; nothing, without a champion of this job.
 
-    `digests`: of the data of today, by split.
+    `finished`: names of the job's finished runs, the latest first, whose features are used again. `digests`: of the data of today, by split.
     """
     from posttrain.cluster import matching
+    from posttrain.runs.context import PreviousRuns
     from posttrain.store.registry import RUN
 
-    nothing = PreviousRuns({}, {}, NO_SUPPORT, 0.0)
+    nothing = PreviousRuns(folders=[job.run(name) for name in finished])
     name = champion.tags.get(RUN) if champion else None
     if name is None:
         return nothing
@@ -58,4 +46,4 @@ def of_champion(
     decision = folder.read_json(folder.path("decision.json"))
     same_validation_set = decision["data"].get("validation") == digests["validation"]
     noise = decision["validation_noise"] if same_validation_set else 0.0
-    return PreviousRuns(known.removed, known.relabelled, known.support, noise)
+    return replace(nothing, removal=known.removal, self_confidence=known.self_confidence, validation_noise=noise)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 EXIT_CODES = {"promoted": 0, "nothing new": 0, "not promoted": 10, "alarm": 11}
 
-_OF_RECORD = ("measured_on", "embedded", "rounds", "live", "removed", "removed_earlier", "relabelled", "quarantined")
+_OF_RECORD = ("measured_on", "embedded", "rounds", "live", "removed", "previously_removed", "relabelled", "quarantined")
 
 
 def summarise(name: str, outcome: str, reason: str, state: State) -> dict[str, Any]:
@@ -88,10 +88,10 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     say(f"{summary['job']}: {summary['outcome']}: {summary['reason']}")
     if summary["run"] is None:
         return
-    earlier = f", {summary['removed_earlier']:,} by earlier runs" if summary["removed_earlier"] else ""
+    previously = f", {summary['previously_removed']:,} by previous runs" if summary["previously_removed"] else ""
     relabelled = f", relabelled {summary['relabelled']:,}" if summary["relabelled"] else ""
     say(
-        f"  live {summary['live']:,}, removed {summary['removed']:,}{earlier}{relabelled}, quarantined "
+        f"  live {summary['live']:,}, removed {summary['removed']:,}{previously}{relabelled}, quarantined "
         f"{summary['quarantined']:,}"
     )
     for line in embedded_sentences(summary["embedded"]):

@@ -43,6 +43,7 @@ class StepLog:
         self.seconds: dict[str, float] = {}
         self._of_round: dict[str, float] = {}
         self._round: int | None = None
+        self._said: set[str] = set()
 
     def begin_round(self, number: int) -> None:
         """The steps that follow belong to this round."""
@@ -55,6 +56,12 @@ class StepLog:
     def say(self, text: str) -> None:
         """A line that stays; brackets in it are text, and so is what would steer a terminal."""
         self.console.print(visible(text), markup=False, highlight=False, soft_wrap=True)
+
+    def say_once(self, text: str) -> None:
+        """The same, unless it has been said already."""
+        if text not in self._said:
+            self._said.add(text)
+            self.say(text)
 
     @contextmanager
     def step(self, name: str) -> Iterator[Callable[[int, int], None]]:

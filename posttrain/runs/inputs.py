@@ -46,79 +46,40 @@ def prepare(config: RunFile, *, only: Mapping[str, frozenset[str]] | None = None
     `only`: paths of the files of each split to read, where those are not all that are there. Raises ConfigError,
     DataError, LabelRangeError or ModelError.
     """
-
     from posttrain.cluster import reading
-    from posttrain.vision import images, models
+    from posttrain.vision import models
 
     sources = _sources(config.data, config.run.seed)
     for name, source in sources.items():
         if only is not None and name in only and not isinstance(source, reading.TableSource):
             sources[name] = replace(source, only=only[name])
     listings = {name: reading.list_source(source) for name, source in sources.items()}
-    for name, listing in listings.items():
-        if listing.images is not None and not images.holds_images(listing.images):
-            raise DataError(
-                f"data.{name} = {getattr(config.data, name)}: column {config.data.image!r} is {listing.images} where "
-                "encoded images (binary), raw pixels or tensors are needed; set data.image to the column that holds "
-                "the images"
-            )
+    _refuse_no_images(config.data, listings)
     classes = _classes(config.data, sources["train"], listings["train"])
     refuse_one_class(config, classes)
-    noise = config.data.noise
-    if noise is not None and noise.matrix is not None and len(noise.matrix) != len(classes):
-        raise ConfigError(
-            f"data.noise.matrix has {len(noise.matrix)} rows, and there are {len(classes)} classes "
-            f"({', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}): give one row for each class, or set "
-            "data.classes"
-        )
-    model = models.build(config.model.factory, classes=len(classes), arguments=config.model.arguments)
+    _refuse_another_matrix(config.data, classes)
+    arguments = dict(config.model.arguments)
+    model = models.build(config.model.factory, classes=len(classes), arguments=arguments)
     weights = None
     if config.model.weights is not None:
-        path = config.model.weights
-        with tempfile.TemporaryDirectory() as folder:
-            if path.startswith(("models:/", "runs:/")):
-                from posttrain.store.tracking import fetch_weights
-
-                local = fetch_weights(path, config.tracking.uri, Path(folder))
-            else:
-                local = Path(path).expanduser()
-                if not local.is_file():
-                    raise ModelError(f"{path}: no such weights file; check model.weights")
-            models.load_weights(model, local)
-            weights = models.to_bytes(model)
+        weights = _given_weights(config, config.model.weights, model)
         if "validation" not in sources:
             raise DataError(
                 "model.weights is set, but the data have no validation set that this model has not seen; "
                 "set data.validation (sources parquet and folder), or leave model.weights out"
             )
     head = models.find_head(model, classes=len(classes), name=config.model.head)
-    side = config.model.image_size
-    channels = config.model.channels
-    background = config.model.background
-    image = ImageSpec(
-        channels,
-        (side, side) if isinstance(side, int) else side,
-        _per_channel(config.model.mean, channels),
-        _per_channel(config.model.std, channels),
-        config.data.image_shape or listings["train"].image_shape,
-        (background, background, background) if isinstance(background, int) else background,
-    )
+    image = _image(config, listings["train"])
     # refuses images that the network cannot take, layers and a head that do not fit, before any work
     example = _example(image)
     tried = _layers(config.probe.layers, model, head, example)
     models.refuse_unsteady(model, head, example)
+    kept, width = _kept(tried, head), config.probe.width
+    noise = config.data.noise
     return Inputs(
         sources,
         classes,
-        ModelSpec(
-            config.model.factory,
-            dict(config.model.arguments),
-            len(classes),
-            head,
-            image,
-            _kept(tried, head),
-            config.probe.width,
-        ),
+        ModelSpec(config.model.factory, arguments, len(classes), head, image, kept, width),
         tried,
         weights,
         None if "validation" in sources else config.data.validation_share,
@@ -131,6 +92,58 @@ def prepare(config: RunFile, *, only: Mapping[str, frozenset[str]] | None = None
             for name, listing in listings.items()
             if listing.passed_over is not None
         ),
+    )
+
+
+def _refuse_no_images(data: Data, listings: Mapping[str, Listing]) -> None:
+    from posttrain.vision import images
+
+    for name, listing in listings.items():
+        if listing.images is not None and not images.holds_images(listing.images):
+            raise DataError(
+                f"data.{name} = {getattr(data, name)}: column {data.image!r} is {listing.images} where "
+                "encoded images (binary), raw pixels or tensors are needed; set data.image to the column that holds "
+                "the images"
+            )
+
+
+def _refuse_another_matrix(data: Data, classes: Sequence[str]) -> None:
+    matrix = data.noise.matrix if data.noise is not None else None
+    if matrix is not None and len(matrix) != len(classes):
+        raise ConfigError(
+            f"data.noise.matrix has {len(matrix)} rows, and there are {len(classes)} classes "
+            f"({', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}): give one row for each class, or set "
+            "data.classes"
+        )
+
+
+def _given_weights(config: RunFile, path: str, model: nn.Module) -> bytes:
+    """The weights in a file, or in MLflow."""
+    from posttrain.vision import models
+
+    with tempfile.TemporaryDirectory() as folder:
+        if path.startswith(("models:/", "runs:/")):
+            from posttrain.store.tracking import fetch_weights
+
+            local = fetch_weights(path, config.tracking.uri, Path(folder))
+        else:
+            local = Path(path).expanduser()
+            if not local.is_file():
+                raise ModelError(f"{path}: no such weights file; check model.weights")
+        models.load_weights(model, local)
+        return models.to_bytes(model)
+
+
+def _image(config: RunFile, listing: Listing) -> ImageSpec:
+    side, channels = config.model.image_size, config.model.channels
+    background = config.model.background
+    return ImageSpec(
+        channels,
+        (side, side) if isinstance(side, int) else side,
+        _per_channel(config.model.mean, channels),
+        _per_channel(config.model.std, channels),
+        config.data.image_shape or listing.image_shape,
+        (background, background, background) if isinstance(background, int) else background,
     )
 
 

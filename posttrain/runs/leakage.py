@@ -25,8 +25,9 @@ from posttrain.cluster.leakage import (
 from posttrain.cluster.reading import Split
 from posttrain.config import RunFile
 from posttrain.errors import DataError
+from posttrain.live import Rows
 from posttrain.report.progress import StepLog
-from posttrain.schema import FILE, PARTITION, ROW, SAMPLE_ID, Excluded, excluded_rows
+from posttrain.schema import FILE, PARTITION, ROW, SAMPLE_ID
 from posttrain.store.features import quarantined_rows
 from posttrain.store.ledger import Ledger
 
@@ -63,19 +64,18 @@ class Leaks:
             {**(self.pairs.schema.metadata or {}), _FATAL: json.dumps(self.fatal)}
         )
 
-    def excluded(self) -> dict[str, Excluded]:
+    def excluded(self) -> dict[str, Rows]:
         """By set, the samples that are left out."""
         found = self._leaking()
         for split, partition, row in self.fatal:
-            row_in = np.array([row[ROW]], np.int32)
-            found[split] = excluded_rows(np.array([partition]), row_in, found.get(split))
+            found[split] = Rows.of(partition, np.array([row[ROW]])) | found.get(split, Rows())
         return found
 
-    def _leaking(self) -> dict[str, Excluded]:
+    def _leaking(self) -> dict[str, Rows]:
         if self.choice == "exclude_training" and self.pairs is not None:
-            return {"train": excluded_rows(self.pairs[PARTITION].to_numpy(), self.pairs[ROW].to_numpy())}
+            return {"train": Rows.of_table(self.pairs)}
         return {
-            name: excluded_rows(found[OTHER_PARTITION].to_numpy(), found[OTHER_ROW].to_numpy())
+            name: Rows.of(found[OTHER_PARTITION].to_numpy(), found[OTHER_ROW].to_numpy())
             for name, found in _by_split(self._not_measured_on()).items()
         }
 
@@ -167,13 +167,25 @@ def find(
     return leaks
 
 
+def record(leaks: Leaks, ledger: Ledger) -> None:
+    """Write down what was found and what is left out, unless rounds were made by it already."""
+    if ledger.rounds():
+        return
+    folder = ledger.folder
+    if (table := leaks.table()) is not None:
+        folder.write_table(folder.path("leakage.parquet"), table)
+    rows = leaks.quarantined()
+    if rows.num_rows:
+        folder.write_table(folder.path("quarantine.parquet"), rows)
+
+
 def refuse(config: RunFile, splits: Mapping[str, Split], leaks: Leaks) -> None:
     """Raises DataError where a held-out set holds training images and may not, or would be left out as a whole."""
     excluded = leaks.excluded()
     for name, count in (leaks.counts() or {}).items():
         rows = splits[name].rows
         refused = leaks.choice == "refuse" and name not in leaks.split_off and count["identical"]
-        all_excluded = rows == sum(len(of_partition) for of_partition in excluded.get(name, {}).values())
+        all_excluded = rows == len(excluded.get(name, ()))
         if refused or all_excluded:
             assert leaks.pairs is not None
             found = leaks.pairs.filter(pc.equal(leaks.pairs[SPLIT], name))

@@ -11,7 +11,8 @@ from posttrain.config import RunFile, without_credentials
 from posttrain.errors import ConfigError
 from posttrain.report.progress import StepLog
 from posttrain.report.visible import visible
-from posttrain.runs.clean import finished_already, first_model, opened, undelivered
+from posttrain.runs.open import finished_already, opened
+from posttrain.runs.tracking import undelivered
 from posttrain.store.folder import RunFolder
 from posttrain.store.ledger import Ledger
 
@@ -31,6 +32,8 @@ def pretrain(config: RunFile, *, verbose: bool = False, quiet: bool = False) -> 
     finished = finished_already(Ledger(RunFolder(config.run.path)), config, progress)
     if finished is None:
         with opened(config, progress, verbose=verbose) as run:
+            from posttrain.runs.begin import first_model
+
             first_model(run)
         left = undelivered(run.tracking)
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,8 +13,8 @@ from posttrain.store.folder import RunFolder
 
 if TYPE_CHECKING:
     from posttrain.cluster.workers import Network
+    from posttrain.runs.context import Run
     from posttrain.runs.inputs import Inputs
-    from posttrain.runs.steps import CleaningRun
     from posttrain.search.trial import Trial
 
 
@@ -52,20 +52,22 @@ def write_values(folder: RunFolder, trials: Sequence[Trial]) -> None:
     folder.write_json(folder.path("trials.json"), [dict(trial.values) for trial in trials])
 
 
-def with_shared_features(trials: Sequence[Trial], first: Network, new_run: Callable[[], CleaningRun]) -> list[Trial]:
-    """The trials with the features of the untouched backbone `first`, which lie in the search's folder.
+def with_shared_features(trials: Sequence[Trial], first: Network, run: Run) -> list[Trial]:
+    """The trials with the features of the untouched backbone `first`, which lie in the search's folder, that of `run`.
 
     One pass over the images writes every layer that any recipe tries. Only another `probe.width` makes other features.
     """
+    from posttrain.runs.embed import features_of
+    from posttrain.runs.networks import network_of
+
     stores = {}
     for width in dict.fromkeys(trial.inputs.spec.width for trial in trials):
         specs = [trial.inputs.spec for trial in trials if trial.inputs.spec.width == width]
         head = specs[0].head
         layers = dict.fromkeys(layer for spec in specs for layer in spec.layers if layer != head)
         spec = replace(specs[0], layers=(*layers, head))
-        # a run of its own: what cannot be read is quarantined in every store
-        run = new_run()
-        backbone = run.embedded(run.network(first.weights, spec), ("train", "validation"))
+        network = network_of(run, first.weights, spec)
+        backbone, _ = features_of(run, network, run.live_at_start(), ("train", "validation"))
         stores[width] = (spec, run.folder.path("features", backbone))
     placed = []
     for trial in trials:

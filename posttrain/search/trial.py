@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from pydantic import JsonValue
 from rich.console import Console
 
-from posttrain import rounds
 from posttrain.cluster.reading import Split
 from posttrain.cluster.tuning import FINAL, ROUND, PerTrial, Report
 from posttrain.cluster.workers import Network, Workers, computing_threads
 from posttrain.config import RunFile
 from posttrain.errors import RecipeError, SingularCurvatureError
 from posttrain.report.progress import StepLog
-from posttrain.runs.clean import begun, limits
+from posttrain.runs import leakage, refine
+from posttrain.runs.begin import begin_or_resume
+from posttrain.runs.clean import cleaned
+from posttrain.runs.context import Run
 from posttrain.runs.inputs import Inputs
 from posttrain.runs.leakage import Leaks
-from posttrain.runs.steps import CleaningRun, figures_of
+from posttrain.runs.noise_report import round_metrics
 from posttrain.schema import Round
 from posttrain.store.folder import RunFolder
 from posttrain.store.ledger import Ledger
@@ -76,42 +78,33 @@ class Shared:
     """Threads of torch where it trains."""
 
 
-@dataclass
-class _Run(CleaningRun):
-    report: Callable[[Round], None] = lambda done: None
-    training_threads: int = 1
-
-    def tell_round(self, done: Round, figures: dict[str, bytes]) -> None:
-        self.report(done)
-
-    def train(self, *arguments: Any, **settings: Any) -> Network:
-        with computing_threads(self.training_threads):
-            return super().train(*arguments, **settings)
-
-
 def run_trial(number: int, shared: Shared, report: Report) -> None:
     """Carry a trial through to its end, from its last committed round on; every committed round is reported."""
     trial = shared.trials[number]
     ledger = trial.ledger
     if ledger.started() is None:
         ledger.start(trial.config, shared.digests)
+    leakage.record(shared.leaks, ledger)
+
+    def train(*arguments: Any, **settings: Any) -> Network:
+        with computing_threads(shared.training_threads):
+            return refine.train(*arguments, **settings)
+
     with computing_threads(shared.threads):
-        run = _Run(
+        run = Run(
             trial.config,
-            trial.inputs,
+            # the network to clean with is the same for all trials
+            replace(trial.inputs, weights=shared.weights),
             shared.splits,
-            trial.folder,
+            shared.leaks,
+            ledger,
             Workers(count=0, cpus=shared.per_trial.cpus, gpus=shared.per_trial.gpus, on_cluster=True),
             0,
-            None,
+            lambda done: report(reported(done)),
             StepLog(Console(quiet=True)),
-            report=lambda done: report(reported(done)),
-            training_threads=shared.training_threads,
         )
-        run.leave_out(shared.leaks)
         try:
-            state = begun(run) or run.begin(run.network(shared.weights))
-            outcome = run.concluded(rounds.clean(state, run.as_steps(), limits(trial.config)))
+            outcome = cleaned(run, begin_or_resume(run), train=train)
         except (RecipeError, SingularCurvatureError) as error:
             # that a recipe does not work is a result, as others may; a full disk is none
             trial.end("failed", str(error))
@@ -122,4 +115,4 @@ def run_trial(number: int, shared: Shared, report: Report) -> None:
 
 def reported(done: Round) -> Mapping[str, Any]:
     """What Ray Tune is told of a round."""
-    return {**figures_of(done), ROUND: done.number, FINAL: False}
+    return {**round_metrics(done), ROUND: done.number, FINAL: False}

@@ -18,7 +18,8 @@ from posttrain.config import RunFile, without_credentials
 from posttrain.errors import StepError
 from posttrain.report.progress import StepLog
 from posttrain.report.search import print_search
-from posttrain.runs.clean import claim, crew, finished_already, first_model, join_ray, open_outbox, read, tell_remarks
+from posttrain.runs.open import finished_already, init_folder, join_ray, make_workers, read, say_remarks
+from posttrain.runs.tracking import open_outbox
 from posttrain.search.recipes import make_trials, with_shared_features, write_values
 from posttrain.search.result import METRICS, best_of, result_of, write_best
 from posttrain.search.tracking import SearchTracking, round_sentence
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from posttrain.cluster.workers import Network, Workers
     from posttrain.runs.inputs import Inputs
     from posttrain.runs.leakage import Leaks
-    from posttrain.runs.steps import CleaningRun
     from posttrain.search.trial import Trial
 
 
@@ -47,8 +47,23 @@ def tune(config: RunFile, *, verbose: bool = False, quiet: bool = False) -> dict
     summary = finished_already(ledger, config, progress)
     if summary is None:
         with lock.alone(ledger.folder) as held, _opened(config, ledger, progress, verbose=verbose) as search:
-            first = first_model(_new_run(config, search, progress))
-            trials = with_shared_features(search.trials, first, lambda: _new_run(config, search, progress))
+            from posttrain.runs.begin import first_model
+            from posttrain.runs.context import Run
+
+            # a run in the search's own folder, for what is done once for all trials
+            run = Run(
+                config,
+                search.inputs,
+                search.splits,
+                search.leaks,
+                ledger,
+                search.workers,
+                search.train_workers,
+                None,
+                progress,
+            )
+            first = first_model(run)
+            trials = with_shared_features(search.trials, first, run)
             search.workers.release()
             write_values(ledger.folder, trials)
             _run_trials(config, search, trials, first, progress, verbose=verbose)
@@ -86,17 +101,18 @@ def _opened(config: RunFile, ledger: Ledger, progress: StepLog, *, verbose: bool
 
             inputs = prepare(config)
             trials = make_trials(config, inputs)
-        tell_remarks(inputs, progress)
+        say_remarks(inputs, progress)
         on_cluster = join_ray(config, progress, stack, verbose=verbose) is not None
         from posttrain.cluster import tuning
         from posttrain.runs import leakage
 
-        workers, train_workers = crew(config, on_cluster=on_cluster)
+        workers, train_workers = make_workers(config, progress, on_cluster=on_cluster)
         per_trial = tuning.PerTrial(config.ray.cpus_per_worker, workers.gpus_per_worker)
         tuning.refuse_too_small(per_trial, on_cluster=on_cluster, say=progress.say, stack=stack)
         splits, digests = read(config, inputs, progress)
         leaks = leakage.find(config, splits, inputs.spec.image.shape, digests, ledger, progress)
-        claim(ledger, config, digests)
+        init_folder(ledger, config, digests)
+        leakage.record(leaks, ledger)
         splits.pop("test", None)
         if not train_workers:
             workers.start()
@@ -104,18 +120,6 @@ def _opened(config: RunFile, ledger: Ledger, progress: StepLog, *, verbose: bool
             outbox = stack.enter_context(open_outbox(config, inputs, ledger.folder, digests, progress))
         tracking = SearchTracking(outbox)
         yield _Open(trials, inputs, splits, digests, leaks, workers, train_workers, per_trial, tracking)
-
-
-def _new_run(config: RunFile, search: _Open, progress: StepLog) -> CleaningRun:
-    """A run in the search's own folder, for what is done once for all trials."""
-    from posttrain.runs.steps import CleaningRun
-
-    folder = RunFolder(config.run.path)
-    run = CleaningRun(
-        config, search.inputs, search.splits, folder, search.workers, search.train_workers, None, progress
-    )
-    run.leave_out(search.leaks)
-    return run
 
 
 def _run_trials(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import platform
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -19,17 +20,8 @@ from pydantic import ValidationError
 
 from posttrain.config import RunFile, differences, dump, without_marks, without_secrets
 from posttrain.errors import RunFolderError
-from posttrain.schema import (
-    NO_SUPPORT,
-    PARTITION,
-    ROW,
-    SUPPORT,
-    Excluded,
-    Relabelled,
-    Round,
-    excluded_rows,
-    relabelled_rows,
-)
+from posttrain.live import NewLabels, Removal, Rows
+from posttrain.schema import NO_SELF_CONFIDENCE, PARTITION, ROW, SELF_CONFIDENCE, Round
 from posttrain.store.folder import RunFolder
 
 _PACKAGES = (
@@ -52,6 +44,19 @@ _MAY_DIFFER = {
 _MAY_NOT_DIFFER = ("ray.precision",)
 
 
+FORMAT = 2
+"""Of run, search and job folders; one of another format is refused."""
+
+
+def refuse_older(folder: RunFolder, record: object) -> None:
+    """Raises RunFolderError where the first record of a folder is not of this format."""
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise RunFolderError(
+            f"{folder.location} was made by an older version of posttrain, whose run folders this one cannot go on "
+            "with; name another run.path"
+        )
+
+
 def settings(config: RunFile) -> dict[str, Any]:
     """The run file as it may be written down: without the users, passwords and keys in its URIs."""
     return without_secrets(yaml.safe_load(dump(config)))
@@ -63,13 +68,17 @@ class Ledger:
 
     folder: RunFolder
     kind: Literal["run", "search"] = "run"
+    assert_held: Callable[[], None] = lambda: None
+    """Raises where another process has taken the folder over; called before a round is made last."""
 
     # -- what the run was started with -----------------------------------------------------------------
 
     def started(self) -> dict[str, Any] | None:
-        """`run.yaml` (`search.yaml`) as it was written; None for a new folder."""
+        """`run.yaml` (`search.yaml`) as it was written; None for a new folder. Refuses that of an older version."""
         if self.folder.exists(self._record):
-            return yaml.safe_load(self.folder.read_bytes(self._record))
+            record = yaml.safe_load(self.folder.read_bytes(self._record))
+            refuse_older(self.folder, record)
+            return record
         other, command = ("search", "tune") if self.kind == "run" else ("run", "clean")
         if self.folder.exists(self.folder.path(f"{other}.yaml")):
             raise RunFolderError(
@@ -96,6 +105,7 @@ class Ledger:
             except importlib.metadata.PackageNotFoundError:
                 versions[name] = "not installed as a package"
         record = {
+            "format": FORMAT,
             "config": settings(config),
             "data": fingerprint,
             "versions": {"python": platform.python_version(), **versions},
@@ -157,59 +167,45 @@ class Ledger:
 
     def commit(self, done: Round) -> None:
         """Make a round last; everything else of it has been written by now."""
+        self.assert_held()
         self.folder.write_json(self.folder.round(done.number, "round.json"), asdict(done))
 
-    def excluded(self, rounds: tuple[Round, ...]) -> Excluded:
-        """(partition, row) of all that the committed rounds removed."""
-        excluded: Excluded = {}
-        for done in rounds:
-            if done.removed:
-                table = self.removed(done.number, [PARTITION, ROW])
-                excluded = excluded_rows(table[PARTITION].to_numpy(), table[ROW].to_numpy(), excluded)
-        return excluded
+    def removal(self, rounds: Sequence[Round]) -> Removal:
+        """All that the committed rounds removed and relabelled."""
+        removed = self._acted_on("removed", rounds, [PARTITION, ROW])
+        relabelled = self._acted_on("relabelled", rounds, [PARTITION, ROW, "suggested_label"])
+        labels = NewLabels.of(*(relabelled[name].to_numpy() for name in relabelled.column_names))
+        return Removal(Rows.of_table(removed), labels)
 
-    def relabelled(self, rounds: tuple[Round, ...]) -> Relabelled:
-        """(partition, row) and new label of all that the committed rounds relabelled."""
-        relabelled: Relabelled = {}
-        for done in rounds:
-            if done.relabelled:
-                path = self.folder.round(done.number, "relabelled.parquet")
-                table = self.folder.read_table(path, [PARTITION, ROW, "suggested_label"])
-                relabelled = relabelled_rows(
-                    table[PARTITION].to_numpy(), table[ROW].to_numpy(), table["suggested_label"].to_numpy(), relabelled
-                )
-        return relabelled
-
-    def support(self, rounds: tuple[Round, ...]) -> pa.Table:
+    def self_confidence(self, rounds: Sequence[Round]) -> pa.Table:
         """{partition, row, self_confidence} of all that the committed rounds removed or relabelled."""
-        names = [PARTITION, ROW, SUPPORT]
-        tables = [NO_SUPPORT]
-        for done in rounds:
-            for kind, count in (("removed", done.removed), ("relabelled", done.relabelled)):
-                if count:
-                    tables.append(self.folder.read_table(self.folder.round(done.number, f"{kind}.parquet"), names))
-        return pa.concat_tables(tables)
+        names = [PARTITION, ROW, SELF_CONFIDENCE]
+        return pa.concat_tables([self._acted_on(kind, rounds, names) for kind in ("removed", "relabelled")])
 
-    def keep_votes(self, number: int, votes: np.ndarray) -> None:
-        """Write down `NoiseModel.votes` of a round, [classes, classes], as {class, label, votes}."""
-        classes = np.arange(len(votes), dtype=np.int32)
-        columns = np.repeat(classes, len(classes)), np.tile(classes, len(classes)), votes.flatten()
-        self.folder.write_table(
-            self._votes(number), pa.table(dict(zip(("class", "label", "votes"), columns, strict=True)))
-        )
+    def _acted_on(
+        self, kind: Literal["removed", "relabelled"], rounds: Sequence[Round], columns: list[str]
+    ) -> pa.Table:
+        """Columns of what the rounds removed, or relabelled."""
+        of_none = NO_SELF_CONFIDENCE.append_column("suggested_label", pa.array([], pa.int32())).select(columns)
+        paths = [self.folder.round(done.number, f"{kind}.parquet") for done in rounds if getattr(done, kind)]
+        return pa.concat_tables([of_none, *(self.folder.read_table(path, columns) for path in paths)])
 
-    def votes(self, number: int) -> np.ndarray | None:
-        """What `keep_votes` wrote in a round; None where it did not, as in a round that found no wrong labels."""
-        if not self.folder.exists(self._votes(number)):
+    def keep_confident_joint(self, number: int, joint: np.ndarray) -> None:
+        """Write down `NoiseModel.votes` of a round, [classes, classes], as {class, label, samples}."""
+        classes = np.arange(len(joint), dtype=np.int32)
+        columns = np.repeat(classes, len(classes)), np.tile(classes, len(classes)), joint.flatten()
+        table = pa.table(dict(zip(("class", "label", "samples"), columns, strict=True)))
+        self.folder.write_table(self._confident_joint(number), table)
+
+    def confident_joint(self, number: int) -> np.ndarray | None:
+        """What `keep_confident_joint` wrote in a round; None where it did not, as in one that found no wrong labels."""
+        if not self.folder.exists(self._confident_joint(number)):
             return None
-        found = self.folder.read_table(self._votes(number))["votes"].to_numpy()
+        found = self.folder.read_table(self._confident_joint(number))["samples"].to_numpy()
         return found.reshape(math.isqrt(len(found)), -1)
 
-    def _votes(self, number: int) -> str:
-        return self.folder.round(number, "votes.parquet")
-
-    def removed(self, number: int, columns: list[str] | None = None) -> pa.Table:
-        return self.folder.read_table(self.folder.round(number, "removed.parquet"), columns)
+    def _confident_joint(self, number: int) -> str:
+        return self.folder.round(number, "confident_joint.parquet")
 
     # -- the end ---------------------------------------------------------------------------------------
 

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.csv
 
-from posttrain.schema import LABEL, PARTITION, ROW, SAMPLE_ID, Excluded, Relabelled, current_labels, merged
+from posttrain.live import Live
+from posttrain.schema import LABEL, PARTITION, ROW, SAMPLE_ID
 from posttrain.store.folder import RunFolder
 
 # pyarrow makes these functions when it is imported: a type checker sees none of them
@@ -21,17 +22,9 @@ pc = cast(Any, pyarrow.compute)
 _INNER = (PARTITION, ROW)
 
 
-def live_rows(table: pa.Table, excluded: Excluded) -> pa.Table:
-    """The rows of a table with (partition, row) that are not excluded."""
-    if not table.num_rows:
-        return table
-    mask = np.ones(table.num_rows, bool)
-    partitions, rows = table[PARTITION].to_numpy(), table[ROW].to_numpy()
-    for partition in np.unique(partitions):
-        if (gone := excluded.get(int(partition))) is not None:
-            mine = partitions == partition
-            mask[mine] = ~np.isin(rows[mine], gone)
-    return table.filter(pa.array(mask))
+def live_rows(table: pa.Table, live: Live) -> pa.Table:
+    """The rows of a table with (partition, row) that take part."""
+    return table.filter(pa.array(live.mask(table[PARTITION].to_numpy(), table[ROW].to_numpy())))
 
 
 def write_taken(folder: RunFolder, name: str, rounds: Sequence[int], classes: Sequence[str]) -> int:
@@ -67,8 +60,7 @@ def write_issues(
     folder: RunFolder,
     rounds: Sequence[int],
     last_scores: str | None,
-    excluded: Excluded,
-    relabelled: Relabelled,
+    live: Live,
     classes: Sequence[str],
 ) -> int:
     """`issues.csv`: every scored sample in the columns of cleanlab; returns the number of rows.
@@ -80,7 +72,7 @@ def write_issues(
     count = 0
     with folder.writing(folder.path("issues.csv")) as stream:
         writer = None
-        for table, is_issue in _scored(folder, rounds, last_scores, excluded, relabelled):
+        for table, is_issue in _scored(folder, rounds, last_scores, live):
             part = _issues(table, is_issue, classes)
             if writer is None:
                 writer = pyarrow.csv.CSVWriter(stream, part.schema)
@@ -92,14 +84,14 @@ def write_issues(
 
 
 def _scored(
-    folder: RunFolder, rounds: Sequence[int], last_scores: str | None, excluded: Excluded, relabelled: Relabelled
+    folder: RunFolder, rounds: Sequence[int], last_scores: str | None, live: Live
 ) -> Iterator[tuple[pa.Table, bool]]:
     for number in rounds:
         for name in ("removed", "relabelled"):
             if folder.exists(path := folder.round(number, f"{name}.parquet")):
                 yield folder.read_table(path), True
     # a relabelled sample is live, and listed above under the label that it was given
-    others = merged(excluded, {partition: rows for partition, (rows, _) in relabelled.items()})
+    others = live.as_given()
     if last_scores is not None:
         for table in folder.row_groups(last_scores):
             yield live_rows(table, others), False
@@ -132,26 +124,18 @@ def _for_spreadsheets(column: Any) -> Any:
     return pa.array(written, pa.string())
 
 
-def write_manifest(folder: RunFolder, last_scores: str | None, excluded: Excluded, relabelled: Relabelled) -> int:
+def write_manifest(folder: RunFolder, last_scores: str | None, live: Live) -> int:
     """`manifest.parquet`: id and present label of every kept sample; returns their number."""
 
     def tables() -> Iterator[pa.Table]:
         for table in folder.row_groups(last_scores, [SAMPLE_ID, LABEL, PARTITION, ROW]) if last_scores else ():
-            live = live_rows(table, excluded)
-            yield live.select([SAMPLE_ID]).append_column(LABEL, pa.array(_present(live, relabelled), pa.int32()))
+            kept = live_rows(table, live)
+            places = kept[PARTITION].to_numpy(), kept[ROW].to_numpy()
+            labels = live.labels(*places, kept[LABEL].to_numpy())
+            yield kept.select([SAMPLE_ID]).append_column(LABEL, pa.array(labels, pa.int32()))
 
     nothing = pa.table({SAMPLE_ID: pa.array([], pa.int64()), LABEL: pa.array([], pa.int32())})
     return folder.write_row_groups(folder.path("manifest.parquet"), tables(), of_none=nothing)
-
-
-def _present(table: pa.Table, relabelled: Relabelled) -> np.ndarray:
-    """The labels of a table with (partition, row), the new ones in their place."""
-    labels = table[LABEL].to_numpy().copy()
-    partitions, rows = table[PARTITION].to_numpy(), table[ROW].to_numpy()
-    for partition in np.unique(partitions):
-        mine = partitions == partition
-        labels[mine] = current_labels(labels[mine], rows[mine], int(partition), relabelled)
-    return labels
 
 
 def reason(table: pa.Table, score: str, number: int, classes: Sequence[str]) -> pa.Array:

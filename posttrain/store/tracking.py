@@ -7,7 +7,6 @@ left as it is.
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import math
@@ -27,15 +26,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 from urllib.parse import urlsplit
 
-import numpy as np
-
 from posttrain.config import without_credentials
 from posttrain.errors import ModelError, PosttrainError, StepError, TrackingError
 
 if TYPE_CHECKING:
     import torch
     from mlflow import MlflowClient
-    from numpy.typing import ArrayLike
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -355,35 +351,6 @@ class Tracking:
                 f"({reason(error)}); "
                 "start the same command again to go on"
             ) from error
-
-
-def score_histogram(
-    edges: ArrayLike, kept: ArrayLike, removed: ArrayLike, *, score: str, cut: float | None = None
-) -> bytes:
-    """A PNG with how many samples of each score were kept and how many removed, counts on a logarithmic axis.
-
-    `edges` [bins + 1]; `kept` and `removed` [bins] counts; `score` names the axis; `cut` is drawn where
-    given.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    axes = figure.add_subplot()
-    for counts, name, color in ((kept, "kept", "tab:blue"), (removed, "removed", "tab:red")):
-        counts = np.asarray(counts)
-        label = f"{name} ({int(counts.sum()):,})"
-        axes.stairs(counts, np.asarray(edges), fill=True, alpha=0.5, color=color, label=label)
-    axes.set_ylim(0.5, 2 * max(1, int(np.max(kept)), int(np.max(removed))))
-    axes.set_yscale("log", nonpositive="clip")
-    if cut is not None and math.isfinite(cut):
-        axes.axvline(cut, color="black", linestyle="--", linewidth=1, label=f"cut at {cut:.3g}")
-    axes.set_xlabel(score)
-    axes.set_ylabel("samples")
-    axes.legend()
-    png = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(png)
-    return png.getvalue()
 
 
 def fetch_weights(uri: str, tracking_uri: str | None, into: Path) -> Path:

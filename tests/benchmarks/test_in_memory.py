@@ -9,6 +9,7 @@ import torch
 from pipelines.benchmarks import cases, in_memory
 from pipelines.benchmarks.cases import Case, Data, Part
 from pipelines.benchmarks.ours import ours
+from posttrain.live import Live
 from posttrain.rounds import State
 from posttrain.schema import Round
 from posttrain.vision import layers
@@ -104,7 +105,8 @@ def test_the_boundary_becomes_the_head_in_the_end_where_the_mode_asks_for_it(
     history = tuple(
         Round(number, len(data.train), 0, 0, 0, {"validation_accuracy": accuracy}) for number in range(rounds + 1)
     )
-    state = State(history, in_memory.Model(start.weights), len(data.validation))
+    model = in_memory.Model(start.weights)
+    state = State(history, Live(len(data.train)), model, model, len(data.validation))
     after = in_memory.CleaningInMemory(NOISY, data, mode, start).concluded(state, mode)
     assert (after.model.boundary is start.boundary) is becomes
     assert after.number == rounds + becomes

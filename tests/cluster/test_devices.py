@@ -414,7 +414,10 @@ def test_workers_whose_gpus_would_never_come_are_refused(
 def test_training_workers_whose_gpus_would_never_come_are_refused(
     monkeypatch: pytest.MonkeyPatch, there: float, train_workers: int, gpus: float, refused: bool
 ) -> None:
-    from posttrain.runs.clean import crew
+    from rich.console import Console
+
+    from posttrain.report.progress import StepLog
+    from posttrain.runs.open import make_workers
 
     workers(monkeypatch, there)
     config = load(None, [f"ray.train_workers={train_workers}", f"ray.gpus_per_train_worker={gpus}"])
@@ -423,7 +426,7 @@ def test_training_workers_whose_gpus_would_never_come_are_refused(
         if refused
         else nullcontext()
     ):
-        crew(config, on_cluster=False)
+        make_workers(config, StepLog(Console(quiet=True)), on_cluster=False)
 
 
 @pytest.mark.parametrize(

@@ -73,12 +73,12 @@ def test_a_choice_leaves_out_one_side_with_the_reason_or_none(pairs: pa.Table) -
     for choice in ("report", "refuse"):
         assert Leaks(pairs, choice).excluded() == {} and Leaks(pairs, choice).quarantined().num_rows == 0
     own = Leaks(pairs, "refuse", frozenset({"validation", "test"}))
-    assert {name: {b: rows.tolist() for b, rows in of.items()} for name, of in own.excluded().items()} == {
+    assert {name: {b: rows.tolist() for b, rows in of.by_partition()} for name, of in own.excluded().items()} == {
         "validation": {0: [3]}
     }
     assert own.quarantined()["reason"].to_pylist() == ["the same image as 50 of the train set (data.leakage = refuse)"]
     training = Leaks(pairs, "exclude_training")
-    assert {name: {b: rows.tolist() for b, rows in of.items()} for name, of in training.excluded().items()} == {
+    assert {name: {b: rows.tolist() for b, rows in of.by_partition()} for name, of in training.excluded().items()} == {
         "train": {5: [50, 51, 52]}
     }
     assert training.quarantined()["reason"].to_pylist() == [
@@ -87,7 +87,9 @@ def test_a_choice_leaves_out_one_side_with_the_reason_or_none(pairs: pa.Table) -
         "nearly the same image as 2010 of the test set (data.leakage = exclude_training)",
     ]
     evaluation = Leaks(pairs, "exclude_evaluation")
-    assert {name: {b: rows.tolist() for b, rows in of.items()} for name, of in evaluation.excluded().items()} == {
+    assert {
+        name: {b: rows.tolist() for b, rows in of.by_partition()} for name, of in evaluation.excluded().items()
+    } == {
         "test": {7: [5, 10]},
         "validation": {0: [3]},
     }

@@ -20,7 +20,7 @@ from posttrain.schema import (
     LABEL,
     ROW,
     SAMPLE_ID,
-    SUPPORT,
+    SELF_CONFIDENCE,
     ImageSpec,
     ModelSpec,
     order_key,
@@ -173,12 +173,12 @@ def test_samples_that_were_taken_out_are_found_again_as_long_as_image_and_given_
     block = samples(np.arange(100, 160))
     known = describe(block, np.array([3, 10, 20, 30])).drop_columns([ROW])
     known = known.append_column(NEW_LABEL, pa.array([None, 8, None, None], pa.int32()))
-    known = known.append_column(SUPPORT, pa.array([0.1, 0.2, 0.3, 0.4], pa.float32()))
+    known = known.append_column(SELF_CONFIDENCE, pa.array([0.1, 0.2, 0.3, 0.4], pa.float32()))
     shuffled = block.take(pa.array(np.random.default_rng(0).permutation(60)))
     found = match(shuffled, known).to_pylist()
     ids = shuffled[SAMPLE_ID].to_pylist()
     assert {(ids[row[ROW]], row[NEW_LABEL]) for row in found} == {(103, None), (110, 8), (120, None), (130, None)}
-    support = {ids[row[ROW]]: round(row[SUPPORT], 6) for row in found}
+    support = {ids[row[ROW]]: round(row[SELF_CONFIDENCE], 6) for row in found}
     assert support == {103: 0.1, 110: 0.2, 120: 0.3, 130: 0.4}
     labels = block[LABEL].to_numpy().copy()
     labels[20] = 9  # somebody has corrected it
@@ -189,4 +189,4 @@ def test_samples_that_were_taken_out_are_found_again_as_long_as_image_and_given_
     assert match(block.slice(40), known).num_rows == 0
     as_text = known.set_column(0, SAMPLE_ID, pa.array(["103", "110", "120", "130"]))
     assert match(block, as_text).num_rows == 0
-    assert known.column_names == [SAMPLE_ID, DIGEST, LABEL, NEW_LABEL, SUPPORT]
+    assert known.column_names == [SAMPLE_ID, DIGEST, LABEL, NEW_LABEL, SELF_CONFIDENCE]

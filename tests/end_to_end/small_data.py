@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,22 +117,21 @@ def as_built(run: str | os.PathLike[str]) -> nn.Module:
 
 @contextmanager
 def interrupted_after(step: str, *, call: int) -> Iterator[None]:
-    """A run in here is interrupted right after this call of a step of `CleaningRun`, counted from 1."""
-    from posttrain.runs.steps import CleaningRun
-
-    after = getattr(CleaningRun, step)
+    """A run in here is interrupted right after this call of a step of `posttrain.runs`, counted from 1."""
+    module = import_module(f"posttrain.runs.{'commit' if step in ('tell_round', 'write_checkpoint') else step}")
+    after = getattr(module, step)
     calls = 0
 
-    def interrupted(self: CleaningRun, *arguments: Any) -> Any:
+    def interrupted(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
-        result = after(self, *arguments)
+        result = after(*arguments, **options)
         calls += 1
         if calls == call:
             raise KeyboardInterrupt
         return result
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(CleaningRun, step, interrupted)
+        patch.setattr(module, step, interrupted)
         yield
 
 

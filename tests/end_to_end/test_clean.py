@@ -38,8 +38,7 @@ from small_data import (
 from posttrain.cluster import reading
 from posttrain.errors import RunFolderError
 from posttrain.report.summary import print_summary
-from posttrain.runs.boundary import Boundaries
-from posttrain.runs.steps import CleaningRun
+from posttrain.runs import begin, fit
 
 pytestmark = pytest.mark.ray
 
@@ -164,17 +163,18 @@ def test_a_run_interrupted_once_its_layers_are_chosen_chooses_the_same_again(
     run: Run, undisturbed: Undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scope: str, committed: int
 ) -> None:
     refine = NETWORK if scope == "network" else {}
-    after = Boundaries.draw
+    after = fit.fitted
 
-    def interrupted(self: Boundaries, *arguments: Any, number: int) -> Any:
-        drawn = after(self, *arguments, number=number)
+    def interrupted(run: Any, backbone: str, live: Any, history: Any, number: int, **options: Any) -> Any:
+        fitted = after(run, backbone, live, history, number, **options)
         if number > committed or committed == 0:
             raise KeyboardInterrupt
-        return drawn
+        return fitted
 
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(Boundaries, "draw", interrupted)
+        for module in (begin, fit):
+            patch.setattr(module, "fitted", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(folder, refine=refine)
     assert len(rounds(folder)) == (committed + 1 if committed else 0)
@@ -187,7 +187,7 @@ def test_a_run_interrupted_once_its_layers_are_chosen_chooses_the_same_again(
     assert_same_result(folder, undisturbed(scope)["run"])
 
 
-@pytest.mark.parametrize("moment", [pytest.param("_write_checkpoint", marks=pytest.mark.long), "tell_round"])
+@pytest.mark.parametrize("moment", [pytest.param("write_checkpoint", marks=pytest.mark.long), "tell_round"])
 def test_a_run_interrupted_while_it_puts_the_last_boundary_on_ends_the_same(
     run: Run, tmp_path: Path, moment: str
 ) -> None:
@@ -230,7 +230,7 @@ def test_a_model_that_is_clearly_better_than_its_new_head_stays_and_the_labels_a
         assert whole[f"{split}_accuracy_after"] == whole[f"{split}_accuracy_before"]
     state = as_built(tmp_path / "whole").state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
-    with interrupted_after("_write_checkpoint", call=4):
+    with interrupted_after("write_checkpoint", call=4):
         run(tmp_path / "run", **recipe)
     again = run(tmp_path / "run", **recipe)
     assert_same_result(tmp_path / "run", tmp_path / "whole")
@@ -242,11 +242,11 @@ def test_what_the_first_round_sees_of_the_labels_as_they_came_holds(undisturbed:
     _, first, *later = (done["metrics"] for done in rounds(whole))
     assert later
     for metrics in later:
-        assert (metrics["live_noise"], metrics["held_out_noise"]) == (first["live_noise"], first["held_out_noise"])
-    votes = pq.read_table(whole / "rounds" / "0001" / "votes.parquet")
-    assert votes.column_names == ["class", "label", "votes"]
-    assert votes["votes"].to_numpy().sum() == pytest.approx(900)
-    assert not (whole / "rounds" / "0002" / "votes.parquet").exists()
+        assert (metrics["live_noise"], metrics["validation_noise"]) == (first["live_noise"], first["validation_noise"])
+    joint = pq.read_table(whole / "rounds" / "0001" / "confident_joint.parquet")
+    assert joint.column_names == ["class", "label", "samples"]
+    assert joint["samples"].to_numpy().sum() == pytest.approx(900)
+    assert not (whole / "rounds" / "0002" / "confident_joint.parquet").exists()
 
 
 def test_a_finished_run_says_so_and_does_nothing(
@@ -277,12 +277,12 @@ def test_a_run_folder_of_other_settings_or_data_is_refused_with_what_differs(
 def test_features_of_other_data_are_not_taken_up(
     run: Run, digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def dies(self: CleaningRun, *arguments: Any) -> Any:
+    def dies(*arguments: Any) -> Any:
         raise KeyboardInterrupt
 
     one_round = {"max_rounds": 1}
     with monkeypatch.context() as patch:
-        patch.setattr(CleaningRun, "evaluate", dies)
+        patch.setattr(begin, "evaluate", dies)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "run", removal=one_round)
     rotated = [png(np.rot90(digits.images[i]).copy()) for i in digits.splits["train"]]

@@ -17,7 +17,7 @@ from servers import Between, Server, serving, standing_before
 from small_data import assert_same_result
 
 from posttrain.errors import DataError, HeldError, PosttrainError
-from posttrain.runs.steps import CleaningRun
+from posttrain.runs import select as selecting
 from posttrain.store import lock
 from posttrain.store.folder import RunFolder, resolve
 
@@ -137,15 +137,15 @@ def test_a_refusal_of_what_is_shorter_than_the_refusal_is_borne_too(front: Betwe
 def test_a_store_that_goes_away_in_a_round_ends_the_run_with_one_error_and_it_goes_on_once_it_is_back(
     in_store: Run, undisturbed: Undisturbed, front: Between, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    select = CleaningRun.select
+    select = selecting.select
 
-    def failing(self: CleaningRun, state: Any, scored: Any) -> Any:
+    def failing(run: Any, state: Any, scored: Any, **options: Any) -> Any:
         if state.number == 1:
             front.mood = lambda method, path: "gone"
-        return select(self, state, scored)
+        return select(run, state, scored, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(CleaningRun, "select", failing)
+        patch.setattr(selecting, "select", failing)
         # the command line prints either in one sentence: tests/test_cli.py
         with pytest.raises((PosttrainError, OSError), match=r"gone/rounds/0002/.*") as caught:
             in_store("gone")

@@ -15,6 +15,7 @@ def test_cifar10n_is_read_whole_and_its_labels_are_wrong_as_often_as_its_authors
     data_folder: Path, ray_session: None
 ) -> None:
     from posttrain.cluster import measuring, reading
+    from posttrain.live import Removal
 
     train = reading.ParquetSource(
         (str(data_folder / "cifar10n" / "train"),), "id", "image", "label_random1", "label_clean"
@@ -31,7 +32,7 @@ def test_cifar10n_is_read_whole_and_its_labels_are_wrong_as_often_as_its_authors
     assert splits["train"].rows + splits["validation"].rows == 20_000
     assert splits["test"].rows == 5_000
     assert splits["validation"].rows == pytest.approx(2_000, abs=3 * 42)
-    found = measuring.detection(splits["train"], {}, {})
+    found = measuring.detection(splits["train"], Removal())
     assert found.wrong / splits["train"].rows == pytest.approx(0.171, abs=0.005)
 
 

@@ -159,8 +159,8 @@ def test_a_week_in_the_life(
     assert (day["outcome"], day["champion"], alias("champion"), alias("previous")) == ("promoted", "2", "2", "1")
     assert day["embedded"]["train"] == {"new": 200, "of": 700 - len(gone), "for_new_weights": 0}
     assert day["embedded"]["validation"]["new"] == day["embedded"]["test"]["new"] == 0
-    assert day["removed_earlier"] == len(gone)
-    assert day["live"] + day["removed"] + day["removed_earlier"] == 700
+    assert day["previously_removed"] == len(gone)
+    assert day["live"] + day["removed"] + day["previously_removed"] == 700
     of_today = set(removed_ids(day["run"]))
     assert not of_today & gone
     found = of_today & set(second)
@@ -255,7 +255,7 @@ def test_a_refined_network_and_new_labels_are_what_the_next_start_goes_on_from(
         return dict(zip(table["sample_id"].to_pylist(), table["label"].to_pylist(), strict=True))
 
     def samples(day: dict[str, Any]) -> int:
-        return day["live"] + day["removed"] + day["removed_earlier"] + day["quarantined"]
+        return day["live"] + day["removed"] + day["previously_removed"] + day["quarantined"]
 
     shards.add("monday", range(0, 500), shards.with_wrong(range(0, 500), 0.2), text_ids=True)
     first = retrain(**sections)
@@ -267,7 +267,7 @@ def test_a_refined_network_and_new_labels_are_what_the_next_start_goes_on_from(
     # the champion is measured on its base network's features, and was on its own as the challenger
     assert second["champion_accuracy"] == first["challenger_accuracy"]
     assert (second["outcome"], second["champion"], samples(second)) == ("promoted", "2", 600)
-    assert second["removed_earlier"] == len(removed_ids(first["run"])) > 0
+    assert second["previously_removed"] == len(removed_ids(first["run"])) > 0
     kept = manifest(second["run"])
     assert not set(removed_ids(first["run"])) & set(kept)
     assert corrected.items() <= kept.items() and not set(corrected) & set(relabelled(second["run"]))

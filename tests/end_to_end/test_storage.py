@@ -17,7 +17,7 @@ from small_data import Digits, assert_same_result, interrupted_after, png, round
 
 import posttrain.runs.inputs
 from posttrain.errors import DataError, HeldError, PosttrainError, RunFolderError, StepError
-from posttrain.runs.steps import CleaningRun
+from posttrain.runs import select as selecting
 from posttrain.store import lock
 from posttrain.store.folder import RunFolder
 
@@ -60,15 +60,15 @@ def test_a_full_disk_ends_a_run_with_its_path_and_with_room_it_goes_on(
 def test_a_disk_that_becomes_read_only_ends_a_run_and_made_writable_it_goes_on(
     run: Run, undisturbed: Undisturbed, disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    select = CleaningRun.select
+    select = selecting.select
 
-    def failing(self: CleaningRun, state: Any, scored: Any) -> Any:
+    def failing(run: Any, state: Any, scored: Any, **options: Any) -> Any:
         if state.number == 1:
             remount(disk, "ro")
-        return select(self, state, scored)
+        return select(run, state, scored, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(CleaningRun, "select", failing)
+        patch.setattr(selecting, "select", failing)
         with pytest.raises(PosttrainError, match=r"Read-only file system"):
             run(disk / "run")
     with pytest.raises(RunFolderError, match=rf"{disk}/run may not be written to"):

@@ -17,7 +17,7 @@ from servers import Between, Server, mlflow_server, serving, standing_before
 from small_data import assert_same_result
 
 from posttrain.errors import TrackingError
-from posttrain.runs.steps import CleaningRun
+from posttrain.runs import score as scoring
 from posttrain.store import outbox as outboxes
 from posttrain.store.folder import RunFolder
 from posttrain.store.outbox import Outbox, waiting
@@ -162,15 +162,15 @@ def test_a_message_of_another_kind_is_refused(between: Between, tmp_path: Path) 
 @contextmanager
 def killed_in_round(server: Server, number: int) -> Iterator[None]:
     """The server dies while a run in here is in this round."""
-    score = CleaningRun.score
+    score = scoring.score
 
-    def dies(self: CleaningRun, state: Any, *given: Any) -> Any:
+    def dies(run: Any, state: Any, *given: Any) -> Any:
         if state.number + 1 == number:
             server.kill()
-        return score(self, state, *given)
+        return score(run, state, *given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CleaningRun, "score", dies)
+        patch.setattr(scoring, "score", dies)
         yield
 
 

@@ -21,6 +21,7 @@ from posttrain.cluster.workers import View, Workers
 from posttrain.config import RunFile, load
 from posttrain.errors import ConfigError, RunFolderError
 from posttrain.influence import probe
+from posttrain.live import Live
 from posttrain.runs.clean import clean
 from posttrain.search.tune import tune
 from posttrain.store.features import summarise_shard
@@ -197,7 +198,7 @@ def test_a_machine_that_cannot_carry_a_trial_is_named_at_once(shared_workers: No
 def test_a_process_by_itself_gives_bitwise_the_sums_of_a_pool(undisturbed: Any) -> None:
     folder = RunFolder(undisturbed()["run"])
     (backbone,) = (folder.local / "features").iterdir()
-    view = View(folder, backbone.name, "train", (0, 1, 2, 3), {}, {}, ("head",), None)
+    view = View(folder, backbone.name, "train", (0, 1, 2, 3), Live(0), ("head",), None)
     width = 0
     found = []
     for count in (0, 2):

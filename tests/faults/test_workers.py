@@ -24,7 +24,8 @@ from posttrain.cluster.reading import Partition, Split
 from posttrain.cluster.workers import Network, Verdict, View, Workers, scores_key
 from posttrain.errors import StepError
 from posttrain.influence import curvature, ensemble, probe
-from posttrain.runs.boundary import Live, StoredSamples
+from posttrain.live import Live, Rows
+from posttrain.runs.fit import StoredSamples
 from posttrain.schema import FILE, IMAGE, LABEL, SAMPLE_ID, ImageSpec, ModelSpec
 from posttrain.store.features import ShardSummary, read_shard, summarise_shard
 from posttrain.store.folder import RunFolder
@@ -171,7 +172,7 @@ def embed(
         RunFolder(str(folder)),
         backbone="b",
         split="train",
-        excluded={partition: np.array([row], np.int32) for partition, row in (excluded or {}).items()},
+        excluded=Rows.of(np.array(list(excluded or {})), np.array(list((excluded or {}).values()))),
         progress=lambda done, total: None,
     )
 
@@ -209,7 +210,7 @@ def test_images_that_end_their_process_are_quarantined_one_by_one_and_the_rest_i
 
 def test_sums_are_bitwise_the_same_when_the_processes_that_form_them_die(workers: Workers, tmp_path: Path) -> None:
     embed(workers, tmp_path, fatal=set())
-    view = View(RunFolder(str(tmp_path)), "b", "train", (0, 1), {}, {}, ("input", "4"), None)
+    view = View(RunFolder(str(tmp_path)), "b", "train", (0, 1), Live(600), ("input", "4"), None)
     whole = workers.reducer(view)(probe.moments)
     reduce = workers.reducer(view)
     for _ in range(2):
@@ -238,7 +239,7 @@ def test_an_embedding_that_stops_at_nine_tenths_embeds_only_the_last_tenth_when_
             folder,
             backbone="b",
             split="train",
-            excluded={},
+            excluded=Rows(),
             progress=lambda done, total: None,
         )
 
@@ -284,14 +285,14 @@ def test_scores_that_are_there_are_not_made_again_and_all_of_them_are_the_same(
     assert again.partitions() == set(range(6))
     assert [path.stat().st_mtime for path in shards[1:]] == [0.0] * (len(shards) - 1)
     assert shards[0].stat().st_mtime > 0 and again.read(0) is not None
-    others = replace(view, excluded={0: np.array([3], np.int32)})
+    others = replace(view, live=view.live.quarantine(Rows.of(0, np.array([3]))))
     assert scores_key(others, verdict) != again.key != scores_key(view, replace(verdict, seed=1))
 
 
 def boundary_on(workers: Workers, folder: RunFolder, partitions: list[Partition]) -> tuple[View, Verdict]:
     """A boundary on the features of these partitions, as a round has it."""
     split = Split("train", tuple(partitions), np.full(10, 36), "digest")
-    live = StoredSamples(workers, folder, "b", split, Live({}, {}))
+    live = StoredSamples(workers, folder, "b", split, Live(split.rows))
     boundary = ensemble.refit(live, live, [("4", 0.1)], classes=10)
     view = live.view(boundary.layers, boundary.standardizers)
     measured = curvature.measure(

@@ -61,7 +61,7 @@ class SmallJob:
         record: dict[str, Any] = dict.fromkeys(("rounds", "live", "removed", "relabelled", "quarantined"), 0)
         record |= {"verdict": verdict, "reason": "", "champion": None, "challenger": {"samples": [10], "correct": [9]}}
         record |= {"new_data": {"samples": 0, "candidates": 0, "acted_on": 0}, "measured_on": "test", "embedded": {}}
-        record |= {"removed_earlier": 0, "model": "", "mlflow_run": "", "base": "", "data": {}, "acted_on": 0}
+        record |= {"previously_removed": 0, "model": "", "mlflow_run": "", "base": "", "data": {}, "acted_on": 0}
         record["parent"] = attempt.champion.number if attempt.champion else None
         attempt.folder.write_json(attempt.decision_path(), {**record, **more})
 

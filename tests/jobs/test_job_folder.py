@@ -35,9 +35,16 @@ def test_state_and_seen_files_come_back_as_they_were_written(job: JobFolder) -> 
 def test_a_state_that_another_version_wrote_is_refused(job: JobFolder) -> None:
     job.write_state(State())
     known = job.folder.read_json(job.folder.path("state.json"))
-    for record in ({**known, "format": 1}, {**known, "more": 1}, {"format": known["format"]}, {}, []):
+    older = "was made by an older version of posttrain, whose run folders this one cannot go on with"
+    for record, why in (
+        ({**known, "format": 1}, older),
+        ({}, older),
+        ([], older),
+        ({**known, "more": 1}, "not one that this version"),
+        ({"format": known["format"]}, "not one that this version"),
+    ):
         job.folder.write_json(job.folder.path("state.json"), record)
-        with pytest.raises(RunFolderError, match="not one that this version"):
+        with pytest.raises(RunFolderError, match=why):
             job.state()
 
 

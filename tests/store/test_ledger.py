@@ -2,15 +2,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from posttrain.cli import app
 from posttrain.config import RunFile, load
-from posttrain.errors import RunFolderError
+from posttrain.errors import HeldError, RunFolderError
+from posttrain.live import NewLabels, Removal
 from posttrain.schema import Round
 from posttrain.store.folder import RunFolder
 from posttrain.store.ledger import Ledger
@@ -112,7 +115,7 @@ def test_half_done_work_is_no_round(ledger: Ledger):
     ledger.folder.write_bytes(ledger.folder.checkpoint(1), b"weights")
     ledger.folder.write_bytes(ledger.folder.round(1, "round.json.0a1b2c3d.tmp"), b"{")
     assert ledger.rounds() == (a_round(0),)
-    assert ledger.excluded(ledger.rounds()) == {}
+    assert ledger.removal(ledger.rounds()) == Removal()
 
 
 def test_rounds_end_at_the_first_gap(ledger: Ledger):
@@ -130,15 +133,14 @@ def test_a_round_that_is_committed_again_is_one_round(ledger: Ledger):
 
 
 def test_what_committed_rounds_removed_is_excluded(ledger: Ledger):
-    removed = {1: ([0, 2, 0], [7, 1, 3]), 2: ([2, 5], [0, 4]), 3: ([9], [9])}
-    for number, (partitions, rows) in removed.items():
+    written = {1: ([0, 2, 0], [7, 1, 3]), 2: ([2, 5], [0, 4]), 3: ([9], [9])}
+    for number, (partitions, rows) in written.items():
         table = pa.table({"partition": pa.array(partitions, pa.int32()), "row": pa.array(rows, pa.int32())})
         ledger.folder.write_table(ledger.folder.round(number, "removed.parquet"), table)
     for done in (a_round(0), a_round(1, removed=3), a_round(2, removed=2)):
         ledger.commit(done)
-    excluded = ledger.excluded(ledger.rounds())
-    assert {b: rows.tolist() for b, rows in excluded.items()} == {0: [3, 7], 2: [0, 1], 5: [4]}
-    assert all(rows.dtype == np.int32 for rows in excluded.values())
+    removed = ledger.removal(ledger.rounds()).removed
+    assert {b: rows.tolist() for b, rows in removed.by_partition()} == {0: [3, 7], 2: [0, 1], 5: [4]}
 
 
 def relabel(ledger: Ledger, number: int, partitions: list[int], rows: list[int], labels: list[int]) -> None:
@@ -161,23 +163,41 @@ def test_what_committed_rounds_relabelled_has_its_new_label(ledger: Ledger):
     done = (a_round(0), a_round(1, relabelled=3), a_round(2, removed=2), a_round(3, removed=1, relabelled=2))
     for each in done:
         ledger.commit(each)
-    found = ledger.relabelled(ledger.rounds())
-    assert {partition: (rows.tolist(), labels.tolist()) for partition, (rows, labels) in found.items()} == {
-        0: ([3, 7], [6, 4]),
-        2: ([0, 1], [1, 5]),
-        5: ([4], [2]),
-    }
-    assert all(array.dtype == np.int32 for pair in found.values() for array in pair)
-    assert ledger.relabelled(ledger.rounds()[:1]) == {}
+        if each.removed:
+            table = pa.table({name: pa.array([each.number], pa.int32()) for name in ("partition", "row")})
+            ledger.folder.write_table(ledger.folder.round(each.number, "removed.parquet"), table)
+    found = ledger.removal(ledger.rounds()).relabelled
+    places = np.array([0, 0, 2, 2, 5]), np.array([3, 7, 0, 1, 4])
+    assert found == NewLabels.of(*places, np.array([6, 4, 1, 5, 2]))
+    assert ledger.removal(ledger.rounds()[:1]) == Removal()
 
 
 def test_new_labels_left_by_a_round_that_was_never_committed_do_not_count(ledger: Ledger):
     ledger.commit(a_round(0))
     relabel(ledger, 1, [0], [1], [2])
-    assert ledger.relabelled(ledger.rounds()) == {}
+    assert ledger.removal(ledger.rounds()) == Removal()
     # committed with nothing relabelled: the file is of a selection that came to nothing
     ledger.commit(a_round(1))
-    assert ledger.relabelled(ledger.rounds()) == {}
+    assert ledger.removal(ledger.rounds()) == Removal()
+
+
+@pytest.mark.parametrize(("kind", "command"), [("run", "clean"), ("search", "tune")])
+def test_a_folder_of_an_older_version_is_refused_in_one_sentence(
+    ledger: Ledger, kind: Literal["run", "search"], command: str
+):
+    older = Ledger(ledger.folder, kind)
+    older.start(RunFile(), DATA)
+    record = older.started()
+    assert record is not None
+    del record["format"]
+    location = ledger.folder.location
+    (ledger.folder.local / f"{kind}.yaml").write_text(yaml.safe_dump(record))
+    result = CliRunner().invoke(app, [command, "--set", f"run.path={location}"])
+    assert result.exit_code == 2
+    assert (
+        f"{location} was made by an older version of posttrain, whose run folders this one cannot go on with; name "
+        "another run.path"
+    ) in " ".join(result.stderr.split())
 
 
 def test_rounds_of_another_version_are_refused_by_name(ledger: Ledger):
@@ -245,15 +265,24 @@ def test_no_credential_of_any_uri_is_written_down_and_none_is_a_difference(tmp_p
     other = config.data.model_copy(update={"train": ("s3://key:hunter1@bucket/c",)})
     with pytest.raises(RunFolderError) as caught:
         ledger.refuse_other_settings(started, config.model_copy(update={"data": other}))
-    assert "partition/c" in str(caught.value) and "hunter" not in str(caught.value)
+    assert "bucket/c" in str(caught.value) and "hunter" not in str(caught.value)
 
 
-def test_the_votes_of_a_round_come_back_to_the_bit(ledger: Ledger):
-    assert ledger.votes(2) is None
-    votes = np.random.default_rng(0).random((7, 7))
-    ledger.keep_votes(2, votes)
-    found = ledger.votes(2)
-    assert found is not None and ledger.votes(1) is None
-    np.testing.assert_array_equal(found, votes)
-    table = ledger.folder.read_table(ledger.folder.round(2, "votes.parquet"))
-    assert table.slice(2 * 7 + 5, 1).to_pylist() == [{"class": 2, "label": 5, "votes": votes[2, 5]}]
+def test_the_confident_joint_of_a_round_comes_back_to_the_bit(ledger: Ledger):
+    assert ledger.confident_joint(2) is None
+    joint = np.random.default_rng(0).random((7, 7))
+    ledger.keep_confident_joint(2, joint)
+    found = ledger.confident_joint(2)
+    assert found is not None and ledger.confident_joint(1) is None
+    np.testing.assert_array_equal(found, joint)
+    table = ledger.folder.read_table(ledger.folder.round(2, "confident_joint.parquet"))
+    assert table.slice(2 * 7 + 5, 1).to_pylist() == [{"class": 2, "label": 5, "samples": joint[2, 5]}]
+
+
+def test_a_round_is_not_committed_once_another_process_has_taken_the_folder_over(ledger: Ledger):
+    def lost() -> None:
+        raise HeldError("held by another")
+
+    with pytest.raises(HeldError):
+        replace(ledger, assert_held=lost).commit(a_round(0))
+    assert ledger.rounds() == ()

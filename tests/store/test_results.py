@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from posttrain.schema import Excluded, Relabelled, Round, excluded_rows, relabelled_rows
+from posttrain.live import Live, NewLabels, Removal, Rows
+from posttrain.schema import Round
 from posttrain.store import results
 from posttrain.store.folder import RunFolder
 from posttrain.store.ledger import Ledger
@@ -37,8 +38,7 @@ class Finished:
     """Round -> all samples that it scored."""
     taken: dict[str, pd.DataFrame]
     """`removed` and `relabelled`."""
-    excluded: Excluded
-    relabelled: Relabelled
+    live: Live
 
     @property
     def removed(self) -> pd.DataFrame:
@@ -76,8 +76,7 @@ def finished(folder: RunFolder, text: bool, removed_in: Positions, relabelled_in
     """The run with what a driver and its workers write in each round."""
     gone: list[int] = []
     new_labels: dict[int, int] = {}
-    excluded: Excluded = {}
-    relabelled: Relabelled = {}
+    left = Live(120)
     scored: dict[int, pd.DataFrame] = {}
     parts: dict[str, list[pd.DataFrame]] = {"removed": [], "relabelled": []}
     for number in (1, 2, 3):
@@ -96,19 +95,13 @@ def finished(folder: RunFolder, text: bool, removed_in: Positions, relabelled_in
                 write(folder, folder.round(number, f"{name}.parquet"), part)
             parts[name].append(part)
         removed, changed = parts["removed"][-1], parts["relabelled"][-1]
-        excluded = excluded_rows(removed["partition"].to_numpy(), removed["row"].to_numpy(), excluded)
-        relabelled = relabelled_rows(
-            changed["partition"].to_numpy(),
-            changed["row"].to_numpy(),
-            changed["suggested_label"].to_numpy(),
-            relabelled,
-        )
+        new = NewLabels.of(*(changed[name].to_numpy() for name in ("partition", "row", "suggested_label")))
+        left = left.without(Removal(Rows.of(removed["partition"].to_numpy(), removed["row"].to_numpy()), new))
         gone += removed_in.get(number, [])
         new_labels |= changed["suggested_label"].to_dict()
-        left, found = len(live) - len(removed), len(removed) + len(changed)
-        Ledger(folder).commit(Round(number, left, found, len(removed), len(changed), {}))
+        Ledger(folder).commit(Round(number, left.count, len(removed) + len(changed), len(removed), len(changed), {}))
     taken = {name: pd.concat(tables, ignore_index=True) for name, tables in parts.items()}
-    return Finished(folder, text, scored, taken, excluded, relabelled)
+    return Finished(folder, text, scored, taken, left)
 
 
 @pytest.fixture(params=[False, True], ids=["int ids", "string ids"])
@@ -152,7 +145,7 @@ def test_a_round_that_only_relabelled_adds_nothing_to_the_removed(tmp_path: Path
     assert results.write_taken(run.folder, "removed", [1, 2], CLASSES) == 1
     assert results.write_taken(run.folder, "relabelled", [1, 2], CLASSES) == 2
     assert pq.read_table(run.folder.path("removed.parquet"))["sample_id"].to_pylist() == [7 * 11 - 5]
-    assert results.write_issues(run.folder, [1, 2], run.last_scores, run.excluded, run.relabelled, CLASSES) == 120
+    assert results.write_issues(run.folder, [1, 2], run.last_scores, run.live, CLASSES) == 120
     found = pd.read_csv(run.folder.path("issues.csv"))
     assert found["sample_id"][found["is_label_issue"]].tolist() == [at * 11 - 5 for at in (90, 7, 42)]
 
@@ -186,7 +179,7 @@ def test_what_the_round_selected_that_ended_the_run_is_not_removed(run: Finished
 
 
 def test_issues_csv_has_every_sample_once_in_the_columns_of_cleanlab(run: Finished):
-    count = results.write_issues(run.folder, [1, 2], run.last_scores, run.excluded, {}, CLASSES)
+    count = results.write_issues(run.folder, [1, 2], run.last_scores, run.live, CLASSES)
     found = pd.read_csv(run.folder.path("issues.csv"))
     live = run.scored[3]
     expected = pd.DataFrame(
@@ -209,7 +202,7 @@ def test_issues_csv_has_every_sample_once_in_the_columns_of_cleanlab(run: Finish
 def test_issues_csv_lists_relabelled_samples_once_under_the_label_that_was_given(relabelling: Finished, last: int):
     # the scores of round 3 know the new labels, those of round 2 do not
     run, scores = relabelling, relabelling.folder.round(last, "scores.parquet")
-    count = results.write_issues(run.folder, [1, 2], scores, run.excluded, run.relabelled, CLASSES)
+    count = results.write_issues(run.folder, [1, 2], scores, run.live, CLASSES)
     found = pd.read_csv(run.folder.path("issues.csv"))
     taken = [at for number in (1, 2) for at in (*REMOVED_IN[number], *RELABELLED_IN[number])]
     first = scored_samples(1, run.text)
@@ -227,14 +220,14 @@ def test_issues_csv_lists_relabelled_samples_once_under_the_label_that_was_given
 def test_scores_of_the_last_committed_round_do_not_bring_its_removals_back(run: Finished):
     # max_rounds reached: no later round has scored what is left
     scores_of_2 = run.folder.round(2, "scores.parquet")
-    assert results.write_issues(run.folder, [1, 2], scores_of_2, run.excluded, {}, CLASSES) == 120
+    assert results.write_issues(run.folder, [1, 2], scores_of_2, run.live, CLASSES) == 120
     found = pd.read_csv(run.folder.path("issues.csv"))
     assert found["sample_id"].is_unique
     assert set(found["sample_id"][found["is_label_issue"]]) == set(run.removed["sample_id"])
 
 
 def test_the_manifest_lists_what_is_kept_with_its_given_label(run: Finished):
-    assert results.write_manifest(run.folder, run.folder.round(2, "scores.parquet"), run.excluded, {}) == 115
+    assert results.write_manifest(run.folder, run.folder.round(2, "scores.parquet"), run.live) == 115
     found = pq.read_table(run.folder.path("manifest.parquet")).to_pandas()
     gone = [i for positions in REMOVED_IN.values() for i in positions]
     expected = run.scored[1].drop(index=gone).reset_index(drop=True)
@@ -247,7 +240,7 @@ def test_the_manifest_lists_what_is_kept_with_its_given_label(run: Finished):
 def test_the_manifest_lists_relabelled_samples_with_their_new_label(relabelling: Finished, last: int):
     # the scores of round 3 know the new labels, those of round 2 do not
     run, scores = relabelling, relabelling.folder.round(last, "scores.parquet")
-    assert results.write_manifest(run.folder, scores, run.excluded, run.relabelled) == 115
+    assert results.write_manifest(run.folder, scores, run.live) == 115
     found = pq.read_table(run.folder.path("manifest.parquet")).to_pandas()
     gone = [at for positions in REMOVED_IN.values() for at in positions]
     changed = [at for positions in RELABELLED_IN.values() for at in positions]
@@ -259,17 +252,17 @@ def test_the_manifest_lists_relabelled_samples_with_their_new_label(relabelling:
 
 
 def test_a_manifest_without_scores_is_empty(run: Finished):
-    assert results.write_manifest(run.folder, None, {}, {}) == 0
+    assert results.write_manifest(run.folder, None, run.live) == 0
     assert pq.read_table(run.folder.path("manifest.parquet")).column_names == ["sample_id", "label"]
 
 
 def test_live_rows_are_those_whose_partition_and_row_are_not_excluded(run: Finished):
     table = pa.Table.from_pandas(run.scored[1], preserve_index=False)
-    assert results.live_rows(table, {}).equals(table)
-    left = results.live_rows(table, run.excluded).to_pandas()
+    assert results.live_rows(table, Live(120)).equals(table)
+    left = results.live_rows(table, run.live).to_pandas()
     gone = sorted(i for positions in REMOVED_IN.values() for i in positions)
     pd.testing.assert_frame_equal(left, run.scored[1].drop(index=gone).reset_index(drop=True))
-    assert results.live_rows(table.slice(0, 0), run.excluded).num_rows == 0
+    assert results.live_rows(table.slice(0, 0), run.live).num_rows == 0
 
 
 def test_every_removal_has_a_reason_in_words(run: Finished):
@@ -297,12 +290,12 @@ def test_neither_a_spreadsheet_nor_a_terminal_takes_a_cell_of_issues_csv_for_a_c
     samples = scored_samples(1, text=True).iloc[: len(names)].assign(sample_id=names)
     path = folder.round(1, "scores.parquet")
     folder.write_table(path, pa.Table.from_pandas(samples, preserve_index=False))
-    results.write_issues(folder, [], path, {}, {}, ("=1+1", "dog", "\x1bhen"))
+    results.write_issues(folder, [], path, Live(120), ("=1+1", "dog", "\x1bhen"))
     found = pd.read_csv(tmp_path / "issues.csv")
     safe = ["'=cmd|' /C calc'!A0", "'+1", "'-1", "'@SUM(A1)", "'\\t=1", "cat/\\x1b[2J.png", "a=b-c", "plain"]
     assert list(found["sample_id"]) == safe
     assert set(found["given_label"]) == {"'=1+1", "dog", "\\x1bhen"}
     numbers = scored_samples(1, text=False)
     folder.write_table(path, pa.Table.from_pandas(numbers, preserve_index=False))
-    results.write_issues(folder, [], path, {}, {}, CLASSES)
+    results.write_issues(folder, [], path, Live(120), CLASSES)
     assert list(pd.read_csv(tmp_path / "issues.csv")["sample_id"]) == list(numbers["sample_id"])  # -5 is a number

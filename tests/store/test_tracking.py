@@ -4,7 +4,6 @@ import io
 import os
 import shutil
 import socket
-import struct
 import sys
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from posttrain.errors import ModelError, StepError, TrackingError
-from posttrain.store.tracking import Tracking, fetch_weights, score_histogram
+from posttrain.store.tracking import Tracking, fetch_weights
 from posttrain.vision.models import build, save_weights
 
 # SQLAlchemy's warning about MLflow's own tables
@@ -223,18 +222,6 @@ def test_a_deleted_experiment_is_named(run_folder):
     client_of(tracking).delete_experiment(tracking.experiment_id)
     with pytest.raises(TrackingError, match="experiment 'posttrain' has been deleted"):
         open_run(run_folder)
-
-
-def png_size(png: bytes) -> tuple[int, int]:
-    assert png.startswith(b"\x89PNG\r\n")
-    return struct.unpack(">II", png[16:24])
-
-
-def test_the_score_histogram_is_a_png_even_where_nothing_was_removed():
-    edges = np.linspace(-1, 1, 11)
-    width, height = png_size(score_histogram(edges, np.arange(10), np.zeros(10), score="loo_margin", cut=0.3))
-    assert width > height > 100
-    png_size(score_histogram(edges, np.zeros(10), np.zeros(10), score="loss", cut=float("inf")))
 
 
 def log_network(tracking: Tracking, folder: Path) -> tuple[str, torch.nn.Module]:

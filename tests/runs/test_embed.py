@@ -1,13 +1,25 @@
-"""What a run says of the machine it computes on."""
+"""What a run says of the machine it embeds on."""
 
 from __future__ import annotations
 
+import io
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from posttrain.runs.steps import CleaningRun
+from posttrain.report.progress import StepLog
+from posttrain.runs import embed
+
+
+def said_by(workers: Any) -> list[str]:
+    """What is said of these workers, where they are asked twice."""
+    stream = io.StringIO()
+    run: Any = SimpleNamespace(workers=workers, progress=StepLog(Console(file=stream)))
+    for _ in range(2):
+        embed._say_gpus(run)
+    return stream.getvalue().splitlines()
 
 
 @pytest.mark.parametrize(
@@ -21,17 +33,8 @@ from posttrain.runs.steps import CleaningRun
     ],
 )
 def test_the_gpus_that_embed_are_said_once(gpus: list[str | None], said: list[str]) -> None:
-    lines: list[str] = []
-    run: Any = SimpleNamespace(
-        _gpus_told=False,
-        workers=SimpleNamespace(gpus_per_worker=1.0, gpus=lambda: gpus),
-        progress=SimpleNamespace(say=lines.append),
-    )
-    for _ in range(2):
-        CleaningRun._tell_gpus(run)
-    assert lines == said
+    assert said_by(SimpleNamespace(gpus_per_worker=1.0, gpus=lambda: gpus)) == said
 
 
 def test_without_gpus_nothing_is_asked_and_nothing_said() -> None:
-    run: Any = SimpleNamespace(_gpus_told=False, workers=SimpleNamespace(gpus_per_worker=0.0))
-    CleaningRun._tell_gpus(run)
+    assert said_by(SimpleNamespace(gpus_per_worker=0.0)) == []

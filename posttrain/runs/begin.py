@@ -1,0 +1,87 @@
+"""Begin: round 0, the model as it came; or the state after the last committed round, where a run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from posttrain.cluster.workers import Network
+from posttrain.live import Live
+from posttrain.rounds import REFERENCE, State
+from posttrain.runs.commit import commit_without_removal, tell_round
+from posttrain.runs.context import Run
+from posttrain.runs.embed import features_of
+from posttrain.runs.evaluate import evaluate, of_boundary
+from posttrain.runs.fit import Fitted, fitted, refitted
+from posttrain.runs.networks import network_of, read_checkpoint
+from posttrain.runs.quarantine import quarantined_before, readable_validation_samples
+from posttrain.runs.refine import train
+from posttrain.schema import Round
+
+
+def begin_or_resume(run: Run) -> State[Network, Fitted]:
+    """The state to go on from."""
+    committed = run.ledger.rounds()
+    if not committed:
+        return begin(run, first_model(run))
+    run.progress.say(f"{run.config.run.path}: going on after round {committed[-1].number}")
+    return resume(run, committed)
+
+
+def first_model(run: Run) -> Network:
+    """The model to clean with: the given weights, or the network trained on the given labels first."""
+    if run.inputs.weights is not None:
+        return network_of(run, run.inputs.weights)
+    path = run.folder.path("pretrained", "model.safetensors")
+    if run.folder.exists(path):
+        run.progress.say(f"pre-trained already: {path}")
+        return network_of(run, run.folder.read_bytes(path))
+    run.progress.say("no model.weights given: training the network on the given labels first")
+    from posttrain.runs.inputs import untrained
+
+    network = network_of(run, untrained(run.config, run.inputs))
+    live, seed = run.live_at_start(), run.config.run.seed
+    model = train(run, network, run.config.pretrain, live, name="pretrain", seed=seed)
+    run.folder.write_bytes(path, model.weights)
+    return model
+
+
+def begin(run: Run, model: Network) -> State[Network, Fitted]:
+    """The state after round 0: everything is embedded once, and what cannot be read is quarantined."""
+    run.progress.begin_round(0)
+    splits = [name for name in ("train", "validation", "test") if name in run.splits]
+    backbone, live = features_of(run, model, run.live_at_start(), splits)
+    state = State[Network, Fitted]((), live, model, model, readable_validation_samples(run))
+    metrics = evaluate(run, state, model)
+    with run.progress.step("fit"):
+        compared, probe = _without_removal(run, backbone, live)
+    metrics |= compared
+    if run.config.refine.scope == "head":
+        metrics[REFERENCE] = metrics["boundary_validation_accuracy"]
+    done = commit_without_removal(run, 0, live, model, metrics)
+    return State((done,), live, model, model, state.validation_samples, probe)
+
+
+def _without_removal(run: Run, backbone: str, live: Live) -> tuple[dict[str, float], Fitted]:
+    """What a removal has to be compared with: a new head, and the chosen boundary, with nothing removed.
+
+    The members of the ensemble are chosen here, for round 1, too.
+    """
+    head, l2_values = run.inputs.spec.head, run.config.probe.l2
+    probe = fitted(run, backbone, live, (), 0)
+    of_head = [one for one in probe.choice.best_of_layers() if one[0] == head]
+    member = of_head[0] if of_head else (head, l2_values[len(l2_values) // 2])
+    refit = refitted(run, probe.choice, (member,), live)
+    metrics: dict[str, float] = {}
+    for name, boundary in (("refit", refit.ensemble), ("boundary", probe.ensemble)):
+        found = of_boundary(run, backbone, boundary)
+        metrics |= {f"{name}_{key}": value for key, value in found.items() if key.endswith("accuracy")}
+    return metrics, probe
+
+
+def resume(run: Run, committed: Sequence[Round]) -> State[Network, Fitted]:
+    """The state after the last of the committed rounds; MLflow is told of those that it does not have."""
+    live = run.live_at_start().quarantine(quarantined_before(run)).without(run.ledger.removal(committed))
+    for done in committed:
+        tell_round(run, done)
+    first, last = (read_checkpoint(run, number) for number in (0, committed[-1].number))
+    return State(tuple(committed), live, last, first, readable_validation_samples(run))

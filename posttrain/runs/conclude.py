@@ -1,0 +1,73 @@
+"""Conclude: after the last round the boundary may become the head, or the model as it came is given back.
+
+Either is a round of its own, which removes nothing. `posttrain.policy` decides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from posttrain import policy
+from posttrain.cluster.workers import Network
+from posttrain.rounds import LastLook, Outcome, State
+from posttrain.runs.commit import commit_without_removal
+from posttrain.runs.context import Run
+from posttrain.runs.embed import features_of
+from posttrain.runs.evaluate import evaluate
+from posttrain.runs.fit import Fitted, fitted
+from posttrain.runs.networks import read_checkpoint
+from posttrain.runs.refine import with_boundary_as_head
+
+
+def conclude(run: Run, outcome: Outcome[Network, Fitted]) -> Outcome[Network, Fitted]:
+    """The outcome with the model that the run leaves behind."""
+    outcome = _boundary_as_head(run, outcome)
+    state = outcome.state
+    first, last = state.history[0].metrics, state.history[-1].metrics
+    accuracies = first["validation_accuracy"], last["validation_accuracy"]
+    if not policy.first_is_taken_back(*accuracies, state.validation_samples):
+        return outcome
+    reason = (
+        f"{outcome.reason}; the model stays as it came: of the validation set it has "
+        f"{100 * accuracies[0]:.1f} % right, and what became of it {100 * accuracies[1]:.1f} %"
+    )
+    number = state.number + 1
+    run.progress.begin_round(number)
+    # measured in round 0, on the same samples
+    metrics = last | {name: first[name] for name in first if name.startswith(("validation_", "test_"))}
+    said = "the model as it came: "
+    done = commit_without_removal(run, number, state.live, state.first, metrics, ended=reason, said=said)
+    return replace(outcome, state=replace(state, history=(*state.history, done), model=state.first), reason=reason)
+
+
+def _boundary_as_head(run: Run, outcome: Outcome[Network, Fitted]) -> Outcome[Network, Fitted]:
+    state, scope = outcome.state, run.config.refine.scope
+    last = state.history[-1]
+    if last.ended or not policy.boundary_is_due(scope, state.number):
+        return outcome
+    number = state.number + 1
+    run.progress.begin_round(number)
+    backbone, live = features_of(run, state.model, state.live, ("train", "validation"))
+    state = replace(state, live=live)
+    look = outcome.last_look
+    with run.progress.step("fit"):
+        probe = fitted(run, backbone, live, state.history, number, known=look.probe if look else state.probe)
+    outcome = replace(outcome, state=state, last_look=LastLook(probe, look.metrics if look else {}))
+    before, after = last.metrics["validation_accuracy"], probe.ensemble.accuracy
+    if not policy.boundary_is_taken(scope, state.number, before, after, state.validation_samples):
+        return outcome
+    with run.progress.step("refine"):
+        model = with_boundary_as_head(run, state.model, probe)
+    metrics = {**last.metrics, **(look.metrics if look else {}), **evaluate(run, state, model)}
+    said = "the boundary as the new head, nothing removed: "
+    done = commit_without_removal(run, number, live, model, metrics, ended=outcome.reason, said=said)
+    return replace(outcome, state=replace(state, history=(*state.history, done), model=model))
+
+
+def base_network(run: Run, state: State[Network, Fitted]) -> Network:
+    """The network whose features the final model's head takes: a later run needs no others of the same images."""
+    if run.config.refine.scope == "head" or state.model.key == state.first.key:
+        return state.first
+    last = state.history[-1]
+    # a round that only put the boundary on
+    return read_checkpoint(run, last.number - 1) if last.ended else state.model

@@ -1,0 +1,187 @@
+"""Fit: the ensemble of probes on the live samples' features, by whose boundary the labels are judged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from posttrain.cluster.reading import Split
+from posttrain.cluster.workers import Network, View, Workers
+from posttrain.errors import DataError, FeaturelessError, RecipeError
+from posttrain.influence import ensemble
+from posttrain.influence.ensemble import ProbeEnsemble
+from posttrain.influence.probe import Reduce, Standardizer
+from posttrain.live import Live
+from posttrain.rounds import State
+from posttrain.runs.context import Run
+from posttrain.schema import Round
+from posttrain.store.folder import RunFolder
+
+Members = tuple[tuple[str, float], ...]
+"""(layer, l2) of each probe of an ensemble."""
+
+
+@dataclass(frozen=True)
+class StoredSamples:
+    """`ensemble.Samples` over the feature store of one split."""
+
+    workers: Workers
+    folder: RunFolder
+    backbone: str
+    split: Split
+    live: Live
+    views: dict[tuple[object, ...], View] = field(default_factory=dict)
+    """Each view is made once: the workers keep its features by its key."""
+
+    def view(self, layers: tuple[str, ...], standardizers: tuple[Standardizer, ...] | None) -> View:
+        # the standardizers themselves are kept by the views, so that no id is given twice
+        key = (layers, None if standardizers is None else tuple(map(id, standardizers)))
+        if key not in self.views:
+            partitions = tuple(partition.index for partition in self.split.partitions)
+            self.views[key] = View(
+                self.folder, self.backbone, self.split.name, partitions, self.live, layers, standardizers
+            )
+        return self.views[key]
+
+    def raw(self, layers: tuple[str, ...]) -> Reduce:
+        return self.workers.reducer(self.view(layers, None))
+
+    def standardised(self, layers: tuple[str, ...], standardizers: tuple[Standardizer, ...]) -> Reduce:
+        return self.workers.reducer(self.view(layers, standardizers))
+
+
+def stored(run: Run, backbone: str, split: str, live: Live | None = None) -> StoredSamples:
+    """A split's samples with their features; of a held-out one, all that are in the store."""
+    # what is left out of a held-out set is in none of its shards
+    live = live or Live(run.splits[split].rows)
+    return StoredSamples(run.workers, run.folder, backbone, run.splits[split], live)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which probes were chosen on a backbone, and what was compared."""
+
+    backbone: str
+    members: Members
+    tried: tuple[tuple[str, float, float, float], ...]
+    """(layer, l2, validation cross-entropy, validation accuracy)."""
+
+    @classmethod
+    def read(cls, record: dict[str, Any]) -> Choice:
+        members, tried = (tuple(map(tuple, record[name])) for name in ("members", "tried"))
+        return cls(record["backbone"], members, tried)
+
+    def best_of_layers(self) -> list[tuple[str, float]]:
+        """(layer, l2) with the lowest validation cross-entropy of each layer."""
+        best: dict[str, tuple[float, float]] = {}
+        for layer, l2, loss, _ in self.tried:
+            if layer not in best or loss < best[layer][1]:
+                best[layer] = (l2, loss)
+        return [(layer, l2) for layer, (l2, _) in best.items()]
+
+    def as_record(self) -> dict[str, object]:
+        """For the summary: the members, and what was compared."""
+        return {
+            "members": [{"layer": layer, "l2": l2} for layer, l2 in self.members],
+            "tried": [
+                {"layer": layer, "l2": l2, "validation_loss": loss, "validation_accuracy": accuracy}
+                for layer, l2, loss, accuracy in self.tried
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A fitted ensemble, with the samples that it was fitted and compared on."""
+
+    ensemble: ProbeEnsemble
+    choice: Choice
+    samples: StoredSamples
+    validation: StoredSamples
+
+    def is_of(self, backbone: str, live: Live) -> bool:
+        """Whether these samples and features are what it was fitted on."""
+        return self.choice.backbone == backbone and self.samples.live.digest == live.digest
+
+    @property
+    def view(self) -> View:
+        """The live samples with the features of the members' layers."""
+        return self.samples.view(self.ensemble.layers, self.ensemble.standardizers)
+
+    @property
+    def validation_view(self) -> View:
+        return self.validation.view(self.ensemble.layers, self.ensemble.standardizers)
+
+
+def fit(run: Run, state: State[Network, Fitted], backbone: str) -> Fitted:
+    """The ensemble on the live samples; for a new backbone its members are chosen first."""
+    with run.progress.step("fit"):
+        return fitted(run, backbone, state.live, state.history, state.number + 1, known=state.probe)
+
+
+def fitted(
+    run: Run, backbone: str, live: Live, history: Sequence[Round], number: int, *, known: Fitted | None = None
+) -> Fitted:
+    """The ensemble on the live samples, which is `known` where that was fitted on the same.
+
+    A choice holds as long as the backbone stays. For a new one, members are chosen and kept as those of round `number`:
+    of the first backbone among all layers and all L2, of a later one among all layers, each with the L2 that was its
+    best before.
+    """
+    if known is not None and known.is_of(backbone, live):
+        return known
+    choices = chosen_in(run, history)
+    for choice in choices:
+        if choice.backbone == backbone:
+            return refitted(run, choice, choice.members, live)
+    candidates = (
+        choices[-1].best_of_layers()
+        if choices
+        else [(layer, l2) for layer in run.inputs.layers for l2 in run.config.probe.l2]
+    )
+    samples, validation = stored(run, backbone, "train", live), stored(run, backbone, "validation")
+    try:
+        found = ensemble.draw(samples, validation, candidates=candidates, classes=len(run.inputs.classes))
+    except FeaturelessError as error:
+        raise _featureless(run, live, number, error) from error
+    tried = tuple((one.layer, one.l2, one.loss, one.accuracy) for one in found.tried)
+    choice = Choice(backbone, found.members, tried)
+    run.folder.write_json(_path(run, number), asdict(choice))
+    return Fitted(found, choice, samples, validation)
+
+
+def _featureless(run: Run, live: Live, number: int, error: FeaturelessError) -> DataError | RecipeError:
+    """What to say where no feature tells the training images apart."""
+    config = run.config
+    if number and config.refine.scope != "head":
+        return RecipeError(
+            f"after round {number - 1} the network sees no difference between the {live.count:,} training images "
+            f"({error}); lower refine.learning_rate ({config.refine.learning_rate:g})"
+        )
+    train = f"data.train = {config.data.train}" if config.data.train else f"data.source = {config.data.source}"
+    return DataError(
+        f"{train}: the {live.count:,} training images that can be read all look the same to the network ({error}); set "
+        f"data.image ({config.data.image}) to the column that holds the pictures, model.background "
+        f"({config.model.background}) to a colour from which they stand out where their shape is in the alpha channel "
+        "alone, and model.mean and model.std to those that the model was trained with"
+    )
+
+
+def refitted(run: Run, choice: Choice, members: Members, live: Live) -> Fitted:
+    """The ensemble of these members on the live samples, with the features of the choice's backbone."""
+    backbone = choice.backbone
+    samples, validation = stored(run, backbone, "train", live), stored(run, backbone, "validation")
+    # from zero: a run that goes on after an interruption has no previous fit to start from
+    found = ensemble.refit(samples, validation, members, classes=len(run.inputs.classes))
+    return Fitted(found, choice, samples, validation)
+
+
+def chosen_in(run: Run, history: Sequence[Round]) -> list[Choice]:
+    """The choices that these rounds made, in their order."""
+    paths = [_path(run, done.number) for done in history]
+    return [Choice.read(run.folder.read_json(path)) for path in paths if run.folder.exists(path)]
+
+
+def _path(run: Run, number: int) -> str:
+    return run.folder.round(number, "probes.json")

@@ -1,0 +1,71 @@
+"""Networks of a run: built from weights, kept as checkpoints of its rounds, and described by their recipe."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from posttrain.cluster.workers import Network, load_network
+from posttrain.runs.context import Run
+from posttrain.schema import ModelSpec
+from posttrain.vision import layers, models
+
+
+def network_of(run: Run, weights: bytes, spec: ModelSpec | None = None) -> Network:
+    """A network with these weights: the run's own, or that of another recipe."""
+    spec = spec or run.inputs.spec
+    model = models.build(spec.factory, classes=spec.classes, arguments=spec.arguments)
+    models.load_bytes(model, weights)
+    return Network(spec, weights, models.fingerprint(model), run.config.ray.precision)
+
+
+def recipe(spec: ModelSpec) -> dict[str, Any]:
+    """What builds the model anew: factory, arguments, head."""
+    return {"factory": spec.factory, "arguments": spec.arguments, "head": spec.head}
+
+
+def write_checkpoint(run: Run, number: int, model: Network) -> None:
+    """Keep the model as that of round `number`."""
+    run.folder.write_bytes(run.folder.checkpoint(number), model.weights)
+    run.folder.write_json(run.folder.round(number, "checkpoint", "model.json"), recipe(model.spec))
+
+
+def read_checkpoint(run: Run, number: int) -> Network:
+    """The model of round `number`."""
+    weights = run.folder.read_bytes(run.folder.checkpoint(number))
+    kept = run.folder.read_json(run.folder.round(number, "checkpoint", "model.json"))
+    spec = run.inputs.spec
+    if kept["head"] != spec.head or kept["factory"] != spec.factory:
+        spec = replace(spec, **kept, layers=(kept["head"],))
+    return network_of(run, weights, spec)
+
+
+def feature_network(run: Run, model: Network, first: Network) -> Network:
+    """The network whose features a round works on: the first one in all rounds where they only put a new head on."""
+    return first if run.config.refine.scope == "head" else model
+
+
+def linear_head(model: Network) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of the model's last layer."""
+    head = models.head_of(load_network(model), model.spec.head)
+    bias = torch.zeros(head.out_features) if head.bias is None else head.bias.detach()
+    return head.weight.detach(), bias
+
+
+def head_layers(model: Network, on: Network) -> tuple[str, ...] | None:
+    """The layers of `on` whose features the model's head takes; None where the model is not `on` with a new head."""
+    if model.backbone == on.backbone:
+        return (model.spec.head,)
+    if model.spec.factory != layers.FACTORY:
+        return None
+    arguments = model.spec.arguments
+    names = tuple(arguments["layers"])
+    if arguments["width"] != on.spec.width or arguments["network"] != on.spec.factory or set(names) - {*on.spec.layers}:
+        return None
+    own, given = load_network(model), load_network(on).state_dict()
+    assert isinstance(own, layers.Probed), f"{layers.FACTORY} builds nothing else"
+    kept = own.network.state_dict()
+    same = all(key in given and torch.equal(given[key], tensor) for key, tensor in kept.items())
+    return names if same else None

@@ -1,0 +1,70 @@
+"""What a run says of its label noise, and a round of itself: for the summary, for sentences, for MLflow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from posttrain.influence import calibration
+from posttrain.influence.calibration import NoiseEstimate
+from posttrain.schema import Round
+
+
+def noise_metrics(noise: NoiseEstimate) -> dict[str, float]:
+    """The estimate of the share of wrong labels as metrics of a round."""
+    return {
+        "noise_rate": noise.rate,
+        "noise_low": noise.low,
+        "noise_high": noise.high,
+        "noise_found": float(noise.found),
+        "noise_known": float(noise.doubt is None),
+        "noise_most": noise.most,
+        "noise_of_validation": float(noise.source == "held-out"),
+    }
+
+
+def noise_summary(rounds: Iterable[Mapping[str, float]]) -> dict[str, float | bool | None] | None:
+    """The share of wrong labels in the data as they came, by the metrics of the first round that scored them.
+
+    {rate, low, high, found, known}: its 95 % interval, and whether it is more than a clean set shows. Where the
+    validation labels say nothing, `known` is False and the figures are None. None: no round has scored.
+    """
+    for metrics in rounds:
+        if "noise_rate" in metrics:
+            found, known = (bool(metrics[f"noise_{name}"]) for name in ("found", "known"))
+            figures = {name: metrics[f"noise_{name}"] if known else None for name in ("rate", "low", "high")}
+            return {**figures, "found": found and known, "known": known}
+    return None
+
+
+def noise_sentence(noise: NoiseEstimate) -> str:
+    """The estimate of the share of wrong labels, as a clause."""
+    if noise.doubt == "few":
+        return (
+            f"fewer than {calibration.LEAST_CONFIDENT} validation samples tell nothing of the labels; name a larger "
+            "data.validation, or raise data.validation_share (better 500 samples)"
+        )
+    if noise.doubt is not None:
+        return (
+            "the boundary agrees with the validation labels no more often than by chance: do they mean the "
+            "same classes as those of data.train, and has the model learnt anything?"
+        )
+    interval = f"{100 * noise.rate:.0f} %, between {100 * noise.low:.0f} and {100 * noise.high:.0f} %"
+    if noise.source == "comparison":
+        return f"the live labels are contradicted more often than the held-out ones ({interval})"
+    seen = (
+        f"of the {noise.counted} {noise.source} samples that the others are surest of, "
+        f"{noise.disagreeing} have another label"
+    )
+    return f"{seen} ({interval})" if noise.found else f"{seen}, no more than in a clean set"
+
+
+def round_metrics(done: Round) -> dict[str, float]:
+    """All that is known of a round, by name: counts, metrics, and the seconds of each step."""
+    return {
+        "live": done.live,
+        "candidates": done.candidates,
+        "removed": done.removed,
+        "relabelled": done.relabelled,
+        **done.metrics,
+        **{f"seconds_{name.replace(' ', '_')}": value for name, value in done.seconds.items()},
+    }

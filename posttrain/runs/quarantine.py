@@ -1,0 +1,84 @@
+"""Samples that cannot be used: `quarantine.parquet` says which, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import pyarrow as pa
+import pyarrow.compute
+
+from posttrain.errors import PosttrainError
+from posttrain.live import Live, Rows
+from posttrain.runs.context import Run
+from posttrain.schema import PARTITION, ROW, SAMPLE_ID
+from posttrain.store.features import ShardSummary, quarantine_table
+
+# pyarrow makes these functions when it is imported: a type checker sees none of them
+pc = cast(Any, pyarrow.compute)
+
+_FILE = "quarantine.parquet"
+
+
+def quarantine(run: Run, summaries: Mapping[str, Sequence[ShardSummary]], live: Live) -> Live:
+    """Write down what could not be embedded, by split; what is live without it.
+
+    Raises PosttrainError where nothing of a split can be read.
+    """
+    tables = []
+    for name, found in summaries.items():
+        table = quarantine_table(list(found))
+        if table.num_rows:
+            tables.append(table.append_column("split", pa.array([name] * table.num_rows)))
+            if name == "train":
+                live = live.quarantine(Rows.of_table(table))
+    _add(run, tables)
+    for name in ("validation", "test"):
+        if name in summaries and not any(found.count for found in summaries[name]):
+            raise PosttrainError(
+                f"not one {name} sample can be read; {_FILE} in the run folder gives the reasons: is data.{name} right?"
+            )
+    if live.count <= 0:
+        raise PosttrainError(
+            f"not one training sample can be read; {_FILE} in the run folder gives the reasons: "
+            "are data.image and data.image_shape right?"
+        )
+    return live
+
+
+def _add(run: Run, tables: list[pa.Table]) -> None:
+    path = run.folder.path(_FILE)
+    known = run.folder.read_table(path) if run.folder.exists(path) else None
+    if known is not None and not tables:
+        return
+    keys = set() if known is None else set(_keys(known))
+    new = [table.filter(pa.array([key not in keys for key in _keys(table)])) for table in tables]
+    empty = quarantine_table([]).append_column("split", pa.array([], pa.string()))
+    parts = [part for part in (known, *new) if part is not None and part.num_rows]
+    run.folder.write_table(path, pa.concat_tables(parts) if parts else empty)
+    count = sum(table.num_rows for table in new)
+    if count:
+        [first] = next(table for table in new if table.num_rows).slice(0, 1).to_pylist()
+        run.progress.say(
+            f"  not readable, and in {_FILE}: {count} sample{'s' * (count != 1)}, the first: "
+            f"{first['file']} (sample_id {first[SAMPLE_ID]}): {first['reason']}"
+        )
+
+
+def _keys(table: pa.Table) -> list[tuple[str, int, int]]:
+    return list(zip(*(table[name].to_pylist() for name in ("split", PARTITION, ROW)), strict=True))
+
+
+def quarantined_before(run: Run) -> Rows:
+    """The training samples that earlier starts of the run quarantined."""
+    path = run.folder.path(_FILE)
+    if not run.folder.exists(path):
+        return Rows()
+    table = run.folder.read_table(path)
+    return Rows.of_table(table.filter(pc.equal(table["split"], "train")))
+
+
+def readable_validation_samples(run: Run) -> int:
+    """How many validation samples can be used."""
+    table = run.folder.read_table(run.folder.path(_FILE), ["split"])
+    return run.splits["validation"].rows - (pc.sum(pc.equal(table["split"], "validation")).as_py() or 0)
