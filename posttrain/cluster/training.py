@@ -26,8 +26,9 @@ from ray.train.torch import TorchTrainer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from posttrain.cluster.devices import BatchSize, computing_in, moved, name_of
-from posttrain.cluster.reading import Partition, Progress, Split, raise_cause
+from posttrain.cluster.devices import BatchSize, computing_in, gpu_name, moved
+from posttrain.cluster.failures import raise_cause
+from posttrain.cluster.partitioning import Partition, Progress, Split
 from posttrain.cluster.workers import Network, load_network
 from posttrain.errors import RecipeError, StepError
 from posttrain.schema import FILE, IMAGE, LABEL, SAMPLE_ID, Excluded, ImageSpec, Precision, Relabelled, current_labels
@@ -203,7 +204,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
                 raise
             # Ray Train would take it for the loss of a worker, and begin again
             return {"failed": str(error)}
-    return {"weights": models.to_bytes(model), "gpu": name_of(device), **outcome}
+    return {"weights": models.to_bytes(model), "gpu": gpu_name(device), **outcome}
 
 
 def fit_network(
@@ -285,7 +286,7 @@ class _Passes:
 
     def step(self, pixels: Tensor, labels: Tensor) -> Tensor:
         """One step on uint8 [n, c, h, w] and labels [n]; float64 (sum of losses, correct, n)."""
-        sums = self.batch.carried(lambda size: self._gradients(pixels, labels, size))
+        sums = self.batch.run(lambda size: self._gradients(pixels, labels, size))
         self._scaler.step(self._optimizer)
         self._scaler.update()
         return sums

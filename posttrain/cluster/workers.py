@@ -26,19 +26,19 @@ from torch import Tensor
 
 import posttrain
 from posttrain.cluster import crash_bisection
-from posttrain.cluster.crash_bisection import Fatal, fatal_rows
+from posttrain.cluster.crash_bisection import CrashingRow, quarantine_rows
 from posttrain.cluster.devices import (
     BatchSize,
     computing_in,
-    gpus_of_each,
+    gpu_name,
+    gpus_per_process,
+    max_processes,
     moved,
-    name_of,
     own_device,
-    places,
     refuse_missing_gpus,
 )
+from posttrain.cluster.partitioning import Partition, Progress
 from posttrain.cluster.pool import Died, Pool
-from posttrain.cluster.reading import Partition, Progress
 from posttrain.influence.calibration import CalibrationSums, NoiseModel, PosteriorSums, calibration_sums, posterior_sums
 from posttrain.influence.curvature import Curvature, hessian_block
 from posttrain.influence.ensemble import ProbeEnsemble
@@ -221,7 +221,7 @@ class _Worker:
         return os.getpid()
 
     def gpu(self) -> str | None:
-        return name_of(self.device)
+        return gpu_name(self.device)
 
     def reduced_batch(self) -> int | None:
         return self.batch.reduced
@@ -236,7 +236,7 @@ class _Worker:
         skip: np.ndarray,
         former: FormerFeatures | None = None,
         partitions: int = 0,
-        fatal: Sequence[Fatal] = (),
+        fatal: Sequence[CrashingRow] = (),
     ) -> ShardSummary:
         network: Network = ray.get(network_in[0])
         model = self._model(network)
@@ -247,14 +247,14 @@ class _Worker:
         fresh, quarantined = embed_block(
             model, network.spec, block, skip, self.device, precision=network.precision, batch=self.batch
         )
-        quarantined = sorted([*quarantined, *fatal_rows(block, fatal)], key=lambda row: int(str(row[ROW])))
+        quarantined = sorted([*quarantined, *quarantine_rows(block, fatal)], key=lambda row: int(str(row[ROW])))
         shard, embedded = with_known(fresh, known, block), len(fresh.rows)
         write_shard(folder, path, shard, quarantined, embedded=embedded, partitions=partitions)
         return ShardSummary(partition, len(shard.rows), quarantined, embedded)
 
-    def fatal(self, network_in: list[Any], block: pa.Table, rows: np.ndarray) -> list[Fatal]:
+    def fatal(self, network_in: list[Any], block: pa.Table, rows: np.ndarray) -> list[CrashingRow]:
         network: Network = ray.get(network_in[0])
-        return crash_bisection.fatal(
+        return crash_bisection.crashing_rows(
             lambda some: functools.partial(_embed_alone, network, block.take(pa.array(some)), self.device),
             rows,
             what="decoded and embedded",
@@ -401,7 +401,7 @@ def embed_block(
     done = 0
     with torch.inference_mode(), computing_in(precision, device):
         while done < len(images):
-            found = batch.carried(functools.partial(embedded, done))
+            found = batch.run(functools.partial(embedded, done))
             done += len(found[spec.head])
             for layer, features in found.items():
                 parts[layer].append(features[: len(pixels)])
@@ -519,11 +519,11 @@ class Workers:
         self._on_cluster = on_cluster
         # on a cluster, which may grow, the run file says how many GPUs are meant
         asked_for = count if count and not on_cluster else 1
-        self.gpus_per_worker = gpus_of_each(asked_for, available_gpus) if gpus is None else gpus
+        self.gpus_per_worker = gpus_per_process(asked_for, available_gpus) if gpus is None else gpus
         if not on_cluster:
             refuse_missing_gpus("ray.gpus_per_worker", self.gpus_per_worker, asked_for)
         by_default = (
-            places(self.gpus_per_worker, available_gpus)
+            max_processes(self.gpus_per_worker, available_gpus)
             if self.gpus_per_worker
             else int(resources.get("CPU", 1) / max(cpus, 1))
         )
@@ -554,7 +554,7 @@ class Workers:
         """GPUs of each of so many training processes, where nobody says; none where those that embed have none."""
         if not self.gpus_per_worker:
             return 0.0
-        return 1.0 if self._on_cluster else gpus_of_each(processes, ray.cluster_resources().get("GPU", 0.0))
+        return 1.0 if self._on_cluster else gpus_per_process(processes, ray.cluster_resources().get("GPU", 0.0))
 
     def start(self) -> None:
         """Start the actors without waiting for them."""
@@ -606,7 +606,7 @@ class Workers:
         candidates = (former_features(run, backbone, split) for run in former if todo)
         taken_up = next((found for found in candidates if found is not None), None)
 
-        def call(partition: Partition, fatal: Sequence[Fatal] = ()) -> Callable[[Any], Any]:
+        def call(partition: Partition, fatal: Sequence[CrashingRow] = ()) -> Callable[[Any], Any]:
             return lambda actor: actor.embed.remote(
                 [reference],
                 partition.block,
@@ -622,7 +622,7 @@ class Workers:
         done = 0
         suspects: list[Partition] = []
         for partition, outcome in zip(
-            todo, self._pool.each(map(call, todo), tolerated=_DEATHS_OF_A_PARTITION), strict=True
+            todo, self._pool.each(map(call, todo), max_deaths=_DEATHS_OF_A_PARTITION), strict=True
         ):
             if isinstance(outcome, Died):
                 suspects.append(partition)

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from posttrain.cluster.reading import Progress, Split
+from posttrain.cluster.partitioning import Progress, Split
 from posttrain.cluster.tasks import results
 from posttrain.schema import IMAGE, LABEL, SAMPLE_ID, Excluded, Relabelled, current_labels
 from posttrain.store.folder import RunFolder

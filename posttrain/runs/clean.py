@@ -25,7 +25,7 @@ from posttrain.store.folder import RunFolder
 from posttrain.store.ledger import Ledger, settings
 
 if TYPE_CHECKING:
-    from posttrain.cluster.reading import Split
+    from posttrain.cluster.partitioning import Split
     from posttrain.cluster.workers import Network, Workers
     from posttrain.runs.inputs import Inputs
     from posttrain.runs.steps import CleaningRun
@@ -133,13 +133,13 @@ def locations(data: Data) -> dict[str, tuple[str, ...]]:
 
 def read(config: RunFile, inputs: Inputs, progress: StepLog) -> tuple[dict[str, Split], dict[str, str]]:
     """All sets in partitions, and the fingerprint of the data: digests of files, ids and labels."""
-    from posttrain.cluster import reading
+    from posttrain.cluster import partitioning
 
     with progress.step("read") as tell:
-        splits = reading.read(
+        splits = partitioning.read(
             inputs.sources,
             classes=inputs.classes,
-            held_out_share=inputs.held_out_share,
+            validation_share=inputs.held_out_share,
             noise=inputs.noise,
             seed=config.run.seed,
             ids_span_sets=config.data.id_scope == "all",

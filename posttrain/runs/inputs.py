@@ -16,7 +16,8 @@ from posttrain.schema import ImageSpec, ModelSpec
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from posttrain.cluster.reading import Listing, Noise, Source
+    from posttrain.data.sources import Listing, Source
+    from posttrain.vision.noise import LabelNoise
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Inputs:
     weights: bytes | None
     """Weights to start from; None where posttrain has to pre-train."""
     held_out_share: float | None
-    noise: Noise | None
+    noise: LabelNoise | None
     rows: Mapping[str, int]
     """Samples that each source holds."""
     listing: str
@@ -47,14 +48,15 @@ def prepare(config: RunFile, *, only: Mapping[str, frozenset[str]] | None = None
     DataError, LabelRangeError or ModelError.
     """
 
-    from posttrain.cluster import reading
+    from posttrain.data.sources import TableSource, list_source
     from posttrain.vision import images, models
+    from posttrain.vision.noise import LabelNoise
 
     sources = _sources(config.data, config.run.seed)
     for name, source in sources.items():
-        if only is not None and name in only and not isinstance(source, reading.TableSource):
+        if only is not None and name in only and not isinstance(source, TableSource):
             sources[name] = replace(source, only=only[name])
-    listings = {name: reading.list_source(source) for name, source in sources.items()}
+    listings = {name: list_source(source) for name, source in sources.items()}
     for name, listing in listings.items():
         if listing.images is not None and not images.holds_images(listing.images):
             raise DataError(
@@ -120,14 +122,14 @@ def prepare(config: RunFile, *, only: Mapping[str, frozenset[str]] | None = None
         tried,
         weights,
         None if "validation" in sources else config.data.validation_share,
-        reading.Noise(noise.kind, noise.rate, noise.seed, noise.matrix, image) if noise else None,
+        LabelNoise(noise.kind, noise.rate, noise.seed, noise.matrix, image) if noise else None,
         {name: listing.rows for name, listing in listings.items()},
         _digest(listings),
         tuple(
-            f"data.{name}: {listing.passed_over[0]:,} files are passed over, which are not named as images; the first: "
-            f"{listing.passed_over[1]}"
+            f"data.{name}: {listing.skipped[0]:,} files are skipped, as their names are not those of images; "
+            f"the first: {listing.skipped[1]}"
             for name, listing in listings.items()
-            if listing.passed_over is not None
+            if listing.skipped is not None
         ),
     )
 
@@ -188,10 +190,10 @@ def _layers(
 
 def list_files(config: RunFile) -> str:
     """The digest `Inputs.listing` of the data as they are now, without building a model."""
-    from posttrain.cluster import reading
+    from posttrain.data.sources import list_source
 
     sources = _sources(config.data, config.run.seed)
-    return _digest({name: reading.list_source(source) for name, source in sources.items()})
+    return _digest({name: list_source(source) for name, source in sources.items()})
 
 
 def _digest(listings: dict[str, Listing]) -> str:
@@ -219,7 +221,7 @@ def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
 
 
 def _sources(data: Data, seed: int) -> dict[str, Source]:
-    from posttrain.cluster.reading import FolderSource, ParquetSource, TableSource
+    from posttrain.data.sources import FolderSource, ParquetSource, TableSource
     from posttrain.vision import datasets
 
     if data.source == "digits":
@@ -246,7 +248,8 @@ def _sources(data: Data, seed: int) -> dict[str, Source]:
 
 
 def _classes(data: Data, train: Source, listing: Listing) -> tuple[str, ...]:
-    from posttrain.cluster.reading import ParquetSource, highest_label, string_labels
+    from posttrain.data.classes import highest_label, string_labels
+    from posttrain.data.sources import ParquetSource
 
     if isinstance(data.classes, int):
         return tuple(str(c) for c in range(data.classes))

@@ -18,7 +18,7 @@ import torch
 
 from posttrain import policy
 from posttrain.cluster import measuring, training
-from posttrain.cluster.reading import Split
+from posttrain.cluster.partitioning import Split
 from posttrain.cluster.workers import Network, Verdict, View, Workers, load_network, scores_key
 from posttrain.config import RunFile
 from posttrain.config import Training as TrainingSection
@@ -850,7 +850,7 @@ class CleaningRun:
         return self.splits["validation"].rows - (pc.sum(pc.equal(table["split"], "validation")).as_py() or 0)
 
     def _true_labels_known(self) -> bool:
-        from posttrain.cluster.reading import true_labels_are_known
+        from posttrain.data.normalise import true_labels_are_known
 
         return true_labels_are_known(self.inputs.sources, self.inputs.noise)
 

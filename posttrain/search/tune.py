@@ -162,7 +162,7 @@ def _values(config: RunFile, folder: RunFolder) -> list[dict[str, JsonValue]]:
 
 
 def _trials(config: RunFile, inputs: Inputs, values: Sequence[Mapping[str, JsonValue]]) -> list[Trial]:
-    from posttrain.cluster.reading import FolderSource
+    from posttrain.data.sources import FolderSource
     from posttrain.runs.inputs import for_recipe
     from posttrain.search.trial import Trial
 

@@ -19,8 +19,8 @@ import torch
 from ray import cloudpickle
 from ray.exceptions import OutOfMemoryError
 
+from posttrain.cluster.partitioning import Partition, Split
 from posttrain.cluster.pool import DEATHS_OF_A_CALL, Died, Pool
-from posttrain.cluster.reading import Partition, Split
 from posttrain.cluster.workers import Network, Verdict, View, Workers, scores_key
 from posttrain.errors import StepError
 from posttrain.influence import curvature, ensemble, probe
@@ -113,7 +113,7 @@ def test_a_call_that_ends_every_process_is_given_up_with_what_to_do(pool: Pool, 
 def test_a_call_that_may_be_given_up_leaves_the_others_alone(pool: Pool, tmp_path: Path) -> None:
     log = tmp_path / "log"
     calls = [*sums(3), lambda actor: actor.dies.remote(str(log), 100), *sums(3)]
-    found = list(pool.each(calls, tolerated=2))
+    found = list(pool.each(calls, max_deaths=2))
     assert found == [0, 2, 4, Died("killed, crashed, or out of memory"), 0, 2, 4]
     # the first time it may have been the call before it, whose answer was still on its way
     assert 2 <= len(log.read_text().splitlines()) <= 3

@@ -352,8 +352,9 @@ def run_rows(workshop: Workshop, path: Path) -> list[Outcome]:
 
 def embedded_rows(workshop: Workshop) -> list[Outcome]:
     """The same without Ray: what a task that reads, and a worker that embeds, make of these files, in this process."""
-    from posttrain.cluster.reading import ParquetSource, list_source, normalise
     from posttrain.cluster.workers import embed_block
+    from posttrain.data.normalise import normalise
+    from posttrain.data.sources import ParquetSource, list_source
     from posttrain.schema import ImageSpec, ModelSpec
 
     folder, samples = _written_rows(workshop)
@@ -369,7 +370,7 @@ def embedded_rows(workshop: Workshop) -> list[Outcome]:
         source = ParquetSource((str(path),), "id", "image", "label")
         table = pq.read_table(path, columns=["id", "image", "label"])
         table = table.append_column("path", pa.array([str(path)] * table.num_rows))
-        block = normalise(table, split="train", source=source, classes=classes, held_out=None, noise=None)
+        block = normalise(table, split="train", source=source, classes=classes)
         shard, quarantined = embed_block(model, spec, block, np.empty(0, np.int64), torch.device("cpu"))
         taken.update(shard.sample_ids.to_pylist())
         reasons.update({int(str(row["sample_id"])): str(row["reason"]) for row in quarantined})
