@@ -205,6 +205,12 @@ class Data(Section):
                     f"data.{key} is for data.source = {' or '.join(sources)} only, "
                     f"and data.source is {self.source}: remove one or change the other"
                 )
+        # the columns of `cleaned/` as well
+        if len({self.id, self.image, self.label}) < 3:
+            raise ValueError(
+                f"data.id, data.image and data.label are {self.id!r}, {self.image!r} and {self.label!r}: name three "
+                "different columns"
+            )
         if self.source == "torchvision" and self.name is None:
             raise ValueError("data.source = torchvision needs data.name (CIFAR10, CIFAR100, FashionMNIST or MNIST)")
         if self.source in files and self.train is None:

@@ -235,6 +235,7 @@ def test_one_l2_needs_no_list():
         ("data.classes=[cat, cat]", "data.classes names a class twice"),
         ("data.train=x.parquet", "data.train is for data.source = parquet or folder only"),
         ("data.image_shape=[8, 8]", "data.image_shape is for data.source = parquet only"),
+        ("data.id=label", "data.id, data.image and data.label are 'label', 'image' and 'label': name three different"),
         ("data.name=MNIST", "data.name is for data.source = torchvision only"),
         ("run.path=''", 'run.path = "": '),
         ("run.path=5", "run.path = 5: should be a valid string"),

@@ -16,15 +16,17 @@ from typing import Any, NoReturn, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
 import ray
 import ray.data
 import ray.exceptions
+from pyarrow import fs
 
 from posttrain.cluster.failures import cause_chain, unwrapped
+from posttrain.cluster.inspection import Inspection, inspect, inspect_remotely, refuse_shared_ids
 from posttrain.data.normalise import normalise
-from posttrain.data.parquet_files import refuse_unreadable
+from posttrain.data.parquet_files import read_row_groups, refuse_unreadable
 from posttrain.data.sources import (
+    PATH,
     FolderSource,
     Listing,
     ParquetSource,
@@ -33,15 +35,13 @@ from posttrain.data.sources import (
     list_source,
     parquet_dataset,
     tables_of,
+    with_path,
     without_data,
 )
 from posttrain.errors import DataError, DuplicateIdError, PosttrainError, StepError
 from posttrain.schema import (
-    FILE,
-    LABEL,
     ORDER,
     ORDER_BITS,
-    SAMPLE_ID,
     SPLITS,
     partition_boundaries,
     partition_count,
@@ -49,11 +49,11 @@ from posttrain.schema import (
 from posttrain.store.folder import resolve
 from posttrain.vision.noise import LabelNoise
 
-# pyarrow makes these functions when it is imported: a type checker sees none of them
-pc = cast(Any, pyarrow.compute)
-
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
+
+_MAX_READ_TASKS = 256
+"""Tasks of Ray Data in which posttrain itself reads the files."""
 
 _ATTEMPTS = 4
 """Times that Ray Data runs a task whose process ends, where an image may be what ends it."""
@@ -218,7 +218,7 @@ def _blocks_of_ray_data(
     whole = parts[0].union(*parts[1:]) if len(parts) > 1 else parts[0]
     boundaries: list[int | float] = list(layout.boundaries)
     blocks = whole.sort(ORDER, boundaries=boundaries).materialize().to_arrow_refs()
-    inspections = [_inspect.remote(block, classes) for block in blocks]
+    inspections = [inspect_remotely.remote(block, classes) for block in blocks]
     for block, inspection in zip(blocks, inspections, strict=True):
         yield block, ray.get(inspection)
 
@@ -231,8 +231,31 @@ def _dataset_of(source: Source, listing: Listing) -> ray.data.Dataset:
         paths = [path for path, _ in listing.files]
         return ray.data.read_binary_files(paths, filesystem=files, include_paths=True)
     dataset = parquet_dataset(source)
-    read = ray.data.read_parquet(list(dataset.files), filesystem=dataset.filesystem, include_paths=True)
-    return read.select_columns([*source.columns, "path"])
+    if PATH in source.columns:
+        # Ray Data would put the path of the file in the place of that column
+        paths = [{PATH: path} for path in dataset.files]
+        files = ray.data.from_items(paths, override_num_blocks=min(len(paths), _MAX_READ_TASKS))
+        return files.map_batches(
+            cast(Any, _read_row_groups),
+            batch_format="pyarrow",
+            fn_kwargs={"filesystem": dataset.filesystem, "source": without_data(source)},
+        )
+    read = ray.data.read_parquet(
+        list(dataset.files),
+        filesystem=dataset.filesystem,
+        include_paths=True,
+        # else a folder `label=0` would overwrite a column `label` of its files
+        partitioning=None,
+        # else files whose names do not end in .parquet are skipped; these are known to be Parquet
+        file_extensions=None,
+    )
+    return read.select_columns([*source.columns, PATH])
+
+
+def _read_row_groups(files: pa.Table, *, filesystem: fs.FileSystem, source: ParquetSource) -> Iterator[pa.Table]:
+    for path in files[PATH].to_pylist():
+        for table in read_row_groups(path, filesystem, source.columns):
+            yield with_path(table, path, source)
 
 
 def _blocks_made_here(
@@ -261,44 +284,7 @@ def _blocks_made_here(
         yield ray.put(block), inspect(block, classes)
 
 
-# -- checking the partitions --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What the driver needs to know of a partition."""
-
-    rows: int
-    class_counts: np.ndarray
-    digest: bytes
-    """SHA-256 over ids and labels."""
-    duplicate: tuple[Any, str, str] | None
-    """(id, file, file) of a sample that occurs twice."""
-
-
-@ray.remote
-def _inspect(table: pa.Table, classes: int) -> Inspection:
-    return inspect(table, classes)
-
-
-def inspect(table: pa.Table, classes: int) -> Inspection:
-    """Counts and digest of a partition, and the first id in it that occurs twice."""
-    labels = table[LABEL].to_numpy()
-    counts = np.bincount(labels[labels >= 0], minlength=classes)
-    digest = hashlib.sha256()
-    ids = table[SAMPLE_ID].to_pylist()
-    for identity, label in zip(ids, labels, strict=True):
-        digest.update(f"{identity!r}\t{label}\n".encode())
-    duplicate = None
-    if len(set(ids)) < len(ids):
-        seen: dict[Any, int] = {}
-        for at, identity in enumerate(ids):
-            if identity in seen:
-                first, second = table[FILE][seen[identity]].as_py(), table[FILE][at].as_py()
-                duplicate = (identity, first, second)
-                break
-            seen[identity] = at
-    return Inspection(table.num_rows, counts, digest.digest(), duplicate)
+# -- the splits -------------------------------------------------------------------------------------------
 
 
 def _splits(
@@ -333,27 +319,6 @@ def _split(name: str, blocks: Sequence[Any], inspections: Sequence[Inspection], 
     return Split(name, partitions, counts, digest.hexdigest()[:16])
 
 
-@ray.remote
-def _only_ids(block: pa.Table) -> pa.Table:
-    return block.select([SAMPLE_ID])
-
-
-def _first_shared_id(
-    training: pa.Table, others: list[list[ray.ObjectRef[pa.Table]]], other_names: list[str]
-) -> tuple[Any, str] | None:
-    """(id, split) of the first id of a training partition that is in another split, too."""
-    ids = training[SAMPLE_ID].combine_chunks()
-    for name, references in zip(other_names, others, strict=True):
-        for reference in references:
-            other = ray.get(reference)[SAMPLE_ID].combine_chunks()
-            if other.type != ids.type:
-                continue
-            both = ids.filter(pc.is_in(ids, other))
-            if len(both):
-                return both[0].as_py(), name
-    return None
-
-
 def _refuse_shared_ids(splits: Mapping[str, Split], sources: Mapping[str, Source], *, here: bool) -> None:
     """Raises DuplicateIdError where the training data share an id with data that the model is measured on.
 
@@ -361,7 +326,7 @@ def _refuse_shared_ids(splits: Mapping[str, Split], sources: Mapping[str, Source
     for shared ids in this process.
     """
     train = sources["train"]
-    ids_of: dict[str, list[ray.ObjectRef[pa.Table]]] = {}
+    held_out: dict[str, list[Any]] = {}
     for name, split in splits.items():
         source = sources.get(name)
         if name == "train" or source is None:
@@ -373,21 +338,5 @@ def _refuse_shared_ids(splits: Mapping[str, Split], sources: Mapping[str, Source
                     "not be trained on"
                 )
             continue
-        blocks = [partition.block for partition in split.partitions]
-        ids_of[name] = blocks if here else [_only_ids.remote(block) for block in blocks]
-    if not ids_of:
-        return
-    names, others = list(ids_of), list(ids_of.values())
-    blocks = [partition.block for partition in splits["train"].partitions]
-    if here:
-        found = [_first_shared_id(ray.get(block), others, names) for block in blocks]
-    else:
-        task = ray.remote(_first_shared_id)
-        found = ray.get([task.remote(block, others, names) for block in blocks])
-    for shared in found:
-        if shared is not None:
-            identity, name = shared
-            raise DuplicateIdError(
-                f"sample_id {identity!r} is in both the train and the {name} set; what is measured on must not be "
-                "trained on: take it out of one of them, or, where ids begin anew in each set, set data.id_scope to set"
-            )
+        held_out[name] = [partition.block for partition in split.partitions]
+    refuse_shared_ids([partition.block for partition in splits["train"].partitions], held_out, here=here)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute
 
 from posttrain.data.parquet_files import is_binary, is_text, value_type
-from posttrain.data.sources import FolderSource, ParquetSource, Source, TableSource
+from posttrain.data.sources import PATH, FolderSource, ParquetSource, Source, TableSource
 from posttrain.errors import DataError, LabelRangeError
 from posttrain.schema import (
     FILE,
@@ -101,7 +101,7 @@ class _Columns:
 def _folder_columns(table: pa.Table, source: FolderSource, classes: tuple[str, ...]) -> _Columns:
     _, root = resolve(source.location)
     relative = [
-        str(PurePosixPath("/" + p.lstrip("/")).relative_to("/" + root.lstrip("/"))) for p in table["path"].to_pylist()
+        str(PurePosixPath("/" + p.lstrip("/")).relative_to("/" + root.lstrip("/"))) for p in table[PATH].to_pylist()
     ]
     ids = pa.array(relative, pa.string())
     position = {name: index for index, name in enumerate(classes)}
@@ -121,12 +121,13 @@ def _table_columns(table: pa.Table, source: ParquetSource | TableSource, classes
         labels = checked_labels(table[LABEL], classes, source.name, LABEL, ids)
         files = pa.array([source.name] * table.num_rows, pa.string())
         return _Columns(ids, table[IMAGE], labels, labels, files)
-    path = table["path"][0].as_py() if table.num_rows else ""
+    files = table[source.path_column]
+    path = files[0].as_py() if table.num_rows else ""
     ids = checked_ids(table[source.id], path, source.id)
     labels = true_labels = checked_labels(table[source.label], classes, path, source.label, ids)
     if source.true_label:
         true_labels = checked_labels(table[source.true_label], classes, path, source.true_label, ids)
-    return _Columns(ids, table[source.image], labels, true_labels, table["path"])
+    return _Columns(ids, table[source.image], labels, true_labels, files)
 
 
 def checked_ids(column: pa.ChunkedArray, where: str, name: str) -> pa.Array:

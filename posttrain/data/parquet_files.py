@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import PurePosixPath
 from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
+from pyarrow import fs
 
 from posttrain.data.listing import parquet_files
 from posttrain.errors import DataError, StepError
@@ -86,7 +88,7 @@ def _checked_type(path: str, schema: pa.Schema, key: str, name: str, elsewhere: 
     """The type of a column, without a dictionary around it. Raises DataError where the column cannot be used."""
     times = schema.names.count(name)
     if times != 1:
-        what = f"no column {name!r}" if not times else f"{times} columns {name!r}"
+        what = f"no column {name!r}{_folder_of_that_name(path, name)}" if not times else f"{times} columns {name!r}"
         raise DataError(f"{path}: {what}; the file has {_first_few(schema.names)}; set {key}{elsewhere}")
     field = schema.field(name)
     if "arrow_pickled_object" in _extension_names(field):
@@ -104,6 +106,12 @@ def _checked_type(path: str, schema: pa.Schema, key: str, name: str, elsewhere: 
     elif key == "data.id" and not (pa.types.is_integer(kind) or is_text(kind)):
         raise DataError(f"{path}: column {name!r} is {kind}; ids have to be integers or strings (data.id)")
     return kind
+
+
+def _folder_of_that_name(path: str, name: str) -> str:
+    """What to add where a folder is named after the column that a file lacks, as Hive names its partitions."""
+    folder = next((part for part in PurePosixPath(path).parts[:-1] if part.startswith(f"{name}=")), None)
+    return "" if folder is None else f" (the name of the folder {folder} is not read)"
 
 
 def _footers(dataset: pads.FileSystemDataset) -> Iterator[tuple[str, pa.Schema, int, int]]:
@@ -134,6 +142,16 @@ def read_files(dataset: pads.FileSystemDataset, columns: Sequence[str]) -> Itera
         except _NOT_READABLE as error:
             raise _not_parquet(fragment.path, error) from None
         yield fragment.path, table
+
+
+def read_row_groups(path: str, filesystem: fs.FileSystem, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """The row groups of a file. Raises DataError where one cannot be read."""
+    fragment = pads.ParquetFileFormat().make_fragment(path, filesystem)
+    try:
+        for group in with_retries(fragment.split_by_row_group):
+            yield with_retries(functools.partial(group.to_table, columns=list(columns)))
+    except _NOT_READABLE as error:
+        raise _not_parquet(path, error) from None
 
 
 def read_column(dataset: pads.FileSystemDataset, name: str) -> Iterator[pa.Array]:

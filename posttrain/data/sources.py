@@ -16,6 +16,9 @@ from posttrain.data.listing import image_files
 from posttrain.errors import DataError
 from posttrain.store.folder import resolve, with_retries
 
+PATH = "path"
+"""Column with the path of the file beside each row: what Ray Data calls it."""
+
 
 @dataclass(frozen=True)
 class ParquetSource:
@@ -39,6 +42,14 @@ class ParquetSource:
     def columns(self) -> list[str]:
         """The names of the columns that are read, each once."""
         return list(dict.fromkeys(name for _, name in self.keyed_columns))
+
+    @property
+    def path_column(self) -> str:
+        """The name of the column with the path of the file: PATH, or one that no column read has."""
+        name = PATH
+        while name in self.columns:
+            name = f"_{name}"
+        return name
 
 
 @dataclass(frozen=True)
@@ -141,10 +152,15 @@ def tables_of(source: Source, listing: Listing) -> Iterator[pa.Table]:
 
         # an object store takes 50 ms to answer a request, and answers many at once
         with ThreadPoolExecutor(16) as pool:
-            yield pa.table({"bytes": pa.array(pool.map(content, paths), pa.binary()), "path": pa.array(paths)})
+            yield pa.table({"bytes": pa.array(pool.map(content, paths), pa.binary()), PATH: pa.array(paths)})
         return
     for path, table in parquet_files.read_files(parquet_dataset(source), source.columns):
-        yield table.append_column("path", pa.array([path] * table.num_rows, pa.string()))
+        yield with_path(table, path, source)
+
+
+def with_path(table: pa.Table, path: str, source: ParquetSource) -> pa.Table:
+    """The rows of a file with the path of the file beside them."""
+    return table.append_column(source.path_column, pa.array([path] * table.num_rows, pa.string()))
 
 
 def without_data(source: Source) -> Source:

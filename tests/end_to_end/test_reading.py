@@ -103,6 +103,117 @@ def test_the_embedded_data(read_both: Any) -> None:
     assert_same(*read_both(sources, validation_share=0.1, noise=FLIPS))
 
 
+def write_under(folders: tuple[str, ...], root: Path, table: pa.Table, name: str = "a.parquet") -> str:
+    """Every folder gets some of the rows, of all classes."""
+    for part, folder in enumerate(folders):
+        (root / folder).mkdir(parents=True)
+        rows = np.arange(part, table.num_rows, len(folders))
+        pq.write_table(table.take(pa.array(rows)), root / folder / name, row_group_size=70)
+    return str(root)
+
+
+def assert_the_files_own(found: Any, given: pa.Table, columns: tuple[str, str, str], true_label: str) -> None:
+    """Ids, images and labels as they were written, each with the path of a file."""
+    assert not isinstance(found, Exception), found
+    blocks = pa.concat_tables([ray.get(partition.block) for partition in found["train"].partitions]).sort_by(
+        "sample_id"
+    )
+    written = given.sort_by(columns[0])
+    for inner, own in zip(("sample_id", "image", "label", "true_label"), (*columns, true_label), strict=True):
+        assert blocks[inner].to_pylist() == written[own].to_pylist(), own
+    assert all(Path(path).is_file() for path in set(blocks["file"].to_pylist()))
+
+
+OWN = ("id", "image", "label")
+INNER = ("sample_id", "file", "order", "partition", "row", "true_label", "bytes", "split", "row_hash")
+
+
+@pytest.mark.parametrize(
+    ("folders", "columns", "true_label"),
+    [
+        (("label=0", "label=1"), OWN, "true"),
+        (("id=7/true=0", "id=7/true=1"), OWN, "true"),
+        (("image=x/path=0", "image=y/path=0"), OWN, "true"),
+        (("a%20b", "a b", "a#b", "a?b", "a:b"), OWN, "true"),
+        (("path=0", "path=1"), ("path", "image", "label"), "true"),
+        (("label=0", "label=1"), ("id", "path", "_path"), "true"),
+        (("path=0", "path=1"), ("id", "image", "label"), "path"),
+        (("order=0/sample_id=3", "order=1/sample_id=4"), ("order", "file", "sample_id"), "partition"),
+        (("label=0", "label=1"), ("label", "true_label", "id"), "image"),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, tuple) else value,
+)
+def test_a_column_is_what_its_files_say_whatever_folders_and_columns_are_called(
+    read_both: Any,
+    digits: Digits,
+    tmp_path: Path,
+    folders: tuple[str, ...],
+    columns: tuple[str, str, str],
+    true_label: str,
+) -> None:
+    table = digits.table("train").slice(0, 200)
+    table = table.rename_columns([*columns, true_label])
+    # what is not read must not matter, either: values of another kind in columns that Ray or posttrain would name so
+    for name in {*INNER, "path"}.difference(table.column_names):
+        table = table.append_column(name, pa.array([{"other": row} for row in range(table.num_rows)]))
+    at = write_under(folders, tmp_path / "train", table)
+    one, other = read_both({"train": ParquetSource((at,), *columns, true_label)})
+    for found in (one, other):
+        assert_the_files_own(found, table, columns, true_label)
+    assert_same(one, other)
+
+
+@pytest.mark.parametrize("name", ["a.pq", "_a.parquet", "a.PARQUET", "a.parquet.0"])
+def test_a_file_is_read_whatever_it_is_called(read_both: Any, digits: Digits, tmp_path: Path, name: str) -> None:
+    table = digits.table("train").slice(0, 100)
+    at = write_under(("label=3",), tmp_path / "train", table, name)
+    one, other = read_both({"train": ParquetSource((f"{at}/label=3/{name}",), *OWN, "true")})
+    for found in (one, other):
+        assert_the_files_own(found, table, OWN, "true")
+    assert_same(one, other)
+
+
+def test_class_folders_that_are_called_like_partitions(read_both: Any, digits: Digits, tmp_path: Path) -> None:
+    classes = ("bytes=1", "label=0", "path=2")
+    for number, row in enumerate(digits.table("train").slice(0, 30).to_pylist()):
+        path = tmp_path / classes[number % 3] / "label=9" / f"{row['id']}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(row["image"])
+    one, other = read_both({"train": FolderSource(str(tmp_path))}, classes=classes)
+    assert_same(one, other)
+    blocks = pa.concat_tables([ray.get(partition.block) for partition in other["train"].partitions])
+    for row in blocks.to_pylist():
+        assert classes[row["label"]] == row["sample_id"].split("/")[0]
+        assert (tmp_path / row["sample_id"]).read_bytes() == row["image"]
+
+
+@pytest.mark.parametrize("lacking", ["all", "one"])
+def test_a_label_that_only_a_folder_names_is_refused(
+    read_both: Any, digits: Digits, tmp_path: Path, lacking: str
+) -> None:
+    table = digits.table("train").slice(0, 100)
+    at = write_under(("label=0", "label=1"), tmp_path / "train", table)
+    for folder in ("label=0", "label=1") if lacking == "all" else ("label=1",):
+        pq.write_table(table.drop_columns("label"), Path(at) / folder / "a.parquet")
+    one, other = read_both({"train": ParquetSource((at,), "id", "image", "label")})
+    assert isinstance(one, DataError) and isinstance(other, DataError)
+    folder = "label=0" if lacking == "all" else "label=1"
+    assert f"{folder}/a.parquet: no column 'label' (the name of the folder {folder} is not read)" in str(one)
+    assert str(one) == str(other)
+
+
+def test_a_damaged_file_with_a_column_called_path_is_named(read_both: Any, digits: Digits, tmp_path: Path) -> None:
+    table = digits.table("train").slice(0, 200).rename_columns(["path", "image", "label", "true"])
+    at = write_under(("x", "y"), tmp_path / "train", table)
+    file = Path(at) / "y" / "a.parquet"
+    content = bytearray(file.read_bytes())
+    content[4:2000] = bytes(1996)
+    file.write_bytes(content)
+    one, other = read_both({"train": ParquetSource((at,), "path", "image", "label")})
+    assert isinstance(one, DataError) and f"{file}: not readable as Parquet" in str(one)
+    assert isinstance(other, DataError) and f"{file}: not readable as Parquet" in str(other)
+
+
 def test_refusals_name_the_same_file_and_value(read_both: Any, digits: Digits, tmp_path: Path) -> None:
     table = digits.table("train")
     labels = table["label"].to_numpy().copy()
