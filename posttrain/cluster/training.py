@@ -33,8 +33,8 @@ from posttrain.cluster.workers import Network, load_network
 from posttrain.errors import RecipeError, StepError
 from posttrain.schema import FILE, IMAGE, LABEL, SAMPLE_ID, Excluded, ImageSpec, Precision, Relabelled, current_labels
 from posttrain.store.folder import RunFolder
-from posttrain.vision import models
 from posttrain.vision.images import augmentation, decode_column, normalize
+from posttrain.vision.weights import to_bytes
 
 WINDOW_BYTES = 2**30
 """Decoded pixels that a training process holds: data that fit are decoded once, others once per epoch."""
@@ -204,7 +204,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
                 raise
             # Ray Train would take it for the loss of a worker, and begin again
             return {"failed": str(error)}
-    return {"weights": models.to_bytes(model), "gpu": gpu_name(device), **outcome}
+    return {"weights": to_bytes(model), "gpu": gpu_name(device), **outcome}
 
 
 def fit_network(

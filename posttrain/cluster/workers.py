@@ -72,8 +72,10 @@ from posttrain.store.features import (
 )
 from posttrain.store.folder import RunFolder
 from posttrain.store.scores import ScoreShards, content_digest
-from posttrain.vision import layers, models
+from posttrain.vision import models
+from posttrain.vision.embedding import layer_features
 from posttrain.vision.images import decode_column, normalize
+from posttrain.vision.weights import backbone_digest, load_bytes
 
 REDUCTION_GROUPS = 32
 """Sums are formed in this many groups of partitions, each by one actor, and added up in their order: the result
@@ -121,7 +123,7 @@ class Network:
     def backbone(self) -> str:
         """Tells one feature store from another: everything that its features depend on."""
         spec = self.spec
-        backbone = models.backbone_fingerprint(load_network(self), spec.head)
+        backbone = backbone_digest(load_network(self), spec.head)
         # the weights alone do not say how images are seen, nor what is done with the weights
         recipe = f"{spec.factory}:{json.dumps(spec.arguments, sort_keys=True, default=str)}:{spec.head}:{spec.image}"
         kept = f"{backbone}:{recipe}:{spec.layers}:{spec.width}"
@@ -132,7 +134,7 @@ class Network:
 
 def load_network(network: Network) -> torch.nn.Module:
     model = models.build(network.spec.factory, classes=network.spec.classes, arguments=network.spec.arguments)
-    models.load_bytes(model, network.weights)
+    load_bytes(model, network.weights)
     return model
 
 
@@ -395,7 +397,7 @@ def embed_block(
     def embedded(start: int, size: int) -> dict[str, Tensor]:
         inputs = normalize(moved(images[start : start + size], device), image.mean, image.std)
         inputs = inputs.contiguous(memory_format=torch.channels_last)
-        found = layers.embed(model, spec.layers, spec.head, inputs, width=spec.width)
+        found = layer_features(model, spec.layers, spec.head, inputs, width=spec.width)
         return {layer: features.cpu().half() for layer, features in found.items()}
 
     done = 0

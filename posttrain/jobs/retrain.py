@@ -401,7 +401,7 @@ def known_recipe(recipe: dict[str, Any] | None, model: Model, where: str) -> dic
 
 def _network(factory: object, arguments: object) -> object:
     """The factory of the network itself, also where a probe was put on it."""
-    from posttrain.vision.layers import FACTORY
+    from posttrain.vision.probed_network import FACTORY
 
     return arguments.get("network") if factory == FACTORY and isinstance(arguments, dict) else factory
 
@@ -425,6 +425,7 @@ def _run_config(config: JobFile, attempt: _Attempt, base: Base | None) -> RunFil
 def _inputs(config: RunFile, stock: _Stock, base: Base | None) -> Inputs:
     from posttrain.runs.inputs import prepare
     from posttrain.vision import models
+    from posttrain.vision.weights import load_weights, to_bytes
 
     only: dict[str, set[str]] = {}
     for file in stock.files:
@@ -447,8 +448,8 @@ def _inputs(config: RunFile, stock: _Stock, base: Base | None) -> Inputs:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"base{base.suffix}")
         path.write_bytes(base.weights)
-        models.load_weights(model, path)
-    return replace(inputs, weights=models.to_bytes(model))
+        load_weights(model, path)
+    return replace(inputs, weights=to_bytes(model))
 
 
 def _earlier(job: JobFolder, attempt: _Attempt, run: CleaningRun, fingerprint: dict[str, str]) -> tuple[Live, Before]:
@@ -490,6 +491,7 @@ def _champion_by_class(run: CleaningRun, registry: Registry, attempt: _Attempt) 
 def _champion(run: CleaningRun, registry: Registry, version: Version) -> Network:
     from posttrain.runs.steps import recipe as recipe_of
     from posttrain.vision import models
+    from posttrain.vision.weights import load_weights, to_bytes
 
     spec = run.inputs.spec
     with tempfile.TemporaryDirectory() as folder:
@@ -499,8 +501,8 @@ def _champion(run: CleaningRun, registry: Registry, version: Version) -> Network
         if own != recipe_of(spec):
             spec = replace(spec, **own, layers=(own["head"],))
         model = models.build(spec.factory, classes=spec.classes, arguments=spec.arguments)
-        models.load_weights(model, weights)
-    return run.network(models.to_bytes(model), spec)
+        load_weights(model, weights)
+    return run.network(to_bytes(model), spec)
 
 
 def _all_removed(run: CleaningRun) -> Any:

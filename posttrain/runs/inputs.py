@@ -50,7 +50,9 @@ def prepare(config: RunFile, *, only: Mapping[str, frozenset[str]] | None = None
 
     from posttrain.data.sources import TableSource, list_source
     from posttrain.vision import images, models
+    from posttrain.vision.embedding import refuse_irreproducible_features
     from posttrain.vision.noise import LabelNoise
+    from posttrain.vision.weights import load_weights, to_bytes
 
     sources = _sources(config.data, config.run.seed)
     for name, source in sources.items():
@@ -86,8 +88,8 @@ def prepare(config: RunFile, *, only: Mapping[str, frozenset[str]] | None = None
                 local = Path(path).expanduser()
                 if not local.is_file():
                     raise ModelError(f"{path}: no such weights file; check model.weights")
-            models.load_weights(model, local)
-            weights = models.to_bytes(model)
+            load_weights(model, local)
+            weights = to_bytes(model)
         if "validation" not in sources:
             raise DataError(
                 "model.weights is set, but the data have no validation set that this model has not seen; "
@@ -106,7 +108,7 @@ def prepare(config: RunFile, *, only: Mapping[str, frozenset[str]] | None = None
     # refuses images that the network cannot take, layers and a head that do not fit, before any work
     example = _example(image)
     tried = _layers(config.probe.layers, model, head, example)
-    models.refuse_unsteady(model, head, example)
+    refuse_irreproducible_features(model, head, example)
     return Inputs(
         sources,
         classes,
@@ -169,9 +171,11 @@ def _example(image: ImageSpec) -> Tensor:
 def _layers(
     wanted: tuple[str, ...] | Literal["auto", "last"], model: nn.Module, head: str, example: Tensor
 ) -> tuple[str, ...]:
-    from posttrain.vision import layers, models
+    from posttrain.vision import layers
+    from posttrain.vision.embedding import features_and_logits
+    from posttrain.vision.probed_network import ProbedNetwork
 
-    ends_in_probe = isinstance(model, layers.Probed)
+    ends_in_probe = isinstance(model, ProbedNetwork)
     if ends_in_probe and wanted not in ("auto", "last"):
         raise ConfigError(
             "probe.layers names layers of a model that ends in a probe already; leave it out, or start from the "
@@ -180,7 +184,7 @@ def _layers(
     if wanted == "auto" and not ends_in_probe:
         return layers.find(model, head, example)
     if wanted in ("auto", "last"):
-        models.embed(model, head, example)
+        features_and_logits(model, head, example)
         return (head,)
     try:
         return layers.check(model, head, wanted, example)
@@ -209,11 +213,12 @@ def untrained(config: RunFile, inputs: Inputs) -> bytes:
     import torch
 
     from posttrain.vision import models
+    from posttrain.vision.weights import to_bytes
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         model = models.build(inputs.spec.factory, classes=inputs.spec.classes, arguments=inputs.spec.arguments)
-    return models.to_bytes(model)
+    return to_bytes(model)
 
 
 def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:

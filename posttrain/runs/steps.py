@@ -53,7 +53,9 @@ from posttrain.store.folder import RunFolder
 from posttrain.store.ledger import Ledger
 from posttrain.store.results import reason
 from posttrain.store.scores import ScoreShards, forget_scores
-from posttrain.vision import layers, models
+from posttrain.vision import models
+from posttrain.vision.probed_network import FACTORY, ProbedNetwork, with_probe
+from posttrain.vision.weights import load_bytes, to_bytes, weights_digest
 
 if TYPE_CHECKING:
     from posttrain.runs.leakage import Leaks
@@ -415,8 +417,8 @@ class CleaningRun:
         model, spec = load_network(network), network.spec
         if boundary.layers == (spec.head,):
             models.replace_head(model, spec.head, weight, bias)
-            return self.network(models.to_bytes(model), spec)
-        factory, arguments, probed = layers.as_probed(
+            return self.network(to_bytes(model), spec)
+        factory, arguments, probed = with_probe(
             model,
             spec.head,
             boundary.layers,
@@ -428,7 +430,7 @@ class CleaningRun:
             size=(spec.image.channels, *spec.image.size),
         )
         spec = replace(spec, factory=factory, arguments=arguments, head="probe", layers=("probe",))
-        return self.network(models.to_bytes(probed), spec)
+        return self.network(to_bytes(probed), spec)
 
     def as_steps(self) -> Steps[str, Drawn, Scored, Removal, Network]:
         """The steps as `posttrain.rounds.clean` takes them."""
@@ -593,8 +595,8 @@ class CleaningRun:
         """A network with these weights: the run's own, or that of another recipe."""
         spec = spec or self.inputs.spec
         model = models.build(spec.factory, classes=spec.classes, arguments=spec.arguments)
-        models.load_bytes(model, weights)
-        return Network(spec, weights, models.fingerprint(model), self.config.ray.precision)
+        load_bytes(model, weights)
+        return Network(spec, weights, weights_digest(model), self.config.ray.precision)
 
     def _write_checkpoint(self, number: int, model: Network) -> None:
         self.folder.write_bytes(self.folder.checkpoint(number), model.weights)
@@ -930,14 +932,14 @@ def head_layers(model: Network, on: Network) -> tuple[str, ...] | None:
     """The layers of another network whose features the model's head takes, if it is that network with a new head."""
     if model.backbone == on.backbone:
         return (model.spec.head,)
-    if model.spec.factory != layers.FACTORY:
+    if model.spec.factory != FACTORY:
         return None
     arguments = model.spec.arguments
     names = tuple(arguments["layers"])
     if arguments["width"] != on.spec.width or arguments["network"] != on.spec.factory or set(names) - {*on.spec.layers}:
         return None
     own, given = load_network(model), load_network(on).state_dict()
-    assert isinstance(own, layers.Probed), f"{layers.FACTORY} builds nothing else"
+    assert isinstance(own, ProbedNetwork), f"{FACTORY} builds nothing else"
     kept = own.network.state_dict()
     same = all(key in given and torch.equal(given[key], tensor) for key, tensor in kept.items())
     return names if same else None

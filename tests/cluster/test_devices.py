@@ -25,7 +25,8 @@ from posttrain.config import RunFile, load
 from posttrain.errors import ConfigError, StepError
 from posttrain.schema import FILE, IMAGE, LABEL, SAMPLE_ID, ImageSpec, ModelSpec, Precision
 from posttrain.vision import models
-from posttrain.vision.layers import pooled
+from posttrain.vision.embedding import pooled
+from posttrain.vision.weights import to_bytes
 
 CPU = torch.device("cpu")
 IMAGES = ImageSpec(1, (8, 8), (0.5,), (0.5,), (8, 8))
@@ -298,7 +299,7 @@ def test_pooling_and_projection_do_not_lose_digits_to_autocast() -> None:
 
 
 def test_features_of_another_precision_are_kept_apart() -> None:
-    weights = models.to_bytes(resnet())
+    weights = to_bytes(resnet())
     keys = {p: Network(RESNET, weights, "key", p).backbone for p in ("float32", "bfloat16", "float16")}
     assert len(set(keys.values())) == 3
     assert keys["float32"] == Network(RESNET, weights, "key").backbone

@@ -171,7 +171,7 @@ def test_layers_of_a_model_that_ends_in_a_probe(runfile: Make, tmp_path: Path) -
         tmp_path / "run",
         data={"validation": None},
         model={
-            "factory": "posttrain.vision.layers:probed",
+            "factory": "posttrain.vision.probed_network:build",
             "weights": None,
             "arguments": {
                 "network": "posttrain.vision.models:mlp",

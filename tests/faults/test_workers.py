@@ -30,6 +30,7 @@ from posttrain.store.features import ShardSummary, read_shard, summarise_shard
 from posttrain.store.folder import RunFolder
 from posttrain.store.scores import ScoreShards
 from posttrain.vision import models
+from posttrain.vision.weights import to_bytes, weights_digest
 
 pytestmark = pytest.mark.ray
 
@@ -126,7 +127,7 @@ SPEC = ModelSpec("fatal_network:network", {}, 10, "4", ImageSpec(1, (8, 8), (0.0
 
 def network() -> Network:
     model = models.build(SPEC.factory, classes=10, arguments={})
-    return Network(SPEC, models.to_bytes(model), models.fingerprint(model))
+    return Network(SPEC, to_bytes(model), weights_digest(model))
 
 
 def samples(partitions: int, rows: int, fatal: Set[int] = frozenset()) -> list[Partition]:
@@ -228,7 +229,7 @@ def test_an_embedding_that_stops_at_nine_tenths_embeds_only_the_last_tenth_when_
     log = tmp_path / "log"
     spec = replace(SPEC, arguments={"log": str(log)})
     model = models.build(spec.factory, classes=10, arguments=spec.arguments)
-    network = Network(spec, models.to_bytes(model), models.fingerprint(model))
+    network = Network(spec, to_bytes(model), weights_digest(model))
     folder = RunFolder(str(tmp_path / "run"))
 
     def embed(count: int) -> list[ShardSummary]:

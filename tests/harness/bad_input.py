@@ -31,6 +31,7 @@ from PIL import Image
 
 from pipelines.benchmarks.tables import document, markdown
 from posttrain.vision import datasets, models
+from posttrain.vision.weights import to_bytes
 
 MODELS = "harness.bad_models"
 
@@ -780,7 +781,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "model: weights cut short",
         "half a safetensors file",
-        _model(weights=lambda w: w.bytes(models.to_bytes(models.mlp(10))[:900], "w.safetensors")),
+        _model(weights=lambda w: w.bytes(to_bytes(models.mlp(10))[:900], "w.safetensors")),
         "w.safetensors is not a readable weights file",
     ),
     Refusal(

@@ -39,6 +39,7 @@ from posttrain.store.folder import RunFolder
 from posttrain.store.lock import Lease
 from posttrain.store.registry import CHALLENGER, CHAMPION, PREVIOUS, Registry
 from posttrain.vision import models
+from posttrain.vision.weights import to_bytes
 
 
 class Job:
@@ -332,7 +333,7 @@ def test_a_champion_that_somebody_saved_by_torch_is_what_the_run_starts_from(
         return _inputs(run_config, _stock(config, job.folder), base).weights
 
     digits = inputs_of_digits(tmp_path)
-    assert taken_up(**digits) == models.to_bytes(model)
+    assert taken_up(**digits) == to_bytes(model)
     # a tenth of the training data would be what it was trained on
     del digits["validation"]
     with pytest.raises(DataError, match=r"version 2\) was not made by this job, and the data have no validation set"):

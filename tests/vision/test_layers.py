@@ -17,9 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from posttrain.errors import ModelError
-from posttrain.vision import models
-from posttrain.vision.layers import FACTORY, Probed, as_probed, check, embed, find, pooled, probed
-from posttrain.vision.models import build, find_head, fingerprint, mlp, small_resnet
+from posttrain.vision import models, probed_network
+from posttrain.vision.embedding import features_and_logits, layer_features, pooled
+from posttrain.vision.layers import check, find
+from posttrain.vision.models import build, find_head, mlp, small_resnet
+from posttrain.vision.probed_network import FACTORY, ProbedNetwork, with_probe
+from posttrain.vision.weights import backbone_digest, load_bytes, load_weights, save_weights, to_bytes, weights_digest
 
 SMALL_RESNET = "posttrain.vision.models:small_resnet"
 BLOCKS = {"width": 4}
@@ -39,15 +42,15 @@ def images(samples: int = 6) -> Tensor:
 
 
 def side_by_side(model: nn.Module, layers: Sequence[str], head: str, batch: Tensor, width: int = 24) -> Tensor:
-    features = embed(model, layers, head, batch, width=width)
+    features = layer_features(model, layers, head, batch, width=width)
     return torch.cat([features[layer] for layer in layers], dim=1)
 
 
-def cut(model: nn.Module, *layers: str, width: int = 24, seed: int = 3) -> tuple[dict[str, Any], Probed]:
+def cut(model: nn.Module, *layers: str, width: int = 24, seed: int = 3) -> tuple[dict[str, Any], ProbedNetwork]:
     dim = side_by_side(model, layers, "head", images(), width).shape[1]
     generator = torch.Generator().manual_seed(seed)
     weight, bias = torch.randn(5, dim, generator=generator), torch.randn(5, generator=generator)
-    factory, recipe, made = as_probed(
+    factory, recipe, made = with_probe(
         model, "head", layers, width, weight, bias, factory=SMALL_RESNET, arguments=BLOCKS, size=SIZE
     )
     assert factory == FACTORY
@@ -102,13 +105,13 @@ def test_each_torchvision_family_has_early_and_late_layers_that_can_be_embedded_
     assert layers[0] == "input" and layers[-1] == head and 5 <= len(layers) <= 6
     assert check(model, head, layers[::-1], batch[:2]) == layers
     assert hooks(model) == 0
-    features = embed(model, layers, head, batch, width=32)
+    features = layer_features(model, layers, head, batch, width=32)
     assert all(found.shape[0] == 3 and found.dtype == torch.float32 for found in features.values())
     assert all(features[layer].shape[1] <= 32 for layer in layers[1:-1])
     for members in ([layers[2]], [head, layers[2], "input"]):
         expected = torch.cat([features[layer] for layer in members], dim=1)
         weight, bias = torch.randn(5, expected.shape[1]), torch.randn(5)
-        _, _, made = as_probed(model, head, members, 32, weight, bias, factory=name, arguments=arguments, size=size)
+        _, _, made = with_probe(model, head, members, 32, weight, bias, factory=name, arguments=arguments, size=size)
         assert find_head(made, classes=5) == "probe"
         # without gradients, as the features: attention has another kernel for them, which rounds differently
         with torch.no_grad():
@@ -244,7 +247,7 @@ class WithInput(nn.Module):
     "ask",
     [
         lambda model, name: check(model, "head", [name], images(2)),
-        lambda model, name: embed(model, [name], "head", images(2), width=8),
+        lambda model, name: layer_features(model, [name], "head", images(2), width=8),
     ],
     ids=["check", "embed"],
 )
@@ -350,9 +353,9 @@ ALL = ("input", "relu", "stage1", "stage2", "stage3", "head")
 def test_all_layers_are_served_by_one_pass_and_equal_what_the_modules_give():
     model, batch = resnet().train(), images()
     calls = counting(model)
-    features = embed(model, ALL, "head", batch, width=32)
+    features = layer_features(model, ALL, "head", batch, width=32)
     assert len(calls) == 1 and [*features] == [*ALL]
-    assert torch.equal(features["head"], models.embed(model, "head", batch)[0])
+    assert torch.equal(features["head"], features_and_logits(model, "head", batch)[0])
     assert torch.equal(features["input"], pooled(batch, 32))
     maps = batch
     with torch.no_grad():
@@ -364,25 +367,25 @@ def test_all_layers_are_served_by_one_pass_and_equal_what_the_modules_give():
 
 
 def test_the_heads_features_are_never_projected():
-    assert embed(resnet(), ["head"], "head", images(), width=2)["head"].shape == (6, 16)
+    assert layer_features(resnet(), ["head"], "head", images(), width=2)["head"].shape == (6, 16)
 
 
 def test_features_do_not_depend_on_the_other_samples_of_the_batch():
     model, batch = resnet(), images()
-    together = embed(model, ALL, "head", batch, width=9)
-    for name, alone in embed(model, ALL, "head", batch[2:3], width=9).items():
+    together = layer_features(model, ALL, "head", batch, width=9)
+    for name, alone in layer_features(model, ALL, "head", batch[2:3], width=9).items():
         torch.testing.assert_close(alone, together[name][2:3])
 
 
 def test_the_pass_ends_behind_the_last_layer_asked_for():
     model = resnet()
     calls = {name: counting(module) for name, module in model.named_children()}
-    embed(model, ["stage1", "relu"], "head", images(), width=8)
+    layer_features(model, ["stage1", "relu"], "head", images(), width=8)
     assert [name for name, found in calls.items() if found] == ["stem", "relu"]
     # the last one's own hooks come behind the one that ended the pass
     later = [len(calls[name]) for name in ("stage2", "stage3", "pool", "flatten", "head")]
     assert later == [0] * 5
-    embed(model, ["input"], "head", images(), width=8)
+    layer_features(model, ["input"], "head", images(), width=8)
     assert len(calls["stem"]) == 1
     assert sum(len(module._forward_hooks) for module in model.modules()) == len(calls)
 
@@ -403,15 +406,15 @@ class Swallowing(nn.Module):
 
 def test_a_network_that_handles_its_own_failures_does_not_take_the_early_end_for_one():
     model = Swallowing()
-    embed(model, ["net.stage1"], "net.head", images(), width=8)
-    Probed(model, "net.head", ["net.stage1"], 8, 5, images(2))(images())
+    layer_features(model, ["net.stage1"], "net.head", images(), width=8)
+    ProbedNetwork(model, "net.head", ["net.stage1"], 8, 5, images(2))(images())
     assert model.failures == 0
 
 
 def test_what_a_later_module_does_in_place_does_not_change_a_layers_features():
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(inplace=True), nn.Linear(8, 5))
     batch = torch.randn(4, 3, 2, 2)
-    features = embed(model, ["1", "2", "3"], "3", batch, width=8)
+    features = layer_features(model, ["1", "2", "3"], "3", batch, width=8)
     with torch.no_grad():
         expected = F.linear(batch.flatten(1), *model[1].parameters())
     torch.testing.assert_close(features["1"], expected)
@@ -430,7 +433,7 @@ def test_what_a_later_module_does_in_place_does_not_change_a_layers_features():
 def test_a_layer_without_features_is_an_error_that_leaves_no_hooks(layers: list[str], message: str):
     model = Own()
     with pytest.raises(ModelError, match=message):
-        embed(model, layers, "head", images(), width=8)
+        layer_features(model, layers, "head", images(), width=8)
     assert hooks(model) == 0
 
 
@@ -439,14 +442,14 @@ def test_failures_of_the_model_are_told_as_by_models_embed_and_those_of_the_devi
 ):
     model = resnet()
     with pytest.raises(ModelError, match=r"shape \(2, 1, 16, 16\): .*model\.image_size"):
-        embed(model, ["stage1"], "head", torch.zeros(2, 1, 16, 16), width=8)
+        layer_features(model, ["stage1"], "head", torch.zeros(2, 1, 16, 16), width=8)
 
     def full(_: Tensor) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(model.get_submodule("stage1"), "forward", full)
     with pytest.raises(torch.OutOfMemoryError):
-        embed(model, ["stage2"], "head", images(), width=8)
+        layer_features(model, ["stage2"], "head", images(), width=8)
     assert hooks(model) == 0
 
 
@@ -467,26 +470,26 @@ COMMITTEES = [
 @pytest.mark.parametrize("layers", COMMITTEES, ids=" ".join)
 def test_a_probed_network_gives_the_probe_on_the_layers_side_by_side_in_the_order_given(layers: tuple[str, ...]):
     model, batch = resnet(), images()
-    before = fingerprint(model)
+    before = weights_digest(model)
     _, made = cut(model, *layers)
     features = side_by_side(model, layers, "head", batch)
     assert torch.equal(made.eval().features(batch), features)
     head = models.head_of(made, "probe")
     torch.testing.assert_close(made(batch), features @ head.weight.T + head.bias)
     assert find_head(made, classes=5) == "probe"
-    seen, logits = models.embed(made, "probe", batch)
+    seen, logits = features_and_logits(made, "probe", batch)
     assert torch.equal(seen, features)
     torch.testing.assert_close(logits, made(batch))
-    assert fingerprint(model) == before and hooks(model) == 0
+    assert weights_digest(model) == before and hooks(model) == 0
 
 
 def test_the_probe_of_a_committee_is_the_mean_of_its_members():
     model, batch, layers = resnet(), images(), ("stage1", "head", "input")
-    members = [embed(model, [layer], "head", batch, width=24)[layer] for layer in layers]
+    members = [layer_features(model, [layer], "head", batch, width=24)[layer] for layer in layers]
     probes = [(torch.randn(5, features.shape[1]), torch.randn(5)) for features in members]
     weight = torch.cat([weight / 3 for weight, _ in probes], dim=1)
     bias = torch.stack([bias for _, bias in probes]).mean(0)
-    _, _, made = as_probed(model, "head", layers, 24, weight, bias, factory=SMALL_RESNET, arguments=BLOCKS, size=SIZE)
+    _, _, made = with_probe(model, "head", layers, 24, weight, bias, factory=SMALL_RESNET, arguments=BLOCKS, size=SIZE)
     logits = [features @ weight.T + bias for features, (weight, bias) in zip(members, probes, strict=True)]
     torch.testing.assert_close(made.eval()(batch), torch.stack(logits).mean(0))
 
@@ -498,7 +501,7 @@ def test_a_committee_on_a_torchvision_network_needs_no_weights_of_its_head():
     features = side_by_side(model, layers, "fc", batch)
     assert features.shape == (3, 24 + 24 + 512)
     weight, bias = torch.randn(5, features.shape[1]), torch.randn(5)
-    _, recipe, made = as_probed(
+    _, recipe, made = with_probe(
         model, "fc", layers, 24, weight, bias, factory="resnet18", arguments={}, size=(3, 64, 64)
     )
     own, original = made.state_dict(), model.state_dict()
@@ -506,8 +509,8 @@ def test_a_committee_on_a_torchvision_network_needs_no_weights_of_its_head():
         key for key in original if not key.startswith("fc.")
     }
     again = build(FACTORY, classes=5, arguments=json.loads(json.dumps(recipe)))
-    assert isinstance(again, Probed)
-    models.load_bytes(again, models.to_bytes(made))
+    assert isinstance(again, ProbedNetwork)
+    load_bytes(again, to_bytes(made))
     with torch.no_grad():
         assert torch.equal(again.eval().features(batch), features)
         torch.testing.assert_close(again(batch), features @ weight.T + bias)
@@ -541,7 +544,7 @@ def test_a_head_with_two_names_is_left_out_under_both():
 
     model = Alias()
     features = side_by_side(model, ["input", "classifier"], "classifier", images())
-    made = Probed(model, "classifier", ["input", "classifier"], 24, 5, images(2))
+    made = ProbedNetwork(model, "classifier", ["input", "classifier"], 24, 5, images(2))
     assert torch.equal(made.eval().features(images()), features)
     assert not any("head" in name or "classifier" in name for name in made.state_dict())
 
@@ -559,7 +562,7 @@ def test_passes_of_several_threads_do_not_meet():
 
     meeting = Meeting()
     network = nn.Sequential(nn.Conv2d(3, 4, 3), meeting, nn.Conv2d(4, 4, 3), meeting, nn.Flatten(), nn.Linear(576, 5))
-    made = Probed(network, "5", ["0", "input", "2", "5"], 24, 5, images(2)).eval()
+    made = ProbedNetwork(network, "5", ["0", "input", "2", "5"], 24, 5, images(2)).eval()
     batches = [torch.randn(4, *SIZE) for _ in range(3)]
     expected = [made(batch) for batch in batches]
     meeting.barrier = threading.Barrier(3)
@@ -582,7 +585,7 @@ def test_a_member_whose_output_is_overwritten_keeps_its_features_and_gradients()
         nn.Linear(576, 8), nn.ReLU(inplace=True), nn.Linear(8, 5),
     )  # fmt: skip
     reference = copy.deepcopy(network)
-    made = Probed(network, "7", ["7", "2", "5", "0"], 64, 5, images(2))
+    made = ProbedNetwork(network, "7", ["7", "2", "5", "0"], 64, 5, images(2))
     features, expected = made.features(images()), plain(reference, images())
     torch.testing.assert_close(features, expected)
     features.square().sum().backward()
@@ -610,8 +613,8 @@ class Attentive(nn.Module):
 
 def test_parameters_that_are_used_without_running_stay_and_frozen_ones_stay_frozen():
     network, batch = Attentive(5), images(2)
-    features = embed(network, ["block"], "head", batch, width=8)["block"]
-    made = Probed(network, "head", ["block"], 8, 5, batch)
+    features = layer_features(network, ["block"], "head", batch, width=8)["block"]
+    made = ProbedNetwork(network, "head", ["block"], 8, 5, batch)
     torch.testing.assert_close(made.features(batch), features)
     trainable = {name for name, parameter in made.named_parameters() if parameter.requires_grad}
     assert trainable == {"network.block.weight", "network.block.bias", "probe.weight", "probe.bias"}
@@ -621,7 +624,7 @@ def test_parameters_that_are_used_without_running_stay_and_frozen_ones_stay_froz
 def test_training_moves_the_network_up_to_the_last_layer_also_after_a_pass_in_inference_mode(layers: list[str]):
     with torch.inference_mode():
         # a width that no other test has projected to
-        embed(resnet(), ["stage1"], "head", images(), width=13)
+        layer_features(resnet(), ["stage1"], "head", images(), width=13)
     _, made = cut(resnet(), *layers, width=13)
     batch, labels = images(), torch.arange(6) % 5
     optimizer = torch.optim.SGD(made.parameters(), lr=0.1)
@@ -644,10 +647,10 @@ def test_a_network_that_is_cut_where_no_gradients_are_kept_trains_like_any_other
     layers, whole = ["input", "stage1"], resnet()
     with mode():
         built = [
-            probed(5, network=SMALL_RESNET, arguments=BLOCKS, layers=layers, width=24, size=SIZE),
+            probed_network.build(5, network=SMALL_RESNET, arguments=BLOCKS, layers=layers, width=24, size=SIZE),
             # the model and the probe's weights are of the same mode
             cut(resnet(), *layers)[1],
-            Probed(whole, "head", layers, 24, 5, images(2)),
+            ProbedNetwork(whole, "head", layers, 24, 5, images(2)),
         ]
     names = {name for name, _ in cut(resnet(), *layers)[1].named_parameters()}
     for made in built:
@@ -692,14 +695,14 @@ def test_the_recipe_is_json_and_rebuilds_the_network_from_bytes_and_files(tmp_pa
 
     again = built()
     assert again.training
-    models.load_bytes(again, models.to_bytes(made))
+    load_bytes(again, to_bytes(made))
     torch.save(made.state_dict(), tmp_path / "a.pt")
-    models.save_weights(made, tmp_path / "a.safetensors")
+    save_weights(made, tmp_path / "a.safetensors")
     for loaded in (again, built(), built()):
         if loaded is not again:
-            models.load_weights(loaded, next(tmp_path.iterdir()))
+            load_weights(loaded, next(tmp_path.iterdir()))
             next(tmp_path.iterdir()).unlink()
-        assert fingerprint(loaded) == fingerprint(made)
+        assert weights_digest(loaded) == weights_digest(made)
         assert torch.equal(loaded.eval()(batch), expected)
     for copied in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
         assert torch.equal(copied(batch), expected)
@@ -708,7 +711,7 @@ def test_the_recipe_is_json_and_rebuilds_the_network_from_bytes_and_files(tmp_pa
 def test_fingerprints_tell_layers_their_order_and_the_width_apart_at_the_same_weights():
     # each layer has 4 channels on a 4 x 4 grid, which neither width projects: the weights fit all of them
     networks = [
-        probed(5, network=SMALL_RESNET, arguments=BLOCKS, layers=layers, width=width, size=SIZE)
+        probed_network.build(5, network=SMALL_RESNET, arguments=BLOCKS, layers=layers, width=width, size=SIZE)
         for layers, width in (
             (["relu", "stage1"], 64),
             (["stage1", "relu"], 64),
@@ -717,8 +720,8 @@ def test_fingerprints_tell_layers_their_order_and_the_width_apart_at_the_same_we
         )
     ]
     for network in networks:
-        models.load_bytes(network, models.to_bytes(networks[0]))
-    assert len({models.backbone_fingerprint(network, "probe") for network in networks}) == 4
+        load_bytes(network, to_bytes(networks[0]))
+    assert len({backbone_digest(network, "probe") for network in networks}) == 4
 
 
 def test_the_probe_of_a_probed_network_is_replaced():
@@ -726,11 +729,11 @@ def test_the_probe_of_a_probed_network_is_replaced():
     recipe, made = cut(model, *layers)
     features = side_by_side(model, layers, "head", images())
     weight, bias = torch.randn(5, features.shape[1]), torch.randn(5)
-    factory, again, replaced = as_probed(
+    factory, again, replaced = with_probe(
         made, "probe", ["probe"], 24, weight, bias, factory=FACTORY, arguments=recipe, size=SIZE
     )
     assert (factory, again) == (FACTORY, recipe)
-    assert models.backbone_fingerprint(replaced, "probe") == models.backbone_fingerprint(made, "probe")
+    assert backbone_digest(replaced, "probe") == backbone_digest(made, "probe")
     torch.testing.assert_close(replaced.eval()(images()), features @ weight.T + bias)
 
 
@@ -739,12 +742,12 @@ def test_a_probed_network_cannot_be_cut_again(layers: list[str]):
     recipe, made = cut(resnet(), "stage1", "stage2")
     dim = side_by_side(made, layers, "probe", images()).shape[1]
     with pytest.raises(ModelError, match=r"a probe on stage1, stage2, .* name 'probe' alone instead of"):
-        as_probed(
+        with_probe(
             made, "probe", layers, 24, torch.randn(5, dim), torch.zeros(5),
             factory=FACTORY, arguments=recipe, size=SIZE,
         )  # fmt: skip
     with pytest.raises(ModelError, match="ends in a probe itself"):
-        probed(5, network=FACTORY, arguments=recipe, layers=["network.stage1"], width=24, size=SIZE)
+        probed_network.build(5, network=FACTORY, arguments=recipe, layers=["network.stage1"], width=24, size=SIZE)
 
 
 def test_a_probed_network_has_layers_like_any_other():
@@ -753,11 +756,11 @@ def test_a_probed_network_has_layers_like_any_other():
     layers = find(made, "probe", images(2))
     assert layers == ("input", "network.relu", "network.stage1", "network.stage2", "probe")
     assert check(made, "probe", layers, images(2)) == layers
-    features = embed(made, layers, "probe", images(), width=24)
-    for name, found in embed(model, ["relu", "stage1", "stage2"], "head", images(), width=24).items():
+    features = layer_features(made, layers, "probe", images(), width=24)
+    for name, found in layer_features(model, ["relu", "stage1", "stage2"], "head", images(), width=24).items():
         assert torch.equal(features[f"network.{name}"], found)
     for name in ("network.relu", "network.stage2"):
-        only = embed(made, [name], "probe", images(), width=24)
+        only = layer_features(made, [name], "probe", images(), width=24)
         assert torch.equal(only[name], features[name])
 
 
@@ -781,7 +784,7 @@ def test_a_probe_that_cannot_be_built_says_why(arguments: dict[str, Any], messag
 
 def test_a_recipe_that_built_another_network_and_a_probe_of_another_shape_are_refused():
     def made(weight: Tensor, arguments: dict[str, Any]) -> object:
-        return as_probed(
+        return with_probe(
             resnet(), "head", ["stage1"], 24, weight, torch.zeros(5),
             factory=SMALL_RESNET, arguments=arguments, size=SIZE,
         )  # fmt: skip

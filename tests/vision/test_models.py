@@ -15,18 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from posttrain.errors import ModelError
 from posttrain.vision import models
-from posttrain.vision.models import (
-    backbone_fingerprint,
-    build,
-    embed,
-    find_head,
-    fingerprint,
-    load_weights,
-    mlp,
-    replace_head,
-    save_weights,
-    small_resnet,
-)
+from posttrain.vision.embedding import features_and_logits, refuse_irreproducible_features
+from posttrain.vision.models import build, find_head, mlp, replace_head, small_resnet
+from posttrain.vision.weights import backbone_digest, load_weights, save_weights, weights_digest
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:
@@ -64,7 +55,7 @@ def test_small_resnet_has_the_depth_and_width_of_the_paper(blocks: int, depth: i
         if isinstance(module, nn.Conv2d | nn.Linear) and "downsample" not in name
     ]
     assert len(weighted) == depth
-    features, logits = embed(model, "head", torch.zeros(2, 3, 32, 32))
+    features, logits = features_and_logits(model, "head", torch.zeros(2, 3, 32, 32))
     assert features.shape == (2, 64) and logits.shape == (2, 10)
 
 
@@ -174,7 +165,7 @@ def test_embedding_is_one_pass_whose_features_give_the_logits():
     batch = torch.randn(6, 3, 16, 16)
     calls: list[None] = []
     model.register_forward_hook(lambda *_: calls.append(None))
-    features, logits = embed(model, "head", batch)
+    features, logits = features_and_logits(model, "head", batch)
     assert len(calls) == 1 and not features.requires_grad
     head = model.get_submodule("head")
     torch.testing.assert_close(head(features), logits)
@@ -183,15 +174,15 @@ def test_embedding_is_one_pass_whose_features_give_the_logits():
 
 def test_embedding_does_not_depend_on_the_other_samples_of_the_batch():
     model, batch = small_resnet(5, width=4).train(), torch.randn(6, 3, 16, 16)
-    together = embed(model, "head", batch)[0]
-    torch.testing.assert_close(embed(model, "head", batch[2:3])[0], together[2:3])
+    together = features_and_logits(model, "head", batch)[0]
+    torch.testing.assert_close(features_and_logits(model, "head", batch[2:3])[0], together[2:3])
 
 
 def test_the_logits_are_those_of_the_head_even_behind_a_softmax_and_in_half_precision():
     head = nn.Linear(4, 3)
     model = nn.Sequential(head, nn.Softmax(1)).to(torch.bfloat16)
     batch = torch.randn(2, 4, dtype=torch.bfloat16)
-    features, logits = embed(model, "0", batch)
+    features, logits = features_and_logits(model, "0", batch)
     assert features.dtype == logits.dtype == torch.float32
     assert torch.equal(logits, head(batch).float())
 
@@ -217,14 +208,14 @@ class Odd(nn.Module):
 )
 def test_a_head_that_does_not_see_one_vector_per_sample_once_is_refused(forward: Any, message: str):
     with pytest.raises(ModelError, match=message):
-        embed(Odd(forward), "head", torch.randn(2, 4))
+        features_and_logits(Odd(forward), "head", torch.randn(2, 4))
 
 
 def test_images_that_the_model_cannot_take_are_explained_and_the_model_stays_usable():
     model = mlp(3, inputs=16)
     with pytest.raises(ModelError, match=r"shape \(2, 1, 8, 8\): .*model\.image_size"):
-        embed(model, "head", torch.zeros(2, 1, 8, 8))
-    embed(model, "head", torch.zeros(2, 1, 4, 4))
+        features_and_logits(model, "head", torch.zeros(2, 1, 8, 8))
+    features_and_logits(model, "head", torch.zeros(2, 1, 4, 4))
     assert not model.get_submodule("head")._forward_hooks
 
 
@@ -261,7 +252,7 @@ def test_saved_weights_come_back_bit_by_bit(tmp_path: Path):
     save_weights(trained, tmp_path / "a.safetensors")
     model = resnet(2)
     load_weights(model, tmp_path / "a.safetensors")
-    assert same(model, trained) and fingerprint(model) == fingerprint(trained)
+    assert same(model, trained) and weights_digest(model) == weights_digest(trained)
 
 
 def tied(seed: int) -> nn.Sequential:
@@ -285,13 +276,13 @@ def test_weights_that_do_not_fit_are_named_with_their_file(tmp_path: Path):
     path = tmp_path / "a.pt"
     torch.save(state, path)
     model = mlp(3, inputs=9, width=5)
-    before = fingerprint(model)
+    before = weights_digest(model)
     with pytest.raises(ModelError) as caught:
         load_weights(model, path)
     message = str(caught.value)
     assert str(path) in message and "missing hidden.bias" in message and "unexpected extra.scale" in message
     assert "head.weight (4, 5) for (3, 5)" in message and "\n" not in message
-    assert fingerprint(model) == before
+    assert weights_digest(model) == before
 
 
 def test_of_many_keys_that_do_not_fit_the_first_few_are_named(tmp_path: Path):
@@ -335,12 +326,12 @@ def test_a_file_without_a_state_dict_and_a_missing_file_are_refused(tmp_path: Pa
 
 def test_a_replaced_head_decides_and_the_backbone_stays():
     model, batch = resnet(0), torch.randn(4, 3, 8, 8)
-    features, _ = embed(model, "head", batch)
-    before = backbone_fingerprint(model, "head"), fingerprint(model)
+    features, _ = features_and_logits(model, "head", batch)
+    before = backbone_digest(model, "head"), weights_digest(model)
     weight, bias = torch.randn(3, 16), torch.randn(3)
     replace_head(model, "head", weight, bias)
     torch.testing.assert_close(model(batch), features @ weight.T + bias)
-    assert backbone_fingerprint(model, "head") == before[0] and fingerprint(model) != before[1]
+    assert backbone_digest(model, "head") == before[0] and weights_digest(model) != before[1]
 
 
 def test_a_head_without_bias_gets_one_only_where_it_is_needed_and_keeps_it_in_the_file(tmp_path: Path):
@@ -364,14 +355,14 @@ def test_a_head_of_another_shape_is_refused():
 
 
 def test_the_backbones_fingerprint_sees_every_tensor_but_the_heads():
-    reference = backbone_fingerprint(resnet(0), "head")
-    assert reference == backbone_fingerprint(resnet(0), "head") != backbone_fingerprint(resnet(1), "head")
+    reference = backbone_digest(resnet(0), "head")
+    assert reference == backbone_digest(resnet(0), "head") != backbone_digest(resnet(1), "head")
     assert len(reference) == 16 and int(reference, 16) >= 0
     for name in resnet(0).state_dict():
         model = resnet(0)
         tensor = model.state_dict()[name]
         tensor.view(-1)[-1] += 1
-        assert (backbone_fingerprint(model, "head") == reference) == name.startswith("head."), name
+        assert (backbone_digest(model, "head") == reference) == name.startswith("head."), name
 
 
 def test_fingerprints_tell_names_types_and_shapes_apart():
@@ -387,14 +378,14 @@ def test_fingerprints_tell_names_types_and_shapes_apart():
     for model in (half, bfloat):
         for tensor in model.parameters():
             nn.init.zeros_(tensor)
-    assert len({fingerprint(model) for model in (base, wide, renamed, half, bfloat)}) == 5
+    assert len({weights_digest(model) for model in (base, wide, renamed, half, bfloat)}) == 5
 
 
 def test_a_buffer_outside_the_state_dict_counts_for_the_fingerprint():
     model = mlp(3)
-    before = backbone_fingerprint(model, "head")
+    before = backbone_digest(model, "head")
     model.register_buffer("mean", torch.ones(1), persistent=False)
-    assert backbone_fingerprint(model, "head") != before
+    assert backbone_digest(model, "head") != before
 
 
 @pytest.mark.parametrize(
@@ -410,7 +401,7 @@ def test_a_model_whose_features_depend_on_more_than_the_image_is_refused(factory
     torch.manual_seed(0)
     model = getattr(bad_models, factory)(10)
     with pytest.raises(ModelError, match=re.escape(said)):
-        models.refuse_unsteady(model, "head", torch.randn(2, 1, 8, 8))
+        refuse_irreproducible_features(model, "head", torch.randn(2, 1, 8, 8))
 
 
 @pytest.mark.parametrize(
@@ -422,4 +413,4 @@ def test_the_networks_of_torchvision_are_steady(name: str) -> None:
     arguments = {"init_weights": False} if name == "googlenet" else {}
     model = models.build(name, classes=10, arguments=arguments)
     head = models.find_head(model, classes=10)
-    models.refuse_unsteady(model, head, torch.randn(2, 3, 224, 224))
+    refuse_irreproducible_features(model, head, torch.randn(2, 3, 224, 224))
