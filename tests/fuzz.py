@@ -42,7 +42,8 @@ def run_file() -> Callable[[bytes], None]:
 
 def parquet() -> Callable[[bytes], None]:
     """What is looked at in a Parquet file before Ray reads it."""
-    from posttrain.cluster.reading import ParquetSource, highest_label, list_source, string_labels
+    from posttrain.data.classes import highest_label, string_labels
+    from posttrain.data.sources import ParquetSource, list_source
     from posttrain.errors import DataError
 
     file = Path(tempfile.mkdtemp(), "a.parquet")

@@ -142,6 +142,7 @@ def test_the_model_of_ones_own_is_one_that_posttrain_builds(tmp_path, monkeypatc
     import torch
 
     from posttrain.vision import models
+    from posttrain.vision.embedding import features_and_logits
 
     for block in blocks("python"):
         (tmp_path / name_of(block)).write_text(block, encoding="utf-8")
@@ -151,5 +152,5 @@ def test_the_model_of_ones_own_is_one_that_posttrain_builds(tmp_path, monkeypatc
     assert models.find_head(network, classes=5, name=settings.head) == "classifier"
     assert isinstance(settings.image_size, int)
     side = settings.image_size
-    features, logits = models.embed(network, "classifier", torch.zeros(2, settings.channels, side, side))
+    features, logits = features_and_logits(network, "classifier", torch.zeros(2, settings.channels, side, side))
     assert features.shape == (2, 128) and logits.shape == (2, 5)

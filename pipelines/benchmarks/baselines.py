@@ -25,6 +25,8 @@ from torch.nn.functional import cross_entropy
 from pipelines.benchmarks import cases
 from pipelines.benchmarks.cases import Case, Data, OutOfSample, Trained
 from posttrain.vision import models
+from posttrain.vision.embedding import features_and_logits
+from posttrain.vision.weights import load_bytes
 
 NEIGHBOURS = 10
 BATCH = 500
@@ -150,7 +152,7 @@ def tracin_self_influence(
 
     def load(model: nn.Module, checkpoint: tuple[bytes, float]) -> float:
         weights, rate = checkpoint
-        models.load_bytes(model, weights)
+        load_bytes(model, weights)
         return rate
 
     found = captum.TracInCPFast(
@@ -291,7 +293,7 @@ def by_neighbours(context: Context) -> Measured:
     model, head = context.network()
     images = context.images()
     began = time.perf_counter()
-    features = torch.cat([models.embed(model, head, batch)[0] for batch in images.split(BATCH)])
+    features = torch.cat([features_and_logits(model, head, batch)[0] for batch in images.split(BATCH)])
     scores = neighbour_disagreement(features.numpy(), context.given)
     return Measured(scores, time.perf_counter() - began, 1.0)
 

@@ -24,6 +24,7 @@ from posttrain.cluster.training import Training, fit_network
 from posttrain.schema import ImageSpec, stream_seed, uniform
 from posttrain.vision import models, noise
 from posttrain.vision.images import decode_column, normalize
+from posttrain.vision.weights import load_bytes, to_bytes
 
 NOISES = (
     "clean",
@@ -346,7 +347,7 @@ def train(
     # TracIn sums over checkpoints: a few on the way, the last is the network itself
     every = max(1, settings.epochs // 6)
     images = Images(
-        part, seed, lambda epoch: snapshots.append(models.to_bytes(model)) if watch and epoch % every == 0 else None
+        part, seed, lambda epoch: snapshots.append(to_bytes(model)) if watch and epoch % every == 0 else None
     )
     hooks = [model.register_forward_hook(remember)] if watch else []
     if after_step is not None:
@@ -370,7 +371,7 @@ def train(
         hook.remove()
     aum = margins / np.maximum(seen, 1) if watch else None
     # the first snapshot is the untrained network
-    return Trained(models.to_bytes(model), found["accuracy"], found["epochs"], seconds, aum, snapshots[1:])
+    return Trained(to_bytes(model), found["accuracy"], found["epochs"], seconds, aum, snapshots[1:])
 
 
 def network(case: Case, seed: int) -> nn.Module:
@@ -384,7 +385,7 @@ def network(case: Case, seed: int) -> nn.Module:
 def loaded(case: Case, weights: bytes) -> nn.Module:
     """The case's network with these weights, in evaluation mode."""
     model = network(case, 0)
-    models.load_bytes(model, weights)
+    load_bytes(model, weights)
     return model.eval()
 
 

@@ -29,7 +29,7 @@ from pipelines.benchmarks.hardware import hardware
 from pipelines.benchmarks.tables import percent
 from posttrain import rounds
 from posttrain.cluster import measuring
-from posttrain.cluster.reading import Split
+from posttrain.cluster.partitioning import Split
 from posttrain.config import RunFile, load
 from posttrain.report.progress import StepLog
 from posttrain.runs.begin import begin_or_resume

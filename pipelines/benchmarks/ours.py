@@ -19,6 +19,7 @@ from posttrain.influence.probe import Reduce, Standardizer, in_memory
 from posttrain.schema import stream_seed, uniform
 from posttrain.vision import layers as vision_layers
 from posttrain.vision import models
+from posttrain.vision.embedding import layer_features
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def embedded(case: Case, model: torch.nn.Module, names: Sequence[str], part: Par
     found: dict[str, list[Tensor]] = {name: [] for name in names}
     with torch.inference_mode():
         for batch in inputs(case, part):
-            for name, features in vision_layers.embed(model, names, "head", batch, width=width).items():
+            for name, features in layer_features(model, names, "head", batch, width=width).items():
                 found[name].append(features.half())
     features = {name: torch.cat(parts) for name, parts in found.items()}
     return InMemory(features, torch.from_numpy(part.given.astype(np.int64)))

@@ -34,7 +34,9 @@ def plain(config: RunFile, weights: Path) -> dict[str, Any]:
     from posttrain.influence.probe import Standardizer
     from posttrain.schema import uniform
     from posttrain.vision import models
+    from posttrain.vision.embedding import features_and_logits
     from posttrain.vision.images import augmentation, decode_column, normalize
+    from posttrain.vision.weights import load_weights
 
     began = time.perf_counter()
     data, settings, train = config.data, config.model, config.refining
@@ -53,7 +55,7 @@ def plain(config: RunFile, weights: Path) -> dict[str, Any]:
     validation_pixels, validation_labels = pixels[held_out], labels[held_out]
     pixels, labels = pixels[~held_out], labels[~held_out]
     model = models.build(settings.factory, classes=classes, arguments=settings.arguments)
-    models.load_weights(model, weights)
+    load_weights(model, weights)
     model = model.to(memory_format=torch.channels_last)
     reading = time.perf_counter() - began
 
@@ -61,7 +63,7 @@ def plain(config: RunFile, weights: Path) -> dict[str, Any]:
         parts = []
         for batch in images.split(256):
             inputs = normalize(batch, mean, std).contiguous(memory_format=torch.channels_last)
-            parts.append(models.embed(model, "head", inputs)[0])
+            parts.append(features_and_logits(model, "head", inputs)[0])
         return torch.cat(parts)
 
     def over(features: Tensor, targets: Tensor) -> Any:

@@ -11,7 +11,7 @@ from pipelines.benchmarks import cases
 from pipelines.benchmarks.cases import Case, Part
 from posttrain.cluster.training import Training
 from posttrain.config import Refine
-from posttrain.vision import models
+from posttrain.vision.weights import to_bytes
 
 REFINE = Refine(scope="network", epochs=2, batch_size=64, augment="crop_flip")
 """Of each round. Digits are cropped and not mirrored."""
@@ -82,4 +82,4 @@ class Average:
     def finished(self, weights: bytes) -> bytes:
         """The averaged network, once the weights after the last step are in it."""
         self._model.update_parameters(cases.loaded(self._case, weights))
-        return models.to_bytes(self._model.module)
+        return to_bytes(self._model.module)

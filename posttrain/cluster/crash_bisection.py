@@ -1,4 +1,4 @@
-"""Which rows of a block end the process that works on them: found by halving, in child processes."""
+"""Which rows of a block crash the process that works on them: found by bisection, in child processes."""
 
 from __future__ import annotations
 
@@ -13,45 +13,50 @@ import pyarrow as pa
 from posttrain.errors import StepError
 from posttrain.schema import FILE, ROW, SAMPLE_ID
 
-DEATHS = 3
-"""Processes that a row has to end, each of them alone with it."""
+CRASHES_OF_A_ROW = 3
+"""Processes that a row has to crash, in each of them the only one."""
 
-AT_MOST = 16
-"""Rows of one block that may end processes: where it is more, something else does."""
+MAX_CRASHING_ROWS = 16
+"""Rows of one block that may crash processes: where it is more, something else does."""
 
 
 @dataclass(frozen=True)
-class Fatal:
-    """A row of a partition whose image ends the process that works on it."""
+class CrashingRow:
+    """A row of a block whose image crashes the process that works on it."""
 
     row: int
     reason: str
 
 
-def fatal_rows(block: pa.Table, fatal: Sequence[Fatal]) -> list[dict[str, object]]:
-    """The quarantine's rows for images that end their process."""
-    found: list[dict[str, object]] = []
-    for one in fatal:
-        where = {ROW: one.row, SAMPLE_ID: block[SAMPLE_ID][one.row].as_py(), FILE: block[FILE][one.row].as_py()}
-        found.append({**where, "reason": one.reason})
-    return found
+def quarantine_rows(block: pa.Table, crashing: Sequence[CrashingRow]) -> list[dict[str, object]]:
+    """The quarantine's rows {row, sample_id, file, reason} for images that crash a process."""
+    return [
+        {
+            ROW: found.row,
+            SAMPLE_ID: block[SAMPLE_ID][found.row].as_py(),
+            FILE: block[FILE][found.row].as_py(),
+            "reason": found.reason,
+        }
+        for found in crashing
+    ]
 
 
-def fatal(
+def crashing_rows(
     work: Callable[[np.ndarray], Callable[[], object]], rows: np.ndarray, *, what: str, preload: Sequence[str]
-) -> list[Fatal]:
-    """Those of the rows that end their process; none where each part of them survives.
+) -> list[CrashingRow]:
+    """Those of the rows that crash their process; none where each part of them can be worked on.
 
-    `work` gives for some rows what a child process is to do with them: a picklable function, which may raise what it
-    likes. `what` was done to the images: decoded, say. `preload`: modules that all children share. Raises StepError
-    where it is more than AT_MOST rows.
+    `work` gives for some rows what a child process is to do with them: a picklable function, which may raise whatever
+    it likes. `what` was done to the images: decoded, say. `preload`: modules that all children share. Raises StepError
+    where it is more than MAX_CRASHING_ROWS rows.
     """
     # children of a server, not of this process: it may have a GPU and threads, which no fork survives
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
 
-    def end(some: np.ndarray) -> str | None:
-        child = context.Process(target=_carry_out, args=(work(some),), daemon=True)
+    def crash(some: np.ndarray) -> str | None:
+        """The signal that ended a process which worked on these rows; None where it came to its end."""
+        child = context.Process(target=_call, args=(work(some),), daemon=True)
         child.start()
         child.join()
         code = child.exitcode or 0
@@ -60,20 +65,20 @@ def fatal(
     parts = [rows]
     while any(len(part) > 1 for part in parts):
         halves = [half for part in parts for half in np.array_split(part, 2) if len(half)]
-        parts = [half for half in halves if end(half) is not None]
-        if len(parts) > AT_MOST:
+        parts = [half for half in halves if crash(half) is not None]
+        if len(parts) > MAX_CRASHING_ROWS:
             raise StepError(
-                f"more than {AT_MOST} images of one partition end the process where they are {what}: it is not the "
-                "images; give the workers more memory, or try the model on one image by itself"
+                f"more than {MAX_CRASHING_ROWS} images of one partition end the process where they are {what}: it is "
+                "not the images; give the workers more memory, or try the model on one image by itself"
             )
     found = []
     for part in parts:
-        ends = [end(part) for _ in range(DEATHS)]
-        if None not in ends:
-            how = f"each of {DEATHS} processes where it was {what} ended by {ends[-1]}"
-            found.append(Fatal(int(part[0]), how))
+        crashes = [crash(part) for _ in range(CRASHES_OF_A_ROW)]
+        if None not in crashes:
+            reason = f"each of {CRASHES_OF_A_ROW} processes where it was {what} ended by {crashes[-1]}"
+            found.append(CrashingRow(int(part[0]), reason))
     return found
 
 
-def _carry_out(work: Callable[[], object]) -> None:
+def _call(work: Callable[[], object]) -> None:
     work()

@@ -1,4 +1,4 @@
-"""What a GPU adds to a computation: which one, how exactly, how data get there, and how much of them at a time."""
+"""The GPU of a process: which one, in which number format it computes, how data get there, and how much at a time."""
 
 from __future__ import annotations
 
@@ -22,26 +22,25 @@ _DTYPES: dict[Precision, torch.dtype] = {
     "float16": torch.float16,
 }
 
-
 _ROUNDING = 1e-6
-"""1 / (1 / 49) is a little less than 49."""
+"""Added before rounding down: 1 / (1 / 49) is a little less than 49."""
 
 
 def own_device() -> torch.device:
     """The GPU that Ray has given to this process, else the CPU; without Ray, the GPU that is there."""
-    # a process without a GPU of its own sees those of the others all the same
+    # a process that Ray has given no GPU sees those of the others all the same
     given = not ray.is_initialized() or ray.get_runtime_context().get_accelerator_ids().get("GPU")
     return torch.device("cuda" if given and torch.cuda.is_available() else "cpu")
 
 
-def places(gpus: float, available: float) -> int:
-    """How many processes can have so many GPUs each, more than 0: Ray takes a fraction from a single GPU."""
+def max_processes(gpus: float, available: float) -> int:
+    """How many processes can have `gpus` GPUs each (more than 0): Ray takes a fraction from a single GPU."""
     if gpus >= 1 or available < 1:
         return int(available / gpus + _ROUNDING)
     return int(available) * int(1 / gpus + _ROUNDING)
 
 
-def gpus_of_each(processes: int, available: float) -> float:
+def gpus_per_process(processes: int, available: float) -> float:
     """One GPU for each process, or an equal share of one where there are fewer; 0 where there is none."""
     return 1.0 / max(1, math.ceil(processes / int(available))) if available >= 1 else 0.0
 
@@ -49,18 +48,18 @@ def gpus_of_each(processes: int, available: float) -> float:
 def refuse_missing_gpus(key: str, gpus: float, processes: int) -> None:
     """Raises ConfigError, naming the run file's key, where so many processes cannot have so many GPUs each.
 
-    One that has none never starts, and Ray Train would wait for it for ever.
+    A process that gets none never starts, and Ray Train would wait for it for ever.
     """
     there = ray.cluster_resources().get("GPU", 0.0)
-    if gpus and processes > places(gpus, there):
+    if gpus and processes > max_processes(gpus, there):
         raise ConfigError(
             f"{key} = {gpus:g} is too much for {processes} worker{'s' * (processes > 1)}: this machine shows {there:g} "
             f"GPU{'s' * (there != 1)}; leave it out"
         )
 
 
-def name_of(device: torch.device) -> str | None:
-    """What a GPU is called, None for the CPU."""
+def gpu_name(device: torch.device) -> str | None:
+    """The name of a GPU, None for the CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
@@ -70,28 +69,28 @@ def computing_in(precision: Precision, device: torch.device) -> AbstractContextM
 
 
 def moved(batch: Tensor, device: torch.device) -> Tensor:
-    """The batch on the device; to a GPU from page-locked memory, while the program goes on."""
+    """The batch on the device; to a GPU it is copied from page-locked memory, while the program goes on."""
     if device.type == "cuda" and batch.device.type == "cpu":
         return batch.pin_memory().to(device, non_blocking=True)
     return batch.to(device)
 
 
 class BatchSize:
-    """A number of samples that is halved, and stays so, each time that memory does not suffice for it."""
+    """How many samples are computed at once: halved for good each time that memory does not suffice for them."""
 
     def __init__(self, size: int) -> None:
         self.first = self.size = size
 
     @property
     def reduced(self) -> int | None:
-        """The size, where it is not the one that was asked for."""
+        """The size, where it has been halved; else None."""
         return self.size if self.size < self.first else None
 
-    def carried(self, work: Callable[[int], T]) -> T:
-        """What `work` gives for the largest size tried that it can be done with.
+    def run(self, work: Callable[[int], T]) -> T:
+        """The result of `work` for the size.
 
-        `work` is called again with half the size after a torch.OutOfMemoryError. Raises StepError where that came
-        for a size of 1.
+        After a torch.OutOfMemoryError, `work` is called again with half the size. Raises StepError where memory does
+        not suffice for a size of 1.
         """
         while True:
             try:
@@ -103,7 +102,7 @@ class BatchSize:
                         f"memory does not suffice for one image at a time ({reason}); use a GPU with more memory, "
                         "fewer workers on one (ray.gpus_per_worker), or ray.precision: bfloat16"
                     ) from None
-            # behind the handler: in it, the error still holds the tensors that fill the memory
+            # after the handler: inside it, the error still holds the tensors that fill the memory
             self.size //= 2
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()

@@ -1,7 +1,8 @@
-"""Training images that are in a held-out set, too: the same bytes, or nearly the same picture, also mirrored.
+"""Training images that are in a held-out set, too: the same bytes, or near duplicates, also mirrored.
 
-Prints of the held-out images (a digest, a hash and a thumbnail each, some 300 bytes) go into the object store; every
-training partition is compared with them where it is read. Of the training set nothing travels but what was found.
+What held-out images are compared by (a digest, a perceptual hash and a thumbnail each, some 300 bytes) goes into the
+object store; every training partition is compared with it where its block lies. Of the training set only the pairs
+that were found travel.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import pyarrow as pa
 import ray
 
 from posttrain.cluster import crash_bisection
-from posttrain.cluster.reading import Progress, Split, raise_cause
-from posttrain.cluster.tasks import LOST, ended, results
+from posttrain.cluster.failures import PROCESS_LOST, process_lost, raise_cause
+from posttrain.cluster.partitioning import Progress, Split
+from posttrain.cluster.tasks import results
 from posttrain.schema import FILE, IMAGE, LABEL, PARTITION, ROW, SAMPLE_ID
 from posttrain.store.features import image_digests
 from posttrain.vision import near_duplicates
-from posttrain.vision.near_duplicates import Prints
+from posttrain.vision.near_duplicates import PerceptualHashes
 
 SPLIT, OTHER_ID, SAME_LABEL, DIFFERENCE, MIRRORED, IDENTICAL = (
     "split",
@@ -35,22 +37,25 @@ OTHER_PARTITION, OTHER_ROW, OTHER_FILE = "other_partition", "other_row", "other_
 
 
 @dataclass(frozen=True)
-class Known:
-    """The images of a held-out partition that can be read, as training images are compared with them."""
+class HeldOutImages:
+    """What training images are compared with: the images of a held-out partition that can be decoded."""
 
     samples: pa.Table
     """{split, other_partition, other_row, other_id, label, other_file}."""
     digests: np.ndarray
     """uint64, of the images' bytes."""
-    prints: tuple[Prints, Prints]
-    """As they are, and mirrored."""
+    hashes: tuple[PerceptualHashes, PerceptualHashes]
+    """Of the images as they are, and mirrored."""
 
 
 _NONE = np.empty(0, np.int32)
 
-FatalRow = tuple[str, int, dict[str, object]]
-"""Split, partition, and a row of the quarantine of an image that ends the process which decodes it: {row, sample_id, file,
-reason}."""
+CrashingImage = tuple[str, int, dict[str, object]]
+"""An image that crashes the process which decodes it: split, partition, and its row of the quarantine {row, sample_id,
+file, reason}."""
+
+Search = Callable[[Any, str, int], np.ndarray]
+"""(block, split, partition) -> the rows whose images crash the process that decodes them."""
 
 
 def find(
@@ -58,87 +63,97 @@ def find(
     shape: tuple[int, ...] | None,
     progress: Progress = lambda done, total: None,
     say: Callable[[str], None] = lambda line: None,
-) -> tuple[pa.Table, list[FatalRow]]:
-    """Pairs of a training image and a held-out one that are the same or alike, in the order of partitions and rows.
+) -> tuple[pa.Table, list[CrashingImage]]:
+    """Pairs of a training image and a held-out one that are the same or nearly, in the order of partitions and rows.
 
-    Of each image's pairs the closest is kept (of a held-out image's, the closest in each training partition): all that
-    are concerned appear, without all their pairs. `shape`: of raw cells. Second, the images that end the process which
-    decodes them; `say` is told that they are looked for. Raises StepError where processes end without such an image.
+    Of each image's pairs the closest is kept (of a held-out image's, the closest in each training partition): every
+    image that leaks is in the table, though not with all its pairs. `shape`: of images that are raw pixels. Second, the
+    images that crash the process which decodes them; `say` is told when the search for these begins. Raises StepError
+    where processes end without such an image.
     """
+    crashing: list[CrashingImage] = []
+
+    def search(block: ray.ObjectRef[pa.Table], split: str, partition: int) -> np.ndarray:
+        say(f"  processes ended at the images of partition {partition} of {split}; looking for the one that does it")
+        found = ray.get(_crashing_rows.options(num_cpus=0).remote(block, shape))
+        crashing.extend((split, partition, row) for row in found)
+        return np.array([row[ROW] for row in found], np.int32)
+
+    held_out = _held_out_images(splits, shape, search)
     train = splits["train"]
-    held_out = [
-        (name, partition.index, partition.block)
+    calls = [(partition.block, partition.index, shape, held_out, _NONE) for partition in train.partitions]
+
+    def on_crash(call: tuple[Any, ...]) -> tuple[Any, ...]:
+        block, partition, *same, _ = call
+        return (block, partition, *same, search(block, "train", partition))
+
+    tables = []
+    seen = 0
+    for partition, found in zip(train.partitions, results(_compared, calls, on_crash=on_crash), strict=True):
+        tables.append(found)
+        seen += partition.rows
+        progress(seen, train.rows)
+    return pa.concat_tables(tables), crashing
+
+
+def _held_out_images(
+    splits: Mapping[str, Split], shape: tuple[int, ...] | None, search: Search
+) -> list[ray.ObjectRef[HeldOutImages]]:
+    """`HeldOutImages` of each partition of the validation and test sets, in the object store."""
+    partitions = [
+        (partition.block, name, partition.index)
         for name in ("validation", "test")
         if name in splits
         for partition in splits[name].partitions
     ]
-    fatal: list[FatalRow] = []
 
-    def without_fatal(block: ray.ObjectRef, split: str, partition: int) -> np.ndarray:
-        say(f"  processes ended at the images of partition {partition} of {split}; looking for the one that does it")
-        found = ray.get(_fatal.options(num_cpus=0).remote(block, shape))
-        fatal.extend((split, partition, row) for row in found)
-        return np.array([row[ROW] for row in found], np.int32)
+    def start(block: Any, split: str, partition: int, skip: np.ndarray = _NONE) -> list[ray.ObjectRef]:
+        # the second result says that the task is done: the first is not wanted here
+        return cast(Any, _hashed.remote(block, shape, split, partition, skip))
 
-    def prints_of(block: ray.ObjectRef, split: str, partition: int, skip: np.ndarray = _NONE) -> list[ray.ObjectRef]:
-        # the second says whether it is done: the first is not wanted here
-        return cast(Any, _printed.remote(block, shape, split, partition, skip))
-
-    known = [prints_of(block, name, number) for name, number, block in held_out]
-    # those that compare reserve no CPU: started earlier, they would only wait, each in a process of its own
-    ray.wait([done for _, done in known], num_returns=len(known), fetch_local=False)
-    printed = []
+    started = [start(*partition) for partition in partitions]
+    # the tasks that compare reserve no CPU: started earlier, they would only wait, each in a process of its own
+    ray.wait([done for _, done in started], num_returns=len(started), fetch_local=False)
+    images = []
     try:
-        for (name, number, block), (prints, done) in zip(held_out, known, strict=True):
+        for partition, (found, done) in zip(partitions, started, strict=True):
             try:
                 ray.get(done)
-            except LOST:
-                prints, done = prints_of(block, name, number, without_fatal(block, name, number))
+            except PROCESS_LOST:
+                found, done = start(*partition, search(*partition))
                 ray.get(done)
-            printed.append(prints)
-    except LOST as error:
-        raise ended(error) from error
+            images.append(found)
+    except PROCESS_LOST as error:
+        raise process_lost(error) from error
     except Exception as error:
         raise_cause(error)
-    tables = []
-    seen = 0
-    calls = [(partition.block, partition.index, shape, printed, _NONE) for partition in train.partitions]
-
-    def instead(call: tuple[Any, ...]) -> tuple[Any, ...]:
-        block, partition, *same, _ = call
-        return (block, partition, *same, without_fatal(block, "train", partition))
-
-    for partition, found in zip(train.partitions, results(_compared, calls, instead=instead), strict=True):
-        tables.append(found)
-        seen += partition.rows
-        progress(seen, train.rows)
-    return pa.concat_tables(tables), fatal
+    return images
 
 
 @ray.remote(num_returns=2)
-def _printed(
+def _hashed(
     block: pa.Table, shape: tuple[int, ...] | None, split: str, partition: int, skip: np.ndarray
-) -> tuple[Known, None]:
-    return described(block, shape, split, partition, skip), None
+) -> tuple[HeldOutImages, None]:
+    return held_out_images(block, shape, split, partition, skip), None
 
 
 @ray.remote
-def _fatal(block: pa.Table, shape: tuple[int, ...] | None) -> list[dict[str, object]]:
-    """The quarantine's rows of the images that end the process which decodes them."""
-    ends = crash_bisection.fatal(
-        lambda rows: functools.partial(_readable, block.take(pa.array(rows)).select([IMAGE]), shape),
+def _crashing_rows(block: pa.Table, shape: tuple[int, ...] | None) -> list[dict[str, object]]:
+    """The quarantine's rows of the images that crash the process which decodes them."""
+    found = crash_bisection.crashing_rows(
+        lambda rows: functools.partial(_decoded, block.take(pa.array(rows)).select([IMAGE]), shape),
         np.arange(block.num_rows, dtype=np.int32),
         what="decoded",
         preload=[__name__],
     )
-    return crash_bisection.fatal_rows(block, ends)
+    return crash_bisection.quarantine_rows(block, found)
 
 
-def described(
+def held_out_images(
     block: pa.Table, shape: tuple[int, ...] | None, split: str, partition: int, skip: np.ndarray = _NONE
-) -> Known:
-    """What training partitions are compared with, of a held-out partition's readable images but those of the rows `skip`."""
-    rows, digests, pixels = _readable(block, shape, skip)
+) -> HeldOutImages:
+    """What training partitions are compared with, of a held-out partition without the rows `skip`."""
+    rows, digests, pixels = _decoded(block, shape, skip)
     taken = block.take(pa.array(rows, pa.int64()))
     table = pa.table(
         {
@@ -150,12 +165,14 @@ def described(
             OTHER_FILE: taken[FILE],
         }
     )
-    return Known(table, digests, (near_duplicates.prints(pixels), near_duplicates.prints(pixels[:, :, ::-1])))
+    hashes = near_duplicates.perceptual_hashes
+    return HeldOutImages(table, digests, (hashes(pixels), hashes(pixels[:, :, ::-1])))
 
 
-def _readable(
+def _decoded(
     block: pa.Table, shape: tuple[int, ...] | None, skip: np.ndarray = _NONE
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows whose images can be decoded, digests of their bytes, and grey pixels."""
     tried = np.setdiff1d(np.arange(block.num_rows), skip)
     images = block[IMAGE].take(pa.array(tried)) if len(skip) else block[IMAGE]
     pixels, readable = near_duplicates.grey((cell.as_py() for chunk in images.chunks for cell in chunk), shape)
@@ -165,27 +182,27 @@ def _readable(
 
 @ray.remote
 def _compared(
-    block: pa.Table, partition: int, shape: tuple[int, ...] | None, known: list[ray.ObjectRef], skip: np.ndarray
+    block: pa.Table, partition: int, shape: tuple[int, ...] | None, held_out: list[ray.ObjectRef], skip: np.ndarray
 ) -> pa.Table:
-    return compare(block, partition, shape, ray.get(known), skip)
+    return compare(block, partition, shape, ray.get(held_out), skip)
 
 
 def compare(
     block: pa.Table,
     partition: int,
     shape: tuple[int, ...] | None,
-    known: Sequence[Known],
+    held_out: Sequence[HeldOutImages],
     skip: np.ndarray = _NONE,
 ) -> pa.Table:
-    """The pairs of one training partition, but for the rows `skip`, with all held-out images."""
-    rows, digests, pixels = _readable(block, shape, skip)
-    others = pa.concat_tables([held_out.samples for held_out in known]).combine_chunks()
-    other_digests = np.concatenate([held_out.digests for held_out in known])
-    mine = near_duplicates.prints(pixels)
+    """The pairs of one training partition, without the rows `skip`, with all held-out images."""
+    rows, digests, pixels = _decoded(block, shape, skip)
+    others = pa.concat_tables([images.samples for images in held_out]).combine_chunks()
+    other_digests = np.concatenate([images.digests for images in held_out])
+    mine = near_duplicates.perceptual_hashes(pixels)
     found = [_identical(digests, other_digests)]
     for mirrored in (False, True):
-        theirs = near_duplicates.together([held_out.prints[mirrored] for held_out in known])
-        i, j, difference = near_duplicates.alike(mine, theirs)
+        theirs = near_duplicates.concatenated([images.hashes[mirrored] for images in held_out])
+        i, j, difference = near_duplicates.near_duplicate_pairs(mine, theirs)
         found.append((i, j, difference, np.full(len(i), mirrored)))
     i, j, difference, mirrored = (np.concatenate(column) for column in zip(*found, strict=True))
     identical = digests[i] == other_digests[j]
@@ -208,7 +225,7 @@ def compare(
 
 
 def _identical(mine: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """A pair for each image of which the other side has the bytes: not all pairs, of which blank ones make many."""
+    """A pair for each image whose bytes are on the other side, too; not all such pairs: blank images make many."""
     values, first_of_mine = np.unique(mine, return_index=True)
     other_values, first_of_others = np.unique(others, return_index=True)
     i, j = np.flatnonzero(np.isin(mine, others)), np.flatnonzero(np.isin(others, mine))

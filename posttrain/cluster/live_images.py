@@ -10,7 +10,7 @@ import ray
 import torch
 from torch import Tensor
 
-from posttrain.cluster.reading import Partition
+from posttrain.cluster.partitioning import Partition
 from posttrain.errors import StepError
 from posttrain.live import Live
 from posttrain.schema import FILE, IMAGE, LABEL, SAMPLE_ID, ImageSpec

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute
 import ray
 
-from posttrain.cluster.reading import Split
+from posttrain.cluster.partitioning import Split
 from posttrain.cluster.tasks import results
 from posttrain.live import NewLabels, Removal, Rows
 from posttrain.schema import (

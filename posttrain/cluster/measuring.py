@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from posttrain.cluster.reading import Split
+from posttrain.cluster.partitioning import Split
 from posttrain.cluster.tasks import results
 from posttrain.live import Removal
 from posttrain.schema import LABEL, TRUE_LABEL

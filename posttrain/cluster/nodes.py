@@ -1,4 +1,4 @@
-"""Whether all nodes of a cluster see the same files: asked before any work."""
+"""A check, before any work, that all nodes of a cluster see the same files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from posttrain.errors import ConfigError, PosttrainError
 from posttrain.store.folder import RunFolder, resolve
 
 ANSWER_S = 120.0
-"""Seconds in which a node has to answer; a first worker process takes a few."""
+"""Seconds in which a node has to answer; starting a first worker process there takes a few."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Complaint:
     """What a node does not see."""
 
     key: str
-    """Of the run file."""
+    """The key of the run file that names it."""
     location: str
     why: str
 
@@ -32,20 +32,20 @@ class Complaint:
 def refuse_unshared(location: str, data: Mapping[str, Sequence[str]]) -> None:
     """Raises ConfigError where a node of the cluster does not see the run folder at `location`, or a data path.
 
-    Every node reads what the driver has written to the run folder, and writes what the driver reads; `data` are the
-    locations of each key of the run file. With one node there is nothing to ask.
+    Every node has to read what the driver writes to the run folder, and the driver what the node writes. `data`: the
+    locations that each key of the run file names. With one node there is nothing to check.
     """
     nodes = {node["NodeID"]: f"{node['NodeManagerHostname']} ({node['NodeID'][:8]})" for node in _alive()}
     if len(nodes) > 1:
-        compare(location, data, nodes, _asked)
+        check_nodes(location, data, nodes, _ask_nodes)
 
 
 def _alive() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def _asked(nodes: Sequence[str], *question: Any) -> dict[str, Complaint | None]:
-    remote: Any = ray.remote(look)
+def _ask_nodes(nodes: Sequence[str], *question: Any) -> dict[str, Complaint | None]:
+    remote: Any = ray.remote(check_this_node)
     pending = {
         node: remote.options(
             num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False), max_retries=1
@@ -67,15 +67,15 @@ def _asked(nodes: Sequence[str], *question: Any) -> dict[str, Complaint | None]:
     return found
 
 
-def compare(
+def check_nodes(
     location: str,
     data: Mapping[str, Sequence[str]],
     nodes: Mapping[str, str],
     ask: Callable[..., dict[str, Complaint | None]],
 ) -> None:
-    """`refuse_unshared` for these nodes (id to name), of which `ask` gets the answers."""
+    """`refuse_unshared` for these nodes (id to name); `ask` gives the complaint of each node, or None."""
     folder, token = RunFolder(location), uuid.uuid4().hex
-    # hidden: the folder of a check that was killed does not make a run folder one of something else
+    # hidden: if the check is killed, what it leaves behind does not keep a run from using the folder
     place = folder.path(f".nodes-{token}")
     folder.write_bytes(f"{place}/driver", token.encode())
     try:
@@ -96,8 +96,8 @@ def compare(
         )
 
 
-def look(location: str, token: str, data: Mapping[str, Sequence[str]], node: str) -> Complaint | None:
-    """What this process does not see of the run folder and the data; None where all is well."""
+def check_this_node(location: str, token: str, data: Mapping[str, Sequence[str]], node: str) -> Complaint | None:
+    """What this process does not see of the run folder and the data; None where it sees all."""
     try:
         folder = RunFolder(location)
         place = folder.path(f".nodes-{token}")

@@ -1,4 +1,4 @@
-"""Starting Ray: quiet, cheap on one machine, the same program on a cluster."""
+"""Starting Ray or joining a cluster: without output of Ray's own, and at little cost on one machine."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from posttrain.errors import ConfigError, StepError
 
 _NO_BARS = "RAY_DATA_DISABLE_PROGRESS_BARS"
 
-# Measured: what an undisturbed run on one machine needs least of (see each line). Set before Ray starts,
-# and never over what the user has set.
+# Measured on one machine: with these a run is quiet and starts fastest. Set before Ray starts, and never over what the
+# user has set.
 _ENVIRONMENT = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     _NO_BARS: "1",
@@ -41,7 +41,7 @@ def cluster_address(configured: str | None) -> str | None:
 
 
 def refuse_unreachable(address: str) -> None:
-    """Ray itself tries for minutes, in silence, where nothing listens."""
+    """Raises ConfigError where nothing listens at the address: Ray itself tries for minutes, in silence."""
     found = re.fullmatch(r"(?:ray://)?([^/:]+):(\d+)", address)
     if found is None:
         return
@@ -55,13 +55,14 @@ def refuse_unreachable(address: str) -> None:
 
 
 def _packages() -> list[str]:
+    """The folders of the packages that every node needs; of `pipelines` where it lies beside posttrain."""
     here = Path(__file__).parents[1]
-    return [str(here), str(here.with_name("pipelines"))]
+    return [str(folder) for folder in (here, here.with_name("pipelines")) if folder.is_dir()]
 
 
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Ray's C++ side says at its start which log level it took; errors come as exceptions."""
+    """Nothing reaches standard error: Ray's C++ side writes its log level there; errors come as exceptions."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
@@ -75,10 +76,10 @@ def _silent_stderr() -> Iterator[None]:
 
 @contextmanager
 def _on_loopback() -> Iterator[None]:
-    """A Ray that starts in here is reachable from this machine alone; by itself it listens on all addresses.
+    """A Ray that starts in here can be reached from this machine alone; by default it listens on all addresses.
 
-    Ray has no option for it: it turns `_node_ip_address="127.0.0.1"` into the machine's own address. What it does on
-    macOS and Windows it does here, too, unless the user has set its variable.
+    Ray has no option for it: it turns `_node_ip_address="127.0.0.1"` into the machine's own address. On macOS and
+    Windows it listens on loopback by itself; here it is made to do so everywhere, unless the user has set its variable.
     """
     from ray._private import ray_constants
 
@@ -92,12 +93,12 @@ def _on_loopback() -> Iterator[None]:
 
 
 @contextmanager
-def _end_by_caller() -> Iterator[None]:
+def _sigterm_left_to_caller() -> Iterator[None]:
     """A Ray that starts in here leaves it to the caller how SIGTERM ends the program.
 
     The caller's handler stays, where there is one: Ray's own prints a stack and aborts. And Ray's processes are in
-    groups of their own: of a signal to the program's group, as `timeout` sends it, they would die first, and take the
-    driver with them before it can say a word.
+    process groups of their own: a signal to the program's group, as `timeout` sends it, would end them first, and they
+    would take the driver with them before it can report anything.
     """
     from ray._private import services, utils
 
@@ -113,7 +114,7 @@ def _end_by_caller() -> Iterator[None]:
     finally:
         services.ConsolePopen, utils.set_sigterm_handler = before
         if mine:
-            # that of Ray's C++ side
+            # Ray's C++ side has set its own
             signal.signal(signal.SIGTERM, handler)
 
 
@@ -136,59 +137,82 @@ def session(
 
     started = not ray.is_initialized()
     if started:
-        level = logging.INFO if verbose else logging.CRITICAL
-        options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": level}
+        options: dict[str, Any] = {
+            "log_to_driver": verbose,
+            "logging_level": logging.INFO if verbose else logging.CRITICAL,
+        }
         if address:
-            # the same code on every node, whatever is installed there
-            options |= {"address": address, "runtime_env": {"py_modules": _packages()}}
+            _join(address, options, verbose=verbose)
         else:
-            # there is no spot node to be told of
-            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-            options |= {"address": "local", "num_cpus": num_cpus, "include_dashboard": False}
-            if object_store_gb:
-                options["object_store_memory"] = int(object_store_gb * 1e9)
-        if address:
-            refuse_unreachable(address)
-        try:
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(_end_by_caller())
-                if not verbose:
-                    stack.enter_context(_silent_stderr())
-                if not address:
-                    stack.enter_context(_on_loopback())
-                try:
-                    ray.init(**options)
-                except Exception:
-                    if address:
-                        raise
-                    # it gives its processes half a minute, which a busy machine may need for other things
-                    ray.shutdown()
-                    ray.init(**options)
-        except KeyboardInterrupt:
-            ray.shutdown()
-            raise
-        except Exception as error:  # where a process of its own does not come up, Ray raises no subclass
-            if not address:
-                raise StepError(
-                    f"Ray has not started on this machine ({str(error).splitlines()[0]}); "
-                    "start the same command again once there is less load or more memory"
-                ) from error
-            if not isinstance(error, ConnectionError | RuntimeError):
-                raise
-            raise ConfigError(
-                f"ray.address = {address}: no Ray cluster can be joined there ({str(error).splitlines()[0]}); "
-                "start one with `ray start --head`, or leave ray.address out"
-            ) from None
+            _start(options, num_cpus=num_cpus, object_store_gb=object_store_gb, verbose=verbose)
     if not verbose:
-        # ray.data sets up its loggers when it is imported: before, a level would not last
-        import ray.data
-
-        for name in ("ray.data", "ray.train", "ray.tune", "ray"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-        # ray.data reads its variable only when it is imported, which may be long before a session
-        ray.data.DataContext.get_current().enable_progress_bars = os.environ[_NO_BARS] == "0"
+        _silence_loggers()
     try:
         yield
     finally:
         if started:
             ray.shutdown()
+
+
+def _join(address: str, options: dict[str, Any], *, verbose: bool) -> None:
+    import ray
+
+    refuse_unreachable(address)
+    try:
+        with _undisturbed(verbose=verbose):
+            # the same code on every node, whatever is installed there
+            ray.init(**options, address=address, runtime_env={"py_modules": _packages()})
+    except KeyboardInterrupt:
+        ray.shutdown()
+        raise
+    except (ConnectionError, RuntimeError) as error:
+        raise ConfigError(
+            f"ray.address = {address}: no Ray cluster can be joined there ({str(error).splitlines()[0]}); "
+            "start one with `ray start --head`, or leave ray.address out"
+        ) from None
+
+
+def _start(options: dict[str, Any], *, num_cpus: int | None, object_store_gb: float | None, verbose: bool) -> None:
+    import ray
+
+    # Ray Train would wait for notices that a spot node is about to go: there is none
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    options = {**options, "address": "local", "num_cpus": num_cpus, "include_dashboard": False}
+    if object_store_gb:
+        options["object_store_memory"] = int(object_store_gb * 1e9)
+    try:
+        with _undisturbed(verbose=verbose), _on_loopback():
+            try:
+                ray.init(**options)
+            except Exception:
+                # Ray gives its processes half a minute to come up, which a busy machine may need for other things
+                ray.shutdown()
+                ray.init(**options)
+    except KeyboardInterrupt:
+        ray.shutdown()
+        raise
+    except Exception as error:  # where a process of its own does not come up, Ray raises no subclass
+        raise StepError(
+            f"Ray has not started on this machine ({str(error).splitlines()[0]}); "
+            "start the same command again once there is less load or more memory"
+        ) from error
+
+
+@contextmanager
+def _undisturbed(*, verbose: bool) -> Iterator[None]:
+    """A Ray that starts in here leaves SIGTERM to the caller, and the console alone unless `verbose`."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_sigterm_left_to_caller())
+        if not verbose:
+            stack.enter_context(_silent_stderr())
+        yield
+
+
+def _silence_loggers() -> None:
+    # ray.data sets up its loggers when it is imported: before, a level would not last
+    import ray.data
+
+    for name in ("ray.data", "ray.train", "ray.tune", "ray"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    # ray.data reads its variable only when it is imported, which may be long before a session
+    ray.data.DataContext.get_current().enable_progress_bars = os.environ[_NO_BARS] == "0"

@@ -7,27 +7,22 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import ray
-from ray.exceptions import OutOfMemoryError, WorkerCrashedError
 
-from posttrain.cluster.reading import raise_cause
-from posttrain.errors import StepError
-
-LOST = (WorkerCrashedError, OutOfMemoryError)
-"""What Ray raises for a task whose process was ended."""
+from posttrain.cluster.failures import PROCESS_LOST, process_lost, raise_cause
 
 
 def results(
     task: Any,
     calls: Iterable[tuple[Any, ...]],
     *,
-    instead: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = None,
+    on_crash: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = None,
 ) -> Iterator[Any]:
     """What the remote function gives for each call's arguments, in their order.
 
     As many run at a time as the cluster has CPUs, though none is reserved: workers may hold them all, and a task
-    that asked for one would wait for ever. A call whose process dies is made again, three times at most; then `instead`
-    says what to call in its place. Raises what a call raised, posttrain's own errors unwrapped; StepError where its
-    process died each time.
+    that asked for one would wait for ever. A call whose process dies is made again, three times at most; then
+    `on_crash` says what to call instead. Raises what a call raised, posttrain's own errors unwrapped; StepError where
+    its process died each time.
     """
     at_once = max(1, int(ray.cluster_resources().get("CPU", 1)))
     unreserved = task.options(num_cpus=0, scheduling_strategy="SPREAD", max_retries=3)
@@ -42,21 +37,12 @@ def results(
             reference, call = pending.popleft()
             try:
                 found = ray.get(reference)
-            except LOST:
-                if instead is None:
+            except PROCESS_LOST:
+                if on_crash is None:
                     raise
-                found = ray.get(unreserved.remote(*instead(call)))
+                found = ray.get(unreserved.remote(*on_crash(call)))
             yield found
-    except LOST as error:
-        raise ended(error) from error
+    except PROCESS_LOST as error:
+        raise process_lost(error) from error
     except Exception as error:
         raise_cause(error)
-
-
-def ended(error: Exception) -> StepError:
-    """What to say of a task whose process was ended each time."""
-    why = "for want of memory" if isinstance(error, OutOfMemoryError) else "by a crash, or by somebody"
-    return StepError(
-        f"a task's worker process was ended {why}, and again each time that it was tried anew; "
-        "give the workers more memory, then start the same command again to go on"
-    )

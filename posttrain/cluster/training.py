@@ -24,16 +24,17 @@ from ray.train.torch import TorchTrainer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from posttrain.cluster.devices import BatchSize, computing_in, moved, name_of
+from posttrain.cluster.devices import BatchSize, computing_in, gpu_name, moved
+from posttrain.cluster.failures import raise_cause
 from posttrain.cluster.live_images import LiveImages
-from posttrain.cluster.reading import Progress, Split, raise_cause
+from posttrain.cluster.partitioning import Progress, Split
 from posttrain.cluster.workers import Network, load_network
 from posttrain.errors import RecipeError, StepError
 from posttrain.live import Live
 from posttrain.schema import ImageSpec, Precision
 from posttrain.store.folder import RunFolder
-from posttrain.vision import models
 from posttrain.vision.images import augmentation, normalize
+from posttrain.vision.weights import to_bytes
 
 DEATHS_OF_A_TRAINING = 5
 """Times that training begins again because a worker of it was lost."""
@@ -200,7 +201,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
                 raise
             # Ray Train would take it for the loss of a worker, and begin again
             return {"failed": str(error)}
-    return {"weights": models.to_bytes(model), "gpu": name_of(device), **outcome}
+    return {"weights": to_bytes(model), "gpu": gpu_name(device), **outcome}
 
 
 def fit_network(
@@ -282,7 +283,7 @@ class _Passes:
 
     def step(self, pixels: Tensor, labels: Tensor) -> Tensor:
         """One step on uint8 [n, c, h, w] and labels [n]; float64 (sum of losses, correct, n)."""
-        sums = self.batch.carried(lambda size: self._gradients(pixels, labels, size))
+        sums = self.batch.run(lambda size: self._gradients(pixels, labels, size))
         self._scaler.step(self._optimizer)
         self._scaler.update()
         return sums

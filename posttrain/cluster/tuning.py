@@ -25,7 +25,7 @@ from pydantic import JsonValue
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
-from posttrain.cluster.reading import raise_cause
+from posttrain.cluster.failures import raise_cause
 from posttrain.config import Distribution
 from posttrain.errors import ConfigError
 from posttrain.schema import stream_seed

@@ -26,19 +26,19 @@ from torch import Tensor
 
 import posttrain
 from posttrain.cluster import crash_bisection
-from posttrain.cluster.crash_bisection import Fatal, fatal_rows
+from posttrain.cluster.crash_bisection import CrashingRow, quarantine_rows
 from posttrain.cluster.devices import (
     BatchSize,
     computing_in,
-    gpus_of_each,
+    gpu_name,
+    gpus_per_process,
+    max_processes,
     moved,
-    name_of,
     own_device,
-    places,
     refuse_missing_gpus,
 )
+from posttrain.cluster.partitioning import Partition, Progress
 from posttrain.cluster.pool import Died, Pool
-from posttrain.cluster.reading import Partition, Progress
 from posttrain.influence.calibration import CalibrationSums, NoiseModel, PosteriorSums, calibration_sums, posterior_sums
 from posttrain.influence.curvature import Curvature, hessian_block
 from posttrain.influence.ensemble import ProbeEnsemble
@@ -68,8 +68,10 @@ from posttrain.store.features import (
 )
 from posttrain.store.folder import RunFolder
 from posttrain.store.scores import ScoreShards, content_digest
-from posttrain.vision import layers, models
+from posttrain.vision import models
+from posttrain.vision.embedding import layer_features
 from posttrain.vision.images import decode_column, normalize
+from posttrain.vision.weights import backbone_digest, load_bytes
 
 REDUCTION_GROUPS = 32
 """Sums are formed in this many groups of partitions, each by one actor, and added up in their order: the result
@@ -116,7 +118,7 @@ class Network:
     def backbone(self) -> str:
         """Tells one feature store from another: everything that its features depend on."""
         spec = self.spec
-        backbone = models.backbone_fingerprint(load_network(self), spec.head)
+        backbone = backbone_digest(load_network(self), spec.head)
         # the weights alone do not say how images are seen, nor what is done with the weights
         recipe = f"{spec.factory}:{json.dumps(spec.arguments, sort_keys=True, default=str)}:{spec.head}:{spec.image}"
         kept = f"{backbone}:{recipe}:{spec.layers}:{spec.width}"
@@ -127,7 +129,7 @@ class Network:
 
 def load_network(network: Network) -> torch.nn.Module:
     model = models.build(network.spec.factory, classes=network.spec.classes, arguments=network.spec.arguments)
-    models.load_bytes(model, network.weights)
+    load_bytes(model, network.weights)
     return model
 
 
@@ -216,7 +218,7 @@ class _Worker:
         return os.getpid()
 
     def gpu(self) -> str | None:
-        return name_of(self.device)
+        return gpu_name(self.device)
 
     def reduced_batch(self) -> int | None:
         return self.batch.reduced
@@ -231,7 +233,7 @@ class _Worker:
         skip: np.ndarray,
         former: FormerFeatures | None = None,
         partitions: int = 0,
-        fatal: Sequence[Fatal] = (),
+        fatal: Sequence[CrashingRow] = (),
     ) -> ShardSummary:
         network: Network = ray.get(network_in[0])
         model = self._model(network)
@@ -242,14 +244,14 @@ class _Worker:
         fresh, quarantined = embed_block(
             model, network.spec, block, skip, self.device, precision=network.precision, batch=self.batch
         )
-        quarantined = sorted([*quarantined, *fatal_rows(block, fatal)], key=lambda row: int(str(row[ROW])))
+        quarantined = sorted([*quarantined, *quarantine_rows(block, fatal)], key=lambda row: int(str(row[ROW])))
         shard, embedded = with_known(fresh, known, block), len(fresh.rows)
         write_shard(folder, path, shard, quarantined, embedded=embedded, partitions=partitions)
         return ShardSummary(partition, len(shard.rows), quarantined, embedded)
 
-    def fatal(self, network_in: list[Any], block: pa.Table, rows: np.ndarray) -> list[Fatal]:
+    def fatal(self, network_in: list[Any], block: pa.Table, rows: np.ndarray) -> list[CrashingRow]:
         network: Network = ray.get(network_in[0])
-        return crash_bisection.fatal(
+        return crash_bisection.crashing_rows(
             lambda some: functools.partial(_embed_alone, network, block.take(pa.array(some)), self.device),
             rows,
             what="decoded and embedded",
@@ -391,13 +393,13 @@ def embed_block(
     def embedded(start: int, size: int) -> dict[str, Tensor]:
         inputs = normalize(moved(images[start : start + size], device), image.mean, image.std)
         inputs = inputs.contiguous(memory_format=torch.channels_last)
-        found = layers.embed(model, spec.layers, spec.head, inputs, width=spec.width)
+        found = layer_features(model, spec.layers, spec.head, inputs, width=spec.width)
         return {layer: features.cpu().half() for layer, features in found.items()}
 
     done = 0
     with torch.inference_mode(), computing_in(precision, device):
         while done < len(images):
-            found = batch.carried(functools.partial(embedded, done))
+            found = batch.run(functools.partial(embedded, done))
             done += len(found[spec.head])
             for layer, features in found.items():
                 parts[layer].append(features[: len(pixels)])
@@ -515,11 +517,11 @@ class Workers:
         self._on_cluster = on_cluster
         # on a cluster, which may grow, the run file says how many GPUs are meant
         asked_for = count if count and not on_cluster else 1
-        self.gpus_per_worker = gpus_of_each(asked_for, available_gpus) if gpus is None else gpus
+        self.gpus_per_worker = gpus_per_process(asked_for, available_gpus) if gpus is None else gpus
         if not on_cluster:
             refuse_missing_gpus("ray.gpus_per_worker", self.gpus_per_worker, asked_for)
         by_default = (
-            places(self.gpus_per_worker, available_gpus)
+            max_processes(self.gpus_per_worker, available_gpus)
             if self.gpus_per_worker
             else int(resources.get("CPU", 1) / max(cpus, 1))
         )
@@ -550,7 +552,7 @@ class Workers:
         """GPUs of each of so many training processes, where nobody says; none where those that embed have none."""
         if not self.gpus_per_worker:
             return 0.0
-        return 1.0 if self._on_cluster else gpus_of_each(processes, ray.cluster_resources().get("GPU", 0.0))
+        return 1.0 if self._on_cluster else gpus_per_process(processes, ray.cluster_resources().get("GPU", 0.0))
 
     def start(self) -> None:
         """Start the actors without waiting for them."""
@@ -601,7 +603,7 @@ class Workers:
         candidates = (former_features(run, backbone, split) for run in former if todo)
         taken_up = next((found for found in candidates if found is not None), None)
 
-        def call(partition: Partition, fatal: Sequence[Fatal] = ()) -> Callable[[Any], Any]:
+        def call(partition: Partition, fatal: Sequence[CrashingRow] = ()) -> Callable[[Any], Any]:
             return lambda actor: actor.embed.remote(
                 [reference],
                 partition.block,
@@ -617,7 +619,7 @@ class Workers:
         done = 0
         suspects: list[Partition] = []
         for partition, outcome in zip(
-            todo, self._pool.each(map(call, todo), tolerated=_DEATHS_OF_A_PARTITION), strict=True
+            todo, self._pool.each(map(call, todo), max_deaths=_DEATHS_OF_A_PARTITION), strict=True
         ):
             if isinstance(outcome, Died):
                 suspects.append(partition)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pyarrow as pa
 import ray
 
-from posttrain.cluster.reading import Progress, Split
+from posttrain.cluster.partitioning import Progress, Split
 from posttrain.cluster.tasks import results
 from posttrain.live import Live
 from posttrain.schema import IMAGE, LABEL, SAMPLE_ID

@@ -1,4 +1,4 @@
-"""The files of a data set, found by name alone, and what tells one state of a file from another."""
+"""The files of a data set, found by name alone, and which of them have changed since they were last seen."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ IMAGE_SUFFIXES = (
 """Of the formats in `vision.images`."""
 
 _READ_WHOLE = 64 * 2**20
-"""Largest local file, in bytes, whose content is compared where its time alone has changed."""
+"""Size in bytes of the largest local file whose content is compared where only its time has changed."""
 
 
 @dataclass(frozen=True)
 class File:
-    """A file of one split, as it was seen."""
+    """A file of one split at the time it was listed."""
 
     split: str
     path: str
@@ -113,9 +113,9 @@ def list_files(source: str, locations: Mapping[str, tuple[str, ...]]) -> list[Fi
 
 
 def changed(now: Iterable[File], before: Mapping[tuple[str, str], File], *, local: bool) -> list[File]:
-    """The files that were not there before, by (split, path), or are others now.
+    """The files that are new, or have changed, since `before`: the files seen then by (split, path).
 
-    A file counts as the same where size and time are, and on local disks also where its content is that of before.
+    A file is unchanged where its size and time are the same, and on local disks also where its size and content are.
     """
     found: list[File] = []
     for file in now:
@@ -130,7 +130,7 @@ def changed(now: Iterable[File], before: Mapping[tuple[str, str], File], *, loca
 
 
 def with_content(files: Iterable[File], *, local: bool) -> list[File]:
-    """The files with digests of their content, where that is cheap: not in an object store, not of large ones."""
+    """The files with digests of their content where reading it is cheap: on local disks, except for large files."""
     if not local:
         return list(files)
     with ThreadPoolExecutor(8) as pool:
@@ -145,9 +145,9 @@ def _digest(file: File) -> File:
             found = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16))
             now = os.fstat(stream.fileno())
         if (now.st_size, now.st_mtime_ns) != (file.size, file.mtime_ns):
-            # written to since it was listed: these are not the bytes that the run has read
+            # written to since it was listed: its bytes may not be those that the run has read
             return file
         return replace(file, content=found.hexdigest())
     except OSError:
-        # vanished since, or none of the file system's: its size and time have to do
+        # vanished since, or not readable here: only its size and time can be compared
         return file

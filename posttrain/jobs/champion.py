@@ -43,6 +43,7 @@ def own_network(registry: Registry, champion: Version, given: Model, spec: Model
     `given`: the section `model` of the job file.
     """
     from posttrain.vision import models
+    from posttrain.vision.weights import load_weights, to_bytes
 
     with tempfile.TemporaryDirectory() as folder:
         weights, recipe = registry.fetch(champion, Path(folder))
@@ -51,8 +52,8 @@ def own_network(registry: Registry, champion: Version, given: Model, spec: Model
         if any(value != getattr(spec, name) for name, value in own.items()):
             spec = replace(spec, **own, layers=(own["head"],))
         model = models.build(spec.factory, classes=spec.classes, arguments=spec.arguments)
-        models.load_weights(model, weights)
-    return models.to_bytes(model), spec
+        load_weights(model, weights)
+    return to_bytes(model), spec
 
 
 def trusted_recipe(recipe: dict[str, Any] | None, model: Model, where: str) -> dict[str, Any] | None:
@@ -73,7 +74,7 @@ def trusted_recipe(recipe: dict[str, Any] | None, model: Model, where: str) -> d
 
 def _network(factory: object, arguments: object) -> object:
     """The factory of the network itself, also where a probe was put on it."""
-    from posttrain.vision.layers import FACTORY
+    from posttrain.vision.probed_network import FACTORY
 
     return arguments.get("network") if factory == FACTORY and isinstance(arguments, dict) else factory
 
@@ -102,6 +103,7 @@ def prepare_inputs(config: RunFile, files: Iterable[File], base: Base | None) ->
     """
     from posttrain.runs.inputs import prepare
     from posttrain.vision import models
+    from posttrain.vision.weights import load_weights, to_bytes
 
     only: dict[str, set[str]] = {}
     for file in files:
@@ -124,5 +126,5 @@ def prepare_inputs(config: RunFile, files: Iterable[File], base: Base | None) ->
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"base{base.suffix}")
         path.write_bytes(base.weights)
-        models.load_weights(model, path)
-    return replace(inputs, weights=models.to_bytes(model))
+        load_weights(model, path)
+    return replace(inputs, weights=to_bytes(model))

@@ -13,7 +13,7 @@ from posttrain.live import Rows
 from posttrain.schema import PARTITION, ROW
 
 if TYPE_CHECKING:
-    from posttrain.cluster.reading import Split
+    from posttrain.cluster.partitioning import Split
 
 
 def counts_by_batch(

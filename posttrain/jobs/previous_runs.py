@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from posttrain.jobs.job_folder import JobFolder
 
 if TYPE_CHECKING:
-    from posttrain.cluster.reading import Split
+    from posttrain.cluster.partitioning import Split
     from posttrain.runs.context import PreviousRuns
     from posttrain.store.registry import Version
 

@@ -49,7 +49,7 @@ def commit_without_removal(
 
 def _measured(run: Run, live: Live) -> dict[str, float]:
     """How what all runs removed or relabelled compares with labels known to be right, where there are such."""
-    from posttrain.cluster.reading import true_labels_are_known
+    from posttrain.data.normalise import true_labels_are_known
 
     if not true_labels_are_known(run.inputs.sources, run.inputs.noise):
         return {}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from posttrain.cluster.reading import Split
+from posttrain.cluster.partitioning import Split
 from posttrain.cluster.workers import Workers
 from posttrain.config import RunFile
 from posttrain.live import Live, Removal, Rows

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from posttrain.cluster.reading import Split
+from posttrain.cluster.partitioning import Split
 from posttrain.cluster.workers import Network, View, Workers
 from posttrain.errors import DataError, FeaturelessError, RecipeError
 from posttrain.influence import ensemble

@@ -16,7 +16,8 @@ from posttrain.schema import ImageSpec, ModelSpec
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from posttrain.cluster.reading import Listing, Noise, Source
+    from posttrain.data.sources import Listing, Source
+    from posttrain.vision.noise import LabelNoise
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Inputs:
     """Layers to try probes on."""
     weights: bytes | None
     """Weights to start from; None where posttrain has to pre-train."""
-    held_out_share: float | None
-    noise: Noise | None
+    validation_share: float | None
+    noise: LabelNoise | None
     rows: Mapping[str, int]
     """Samples that each source holds."""
     listing: str
@@ -46,14 +47,16 @@ def prepare(config: RunFile, *, only: Mapping[str, frozenset[str]] | None = None
     `only`: paths of the files of each split to read, where those are not all that are there. Raises ConfigError,
     DataError, LabelRangeError or ModelError.
     """
-    from posttrain.cluster import reading
+    from posttrain.data.sources import TableSource, list_source
     from posttrain.vision import models
+    from posttrain.vision.embedding import refuse_irreproducible_features
+    from posttrain.vision.noise import LabelNoise
 
     sources = _sources(config.data, config.run.seed)
     for name, source in sources.items():
-        if only is not None and name in only and not isinstance(source, reading.TableSource):
+        if only is not None and name in only and not isinstance(source, TableSource):
             sources[name] = replace(source, only=only[name])
-    listings = {name: reading.list_source(source) for name, source in sources.items()}
+    listings = {name: list_source(source) for name, source in sources.items()}
     _refuse_no_images(config.data, listings)
     classes = _classes(config.data, sources["train"], listings["train"])
     refuse_one_class(config, classes)
@@ -73,7 +76,7 @@ def prepare(config: RunFile, *, only: Mapping[str, frozenset[str]] | None = None
     # refuses images that the network cannot take, layers and a head that do not fit, before any work
     example = _example(image)
     tried = _layers(config.probe.layers, model, head, example)
-    models.refuse_unsteady(model, head, example)
+    refuse_irreproducible_features(model, head, example)
     kept, width = _kept(tried, head), config.probe.width
     noise = config.data.noise
     return Inputs(
@@ -83,14 +86,14 @@ def prepare(config: RunFile, *, only: Mapping[str, frozenset[str]] | None = None
         tried,
         weights,
         None if "validation" in sources else config.data.validation_share,
-        reading.Noise(noise.kind, noise.rate, noise.seed, noise.matrix, image) if noise else None,
+        LabelNoise(noise.kind, noise.rate, noise.seed, noise.matrix, image) if noise else None,
         {name: listing.rows for name, listing in listings.items()},
         _digest(listings),
         tuple(
-            f"data.{name}: {listing.passed_over[0]:,} files are passed over, which are not named as images; the first: "
-            f"{listing.passed_over[1]}"
+            f"data.{name}: {listing.skipped[0]:,} files are skipped, as their names are not those of images; "
+            f"the first: {listing.skipped[1]}"
             for name, listing in listings.items()
-            if listing.passed_over is not None
+            if listing.skipped is not None
         ),
     )
 
@@ -119,7 +122,7 @@ def _refuse_another_matrix(data: Data, classes: Sequence[str]) -> None:
 
 def _given_weights(config: RunFile, path: str, model: nn.Module) -> bytes:
     """The weights in a file, or in MLflow."""
-    from posttrain.vision import models
+    from posttrain.vision.weights import load_weights, to_bytes
 
     with tempfile.TemporaryDirectory() as folder:
         if path.startswith(("models:/", "runs:/")):
@@ -130,8 +133,8 @@ def _given_weights(config: RunFile, path: str, model: nn.Module) -> bytes:
             local = Path(path).expanduser()
             if not local.is_file():
                 raise ModelError(f"{path}: no such weights file; check model.weights")
-        models.load_weights(model, local)
-        return models.to_bytes(model)
+        load_weights(model, local)
+        return to_bytes(model)
 
 
 def _image(config: RunFile, listing: Listing) -> ImageSpec:
@@ -182,9 +185,11 @@ def _example(image: ImageSpec) -> Tensor:
 def _layers(
     wanted: tuple[str, ...] | Literal["auto", "last"], model: nn.Module, head: str, example: Tensor
 ) -> tuple[str, ...]:
-    from posttrain.vision import layers, models
+    from posttrain.vision import layers
+    from posttrain.vision.embedding import features_and_logits
+    from posttrain.vision.probed_network import ProbedNetwork
 
-    ends_in_probe = isinstance(model, layers.Probed)
+    ends_in_probe = isinstance(model, ProbedNetwork)
     if ends_in_probe and wanted not in ("auto", "last"):
         raise ConfigError(
             "probe.layers names layers of a model that ends in a probe already; leave it out, or start from the "
@@ -193,7 +198,7 @@ def _layers(
     if wanted == "auto" and not ends_in_probe:
         return layers.find(model, head, example)
     if wanted in ("auto", "last"):
-        models.embed(model, head, example)
+        features_and_logits(model, head, example)
         return (head,)
     try:
         return layers.check(model, head, wanted, example)
@@ -203,10 +208,10 @@ def _layers(
 
 def list_files(config: RunFile) -> str:
     """The digest `Inputs.listing` of the data as they are now, without building a model."""
-    from posttrain.cluster import reading
+    from posttrain.data.sources import list_source
 
     sources = _sources(config.data, config.run.seed)
-    return _digest({name: reading.list_source(source) for name, source in sources.items()})
+    return _digest({name: list_source(source) for name, source in sources.items()})
 
 
 def _digest(listings: dict[str, Listing]) -> str:
@@ -222,11 +227,12 @@ def untrained(config: RunFile, inputs: Inputs) -> bytes:
     import torch
 
     from posttrain.vision import models
+    from posttrain.vision.weights import to_bytes
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         model = models.build(inputs.spec.factory, classes=inputs.spec.classes, arguments=inputs.spec.arguments)
-    return models.to_bytes(model)
+    return to_bytes(model)
 
 
 def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
@@ -234,7 +240,7 @@ def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
 
 
 def _sources(data: Data, seed: int) -> dict[str, Source]:
-    from posttrain.cluster.reading import FolderSource, ParquetSource, TableSource
+    from posttrain.data.sources import FolderSource, ParquetSource, TableSource
     from posttrain.vision import datasets
 
     if data.source == "digits":
@@ -261,7 +267,8 @@ def _sources(data: Data, seed: int) -> dict[str, Source]:
 
 
 def _classes(data: Data, train: Source, listing: Listing) -> tuple[str, ...]:
-    from posttrain.cluster.reading import ParquetSource, highest_label, string_labels
+    from posttrain.data.classes import highest_label, string_labels
+    from posttrain.data.sources import ParquetSource
 
     if isinstance(data.classes, int):
         return tuple(str(c) for c in range(data.classes))

@@ -20,9 +20,9 @@ from posttrain.cluster.leakage import (
     OTHER_ROW,
     SAME_LABEL,
     SPLIT,
-    FatalRow,
+    CrashingImage,
 )
-from posttrain.cluster.reading import Split
+from posttrain.cluster.partitioning import Split
 from posttrain.config import RunFile
 from posttrain.errors import DataError
 from posttrain.live import Rows
@@ -47,7 +47,7 @@ class Leaks:
     split_off: frozenset[str] = frozenset()
     """Held-out sets that were taken from the training data: with choice refuse, those of their images that are the very
     same as a training one are left out, for there is no file that one could take them out of."""
-    fatal: tuple[FatalRow, ...] = ()
+    fatal: tuple[CrashingImage, ...] = ()
     """Images that end the process which decodes them: they are left out as well."""
 
     @classmethod

@@ -10,15 +10,17 @@ import torch
 from posttrain.cluster.workers import Network, load_network
 from posttrain.runs.context import Run
 from posttrain.schema import ModelSpec
-from posttrain.vision import layers, models
+from posttrain.vision import models
+from posttrain.vision.probed_network import FACTORY, ProbedNetwork
+from posttrain.vision.weights import load_bytes, weights_digest
 
 
 def network_of(run: Run, weights: bytes, spec: ModelSpec | None = None) -> Network:
     """A network with these weights: the run's own, or that of another recipe."""
     spec = spec or run.inputs.spec
     model = models.build(spec.factory, classes=spec.classes, arguments=spec.arguments)
-    models.load_bytes(model, weights)
-    return Network(spec, weights, models.fingerprint(model), run.config.ray.precision)
+    load_bytes(model, weights)
+    return Network(spec, weights, weights_digest(model), run.config.ray.precision)
 
 
 def recipe(spec: ModelSpec) -> dict[str, Any]:
@@ -58,14 +60,14 @@ def head_layers(model: Network, on: Network) -> tuple[str, ...] | None:
     """The layers of `on` whose features the model's head takes; None where the model is not `on` with a new head."""
     if model.backbone == on.backbone:
         return (model.spec.head,)
-    if model.spec.factory != layers.FACTORY:
+    if model.spec.factory != FACTORY:
         return None
     arguments = model.spec.arguments
     names = tuple(arguments["layers"])
     if arguments["width"] != on.spec.width or arguments["network"] != on.spec.factory or set(names) - {*on.spec.layers}:
         return None
     own, given = load_network(model), load_network(on).state_dict()
-    assert isinstance(own, layers.Probed), f"{layers.FACTORY} builds nothing else"
+    assert isinstance(own, ProbedNetwork), f"{FACTORY} builds nothing else"
     kept = own.network.state_dict()
     same = all(key in given and torch.equal(given[key], tensor) for key, tensor in kept.items())
     return names if same else None

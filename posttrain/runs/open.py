@@ -15,7 +15,7 @@ from posttrain.store.folder import RunFolder
 from posttrain.store.ledger import Ledger, settings
 
 if TYPE_CHECKING:
-    from posttrain.cluster.reading import Split
+    from posttrain.cluster.partitioning import Split
     from posttrain.cluster.workers import Workers
     from posttrain.runs.context import Run
     from posttrain.runs.inputs import Inputs
@@ -106,13 +106,13 @@ def locations(data: Data) -> dict[str, tuple[str, ...]]:
 
 def read(config: RunFile, inputs: Inputs, progress: StepLog) -> tuple[dict[str, Split], dict[str, str]]:
     """All sets in partitions, and the fingerprint of the data: digests of files, ids and labels."""
-    from posttrain.cluster import reading
+    from posttrain.cluster import partitioning
 
     with progress.step("read") as tell:
-        splits = reading.read(
+        splits = partitioning.read(
             inputs.sources,
             classes=inputs.classes,
-            held_out_share=inputs.held_out_share,
+            validation_share=inputs.validation_share,
             noise=inputs.noise,
             seed=config.run.seed,
             ids_span_sets=config.data.id_scope == "all",
@@ -122,7 +122,9 @@ def read(config: RunFile, inputs: Inputs, progress: StepLog) -> tuple[dict[str, 
     from posttrain.runs.inputs import refuse_one_class
 
     counts = splits["train"].class_counts
-    split_off = " Or has the validation set taken the others (data.validation_share)?" if inputs.held_out_share else ""
+    split_off = (
+        " Or has the validation set taken the others (data.validation_share)?" if inputs.validation_share else ""
+    )
     refuse_one_class(config, [name for name, count in zip(inputs.classes, counts, strict=True) if count], split_off)
     return splits, {"files": inputs.listing, **{name: split.digest for name, split in splits.items()}}
 
@@ -130,7 +132,7 @@ def read(config: RunFile, inputs: Inputs, progress: StepLog) -> tuple[dict[str, 
 def refuse_changed(config: RunFile, inputs: Inputs, splits: dict[str, Split]) -> None:
     """Raises DataError where other samples were read than the files held when they were listed."""
     found = {name: split.rows for name, split in splits.items()}
-    if inputs.held_out_share is not None:
+    if inputs.validation_share is not None:
         found["train"] += found.pop("validation")
     for name, rows in inputs.rows.items():
         if found[name] != rows:

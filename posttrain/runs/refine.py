@@ -13,7 +13,9 @@ from posttrain.rounds import State
 from posttrain.runs.context import Run
 from posttrain.runs.fit import Fitted, refitted
 from posttrain.runs.networks import network_of
-from posttrain.vision import layers, models
+from posttrain.vision import models
+from posttrain.vision.probed_network import with_probe
+from posttrain.vision.weights import to_bytes
 
 
 class Train(Protocol):
@@ -97,8 +99,8 @@ def with_boundary_as_head(run: Run, network: Network, fitted: Fitted) -> Network
     model = load_network(network)
     if boundary.layers == (spec.head,):
         models.replace_head(model, spec.head, weight, bias)
-        return network_of(run, models.to_bytes(model), spec)
-    factory, arguments, probed = layers.as_probed(
+        return network_of(run, to_bytes(model), spec)
+    factory, arguments, probed = with_probe(
         model,
         spec.head,
         boundary.layers,
@@ -110,4 +112,4 @@ def with_boundary_as_head(run: Run, network: Network, fitted: Fitted) -> Network
         size=(spec.image.channels, *spec.image.size),
     )
     spec = replace(spec, factory=factory, arguments=arguments, head="probe", layers=("probe",))
-    return network_of(run, models.to_bytes(probed), spec)
+    return network_of(run, to_bytes(probed), spec)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def make_trials(config: RunFile, inputs: Inputs) -> list[Trial]:
     """The trials of the search in `run.path`. Raises ConfigError for a recipe that the model or data do not allow."""
-    from posttrain.cluster.reading import FolderSource
+    from posttrain.data.sources import FolderSource
     from posttrain.runs.inputs import for_recipe
     from posttrain.search.trial import Trial
 

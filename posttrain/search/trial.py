@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import JsonValue
 from rich.console import Console
 
-from posttrain.cluster.reading import Split
+from posttrain.cluster.partitioning import Split
 from posttrain.cluster.tuning import FINAL, ROUND, PerTrial, Report
 from posttrain.cluster.workers import Network, Workers, computing_threads
 from posttrain.config import RunFile

@@ -28,7 +28,7 @@ from posttrain.store.folder import RunFolder
 from posttrain.store.ledger import Ledger
 
 if TYPE_CHECKING:
-    from posttrain.cluster.reading import Split
+    from posttrain.cluster.partitioning import Split
     from posttrain.cluster.tuning import PerTrial
     from posttrain.cluster.workers import Network, Workers
     from posttrain.runs.inputs import Inputs

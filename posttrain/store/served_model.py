@@ -23,7 +23,8 @@ class PosttrainModel(PythonModel):
     def load_context(self, context: Any) -> None:
         """Rebuilds the model from the logged recipe (`Tracking.log_model`) and weights."""
         # Here, not above: MLflow runs this file once more to log the model, and needs no torch for that
-        from posttrain.vision.models import build, load_weights
+        from posttrain.vision.models import build
+        from posttrain.vision.weights import load_weights
 
         self.recipe: dict[str, Any] = context.model_config
         self.model = build(self.recipe["factory"], classes=self.recipe["classes"], arguments=self.recipe["arguments"])

@@ -20,7 +20,7 @@ TorchvisionName = Literal["CIFAR10", "CIFAR100", "FashionMNIST", "MNIST"]
 def digits(seed: int, test_share: float = 0.25) -> dict[str, pa.Table]:
     """scikit-learn's 1,797 digits of 8x8 pixels, {"train", "test"}; nothing is downloaded.
 
-    `id` is the index in the original set; the seed draws the test set.
+    `id` is the index in the original set; the seed chooses the test set.
     """
     from sklearn.datasets import load_digits  # takes a second, and only this data set needs it
 
@@ -53,7 +53,7 @@ def torchvision_tables(name: TorchvisionName, root: str | Path) -> dict[str, pa.
 
 
 def _loaded(name: str, folder: Path, *, train: bool) -> Any:
-    import torchvision.datasets  # here, as the digits need neither it nor torch
+    import torchvision.datasets  # takes seconds, and the digits do without
 
     try:
         # torchvision reports its downloads with print, and standard output belongs to results

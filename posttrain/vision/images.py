@@ -1,4 +1,4 @@
-"""Pixels: table cells decoded to uint8 tensors of one size, normalised, augmented; or the reason why not."""
+"""Images: table cells decoded to uint8 tensors of one size (or the reason why that fails), normalised, augmented."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _TENSORS = (
 
 
 class UnreadableImage(ValueError):  # noqa: N818  a finding about a cell, no failure of the program
-    """An image cannot be had from this cell; the message is the short reason that goes into quarantine."""
+    """A cell cannot be decoded to an image; the message is the short reason that goes into quarantine."""
 
 
 def decode(
@@ -111,7 +111,7 @@ def augmentation(kind: Augmentation, size: tuple[int, int]) -> Callable[[Tensor,
     """A function (uint8 [n, channels, height, width], generator) -> the batch, augmented; same shape.
 
     "crop" moves each sample by up to size/8 in both directions and fills with its mirror image; "crop_flip"
-    also mirrors half of the samples left to right. Drawn per sample, and from the generator alone.
+    also mirrors half of the samples left to right. Chosen for each sample, from the generator alone.
     """
     if kind == "none":
         return lambda batch, generator: batch
@@ -123,14 +123,14 @@ def augmentation(kind: Augmentation, size: tuple[int, int]) -> Callable[[Tensor,
         if batch.shape[2:] != size:
             raise ValueError(f"the batch has shape {tuple(batch.shape)} where images of {size} are augmented")
 
-        def draw(low: int, high: int) -> Tensor:
-            drawn = torch.randint(low, high + 1, (n, 1), generator=generator, device=generator.device)
-            return drawn.to(batch.device)
+        def sample(low: int, high: int) -> Tensor:
+            sampled = torch.randint(low, high + 1, (n, 1), generator=generator, device=generator.device)
+            return sampled.to(batch.device)
 
-        rows = _mirrored(torch.arange(height, device=batch.device) + draw(-shift_y, shift_y), height)
-        columns = _mirrored(torch.arange(width, device=batch.device) + draw(-shift_x, shift_x), width)
+        rows = _mirrored(torch.arange(height, device=batch.device) + sample(-shift_y, shift_y), height)
+        columns = _mirrored(torch.arange(width, device=batch.device) + sample(-shift_x, shift_x), width)
         if kind == "crop_flip":
-            columns = torch.where(draw(0, 1).bool(), width - 1 - columns, columns)
+            columns = torch.where(sample(0, 1).bool(), width - 1 - columns, columns)
         # one gather over flat pixels: 20,000 images of 3x32x32 take 0.1 s, transforms called per sample 3.7 s
         source = (rows[:, :, None] * width + columns[:, None, :]).view(n, 1, height * width)
         return batch.flatten(2).gather(2, source.expand(-1, channels, -1)).view_as(batch)

@@ -1,7 +1,7 @@
-"""Images that are the same, or nearly: a digest of their bytes, a perceptual hash, and a comparison of thumbnails.
+"""Pairs of images that are nearly the same, by a perceptual hash and a comparison of thumbnails.
 
-The hash finds what may be alike without comparing all with all; the thumbnails decide. A hash alone will not do: small
-images have so few details that different ones often share it.
+The hash finds candidates without comparing all with all; the thumbnails decide. A hash alone will not do: small images
+have so few details that different ones often share it.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from PIL import Image
 
 SIDE = 32
 """Pixels a side of the grey images that are compared."""
-_THUMBNAIL = SIDE // 2
-RADIUS = 7
-"""Bits in which the hashes of two images that may be alike differ at most."""
+_THUMBNAIL_SIDE = SIDE // 2
+MAX_HASH_DISTANCE = 7
+"""Bits in which the hashes of two candidates differ at most."""
 _BANDS, _BAND_BITS = 4, 16
-_AT_A_TIME = 1_000_000
-"""Pairs of hashes that are compared at a time."""
-ALIKE = 0.1
-"""Two thumbnails are alike whose difference (`differences`) is at most this."""
-_MOST_PIXELS = 50_000_000
-_FLAT = 2.0
-"""Standard deviation, of 255, below which there is nothing to be seen, and all images are alike."""
+_PAIRS_AT_ONCE = 1_000_000
+"""Pairs of hashes that are compared at once."""
+MAX_DIFFERENCE = 0.1
+"""Two images are near duplicates whose thumbnails differ (`differences`) by at most this."""
+_MAX_PIXELS = 50_000_000
+_MIN_DEVIATION = 2.0
+"""Standard deviation of a thumbnail, of 255, below which there is nothing to be seen, and all images are the same."""
 
 
 @dataclass(frozen=True)
-class Prints:
-    """What images are compared by, one row each."""
+class PerceptualHashes:
+    """What images are compared by, one row for each."""
 
     hashes: np.ndarray
     """uint64 [n]."""
@@ -40,9 +40,9 @@ class Prints:
 
 
 def grey(cells: Iterable[object], shape: tuple[int, ...] | None) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 [n_readable, 32, 32], squeezed to squares, and bool [n], which images of a column could be read.
+    """Grey images, uint8 [n_readable, 32, 32], squeezed to squares, and which cells could be decoded, bool [n].
 
-    `cells`: encoded bytes, {bytes, path}, or raw pixels of this `shape`. Read by Pillow, which decodes a large JPEG
+    `cells`: encoded bytes, {bytes, path}, or raw pixels of this `shape`. Decoded by Pillow, which decodes a large JPEG
     no finer than is asked for, and starts in a hundredth of the time that torch takes.
     """
     pixels, readable = [], []
@@ -54,7 +54,7 @@ def grey(cells: Iterable[object], shape: tuple[int, ...] | None) -> tuple[np.nda
             pixels.append(light.resize((SIDE, SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0).tobytes())
             readable.append(True)
         except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError):
-            readable.append(False)  # to be quarantined, with the reason, where it is embedded
+            readable.append(False)  # embedding quarantines it, with the reason
     return np.frombuffer(b"".join(pixels), np.uint8).reshape(-1, SIDE, SIDE), np.array(readable, bool)
 
 
@@ -63,7 +63,7 @@ def _opened(cell: object, shape: tuple[int, ...] | None) -> Image.Image:
         cell = cell.get("bytes")
     if isinstance(cell, bytes) and shape is None:
         image = Image.open(io.BytesIO(cell))
-        if image.width * image.height > _MOST_PIXELS:
+        if image.width * image.height > _MAX_PIXELS:
             raise ValueError("too large")
         image.draft("L", (2 * SIDE, 2 * SIDE))
         return image
@@ -78,17 +78,17 @@ def _without_alpha(image: Image.Image) -> Image.Image:
     found = Image.new("L", image.size)
     for behind in ("white", "black"):
         found = Image.alpha_composite(Image.new("RGBA", image.size, behind), rgba).convert("L")
-        if np.asarray(found).std() >= _FLAT:
+        if np.asarray(found).std() >= _MIN_DEVIATION:
             break
     return found
 
 
-def prints(pixels: np.ndarray) -> Prints:
-    """Of grey images, uint8 [n, 32, 32]."""
+def perceptual_hashes(pixels: np.ndarray) -> PerceptualHashes:
+    """The hashes and thumbnails of grey images, uint8 [n, 32, 32]."""
     # only 64 of the 1,024 coefficients are asked for: two small products take a tenth of the whole transform's time
     waves = np.asarray(scipy.fft.dct(np.eye(SIDE, dtype=np.float32), axis=0, norm="ortho"))[:8]
     spectrum = (waves @ pixels.astype(np.float32) @ waves.T).reshape(-1, 64)
-    # the first coefficient is the brightness: of no account here, as in pHash (Zauner 2010)
+    # the first coefficient is the brightness, which does not count, as in pHash (Zauner 2010)
     above = spectrum > np.median(spectrum[:, 1:], axis=1, keepdims=True)
     above[:, 0] = False
     hashes = np.packbits(above, axis=1).view(">u8").astype(np.uint64)[:, 0]
@@ -96,56 +96,59 @@ def prints(pixels: np.ndarray) -> Prints:
     sums = pixels.astype(np.uint16)
     sums = sums[:, ::2] + sums[:, 1::2]
     sums = sums[:, :, ::2] + sums[:, :, 1::2]
-    return Prints(hashes, (sums / np.float32(4)).round().astype(np.uint8))
+    return PerceptualHashes(hashes, (sums / np.float32(4)).round().astype(np.uint8))
 
 
-def together(parts: Sequence[Prints]) -> Prints:
-    """Prints one after another."""
-    return Prints(
+def concatenated(parts: Sequence[PerceptualHashes]) -> PerceptualHashes:
+    none = np.empty((0, _THUMBNAIL_SIDE, _THUMBNAIL_SIDE), np.uint8)
+    return PerceptualHashes(
         np.concatenate([np.empty(0, np.uint64), *(part.hashes for part in parts)]),
-        np.concatenate([np.empty((0, _THUMBNAIL, _THUMBNAIL), np.uint8), *(part.thumbnails for part in parts)]),
+        np.concatenate([none, *(part.thumbnails for part in parts)]),
     )
 
 
-def alike(mine: Prints, others: Prints) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Positions (i, j) of all images that are alike, each pair once, and their differences. Flat ones are like none."""
-    here, there = np.flatnonzero(~_flat(mine)), np.flatnonzero(~_flat(others))
+def near_duplicate_pairs(mine: PerceptualHashes, others: PerceptualHashes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Positions (i, j) of all near duplicates, each pair once, and their differences.
+
+    Images without contrast are left out.
+    """
+    here, there = np.flatnonzero(_has_contrast(mine)), np.flatnonzero(_has_contrast(others))
     pairs = [np.empty((2, 0), np.int64)]
-    apart = [np.empty(0, np.float32)]
+    found = [np.empty(0, np.float32)]
     for a, b in close_hashes(mine.hashes[here], others.hashes[there]):
         i, j = here[a], there[b]
         difference = differences(mine.thumbnails[i], others.thumbnails[j])
-        near = difference <= ALIKE
+        near = difference <= MAX_DIFFERENCE
         pairs.append(np.stack([i[near], j[near]]))
-        apart.append(difference[near])
-    (i, j), difference = np.concatenate(pairs, axis=1), np.concatenate(apart)
-    # a pair is found in every band that is nearly the same
+        found.append(difference[near])
+    (i, j), difference = np.concatenate(pairs, axis=1), np.concatenate(found)
+    # a pair is found once for each band that is nearly the same
     _, once = np.unique(np.stack([i, j]), axis=1, return_index=True)
     return i[once], j[once], difference[once]
 
 
 def close_hashes(mine: np.ndarray, others: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Positions (i, j) of hashes that differ in at most `RADIUS` bits; a pair may come several times.
+    """Positions (i, j) of hashes that differ in at most MAX_HASH_DISTANCE bits; a pair may come several times.
 
     Multi-index hashing (Norouzi, Punjani, Fleet 2012): of two such hashes at least one of four bands of 16 bits
     differs in one bit at most, so that only those are compared whose band is the same up to a bit.
     """
     for band in range(_BANDS):
-        keys, those = _band(mine, band), _band(others, band)
-        order = np.argsort(those, kind="stable")
+        my_bands, other_bands = _band(mine, band), _band(others, band)
+        order = np.argsort(other_bands, kind="stable")
         for flipped in (0, *(1 << bit for bit in range(_BAND_BITS))):
-            for i, at in _matches(keys ^ np.uint32(flipped), those[order]):
+            for i, at in _matches(my_bands ^ np.uint32(flipped), other_bands[order]):
                 j = order[at]
-                near = np.bitwise_count(mine[i] ^ others[j]) <= RADIUS
+                near = np.bitwise_count(mine[i] ^ others[j]) <= MAX_HASH_DISTANCE
                 yield i[near], j[near]
 
 
 def _matches(wanted: np.ndarray, among: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Positions (i, j) of all equal values, some at a time; `among` is sorted."""
+    """Positions (i, j) of all equal values, in parts; `among` is sorted."""
     first = np.searchsorted(among, wanted, side="left")
     counts = np.searchsorted(among, wanted, side="right") - first
     there = np.flatnonzero(counts)
-    for i in np.array_split(there, 1 + int(counts.sum()) // _AT_A_TIME):
+    for i in np.array_split(there, 1 + int(counts.sum()) // _PAIRS_AT_ONCE):
         ends = np.cumsum(counts[i])
         within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts[i], counts[i])
         yield np.repeat(i, counts[i]), np.repeat(first[i], counts[i]) + within
@@ -156,14 +159,17 @@ def _band(hashes: np.ndarray, band: int) -> np.ndarray:
 
 
 def differences(mine: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Of thumbnails in pairs: root mean square difference, brightness and contrast apart; 0 same, 1.4 unrelated."""
+    """The root mean square difference of each pair of thumbnails once both have mean 0 and deviation 1.
+
+    0: the same; 1.4: unrelated.
+    """
     normal = []
     for thumbnails in (mine, others):
-        values = thumbnails.reshape(-1, _THUMBNAIL**2).astype(np.float32)
+        values = thumbnails.reshape(-1, _THUMBNAIL_SIDE**2).astype(np.float32)
         values = values - values.mean(axis=1, keepdims=True)
         normal.append(values / values.std(axis=1, keepdims=True))
     return np.sqrt(np.mean((normal[0] - normal[1]) ** 2, axis=1))
 
 
-def _flat(prints: Prints) -> np.ndarray:
-    return prints.thumbnails.reshape(-1, _THUMBNAIL**2).std(axis=1) < _FLAT
+def _has_contrast(hashes: PerceptualHashes) -> np.ndarray:
+    return hashes.thumbnails.reshape(-1, _THUMBNAIL_SIDE**2).std(axis=1) >= _MIN_DEVIATION

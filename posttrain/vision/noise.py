@@ -4,18 +4,68 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+import pyarrow as pa
 
 from posttrain.errors import LabelRangeError
-from posttrain.schema import stream_seed, uniform
+from posttrain.schema import ImageSpec, stream_seed, uniform
 
 _RATE_SPREAD = 0.1
 """Standard deviation of a sample's flip rate around the mean (Xia et al. 2020, Algorithm 2)."""
 _SUM_STEP = 2.0**-20
-"""What the weights of the images' values are multiples of."""
+"""The weights W_y are rounded to multiples of this."""
 _SUM_VALUES = 2**24
 """Pixel values multiplied at once: 128 MiB as float64."""
+_SEED_OFFSET = 2
+"""Added to the seed of `LabelNoise`; any number that no other purpose adds."""
+
+
+@dataclass(frozen=True)
+class LabelNoise:
+    """Labels of the training and validation data that are flipped on purpose, for measuring."""
+
+    kind: Literal["symmetric", "pair", "instance", "matrix"]
+    rate: float | None
+    """None with kind matrix."""
+    seed: int
+    matrix: tuple[tuple[float, ...], ...] | None
+    """Kind matrix: row y holds the chance of each given label where the class is y."""
+    image: ImageSpec
+    """How images are decoded, which kind instance needs."""
+
+
+def noisy_labels(
+    labels: np.ndarray, ids: np.ndarray, images: pa.Array | pa.ChunkedArray, noise: LabelNoise, classes: int
+) -> np.ndarray:
+    """The labels of a block with the noise; the true labels are the labels given here.
+
+    An empty label (-1) stays, and with kind instance that of an unreadable image.
+    """
+    seed = noise.seed + _SEED_OFFSET
+    noisy, given = labels.copy(), labels >= 0
+    if noise.kind == "matrix":
+        assert noise.matrix is not None, "the run file's check"
+        noisy[given] = from_matrix(labels[given], ids[given], matrix=np.array(noise.matrix), seed=seed)
+        return noisy
+    assert noise.rate is not None, "the run file's check"
+    if noise.kind == "instance":
+        from posttrain.vision.images import decode_column  # torch: the other kinds do without
+
+        spec = noise.image
+        pixels, readable, _ = decode_column(
+            images, channels=spec.channels, size=spec.size, shape=spec.shape, background=spec.background
+        )
+        decoded = given & readable
+        noisy[decoded] = instance_dependent(
+            labels[decoded], ids[decoded], pixels.numpy()[given[readable]], classes=classes, rate=noise.rate, seed=seed
+        )
+        return noisy
+    flip = {"symmetric": symmetric, "pair": pair}[noise.kind]
+    noisy[given] = flip(labels[given], ids[given], classes=classes, rate=noise.rate, seed=seed)
+    return noisy
 
 
 def symmetric(labels: np.ndarray, ids: np.ndarray, *, classes: int, rate: float, seed: int) -> np.ndarray:
@@ -25,10 +75,10 @@ def symmetric(labels: np.ndarray, ids: np.ndarray, *, classes: int, rate: float,
     Raises LabelRangeError for a label outside 0..classes-1, ValueError for a rate that makes no sense.
     """
     _check(labels, ids, classes, rate)
-    draw = uniform(ids, seed)
-    flips = draw < rate
-    # Given draw < rate, draw / rate is uniform again; the minimum guards against its rounding up to 1.
-    step = 1 + np.minimum((draw[flips] / rate * (classes - 1)).astype(np.int64), classes - 2) if rate else 0
+    chance = uniform(ids, seed)
+    flips = chance < rate
+    # Given chance < rate, chance / rate is uniform again; the minimum guards against its rounding up to 1.
+    step = 1 + np.minimum((chance[flips] / rate * (classes - 1)).astype(np.int64), classes - 2) if rate else 0
     noisy = labels.copy()
     noisy[flips] = (labels[flips] + step) % classes
     return noisy
@@ -48,7 +98,7 @@ def pair(labels: np.ndarray, ids: np.ndarray, *, classes: int, rate: float, seed
 
 
 def from_matrix(labels: np.ndarray, ids: np.ndarray, *, matrix: np.ndarray, seed: int) -> np.ndarray:
-    """The labels drawn anew from a transition matrix [classes, classes]: row y holds P(given label | true y).
+    """Labels sampled from a transition matrix [classes, classes]: row y holds P(given label | true y).
 
     Decided for each id. The dtype stays. Raises LabelRangeError for a label outside the matrix, ValueError
     where the matrix is not square or a row is no distribution.
@@ -66,19 +116,19 @@ def from_matrix(labels: np.ndarray, ids: np.ndarray, *, matrix: np.ndarray, seed
             f"and its sum {sums[row]:g}"
         )
     _check(labels, ids, len(matrix), 0.0)
-    return _drawn(matrix[labels], uniform(ids, seed)).astype(labels.dtype)
+    return _sampled(matrix[labels], uniform(ids, seed)).astype(labels.dtype)
 
 
 def instance_dependent(
     labels: np.ndarray, ids: np.ndarray, pixels: np.ndarray, *, classes: int, rate: float, seed: int
 ) -> np.ndarray:
-    """The labels, flipped to what the image itself suggests: drawn from `instance_chances`.
+    """The labels, flipped to what the image itself suggests: sampled from `instance_chances`.
 
     Decided for each id and its image. The dtype stays. Raises as `symmetric` does, and ValueError for pixels
     that are not one uint8 image per label.
     """
     chances = instance_chances(labels, ids, pixels, classes=classes, rate=rate, seed=seed)
-    return _drawn(chances, uniform(ids, seed)).astype(labels.dtype)
+    return _sampled(chances, uniform(ids, seed)).astype(labels.dtype)
 
 
 def instance_chances(
@@ -91,8 +141,8 @@ def instance_chances(
 
     q_i, the sample's own flip rate, is normal around `rate` with a deviation of 0.1, cut to [0, 1]; the cut
     raises the mean of small rates (0.2055 at 0.2). A rate of 0 flips nothing. W_y [values, classes] is standard
-    normal, one for each true class y. `pixels` uint8 [n, ...] are x_i, here scaled to -1..1. Bit by bit the
-    same for a sample in any order and company. Holds one W_y at a time. Raises as `instance_dependent` does.
+    normal, one for each true class y. `pixels` uint8 [n, ...] are x_i, here scaled to -1..1. The same bits for a
+    sample whatever the order and the other samples. Holds one W_y at a time. Raises as `instance_dependent` does.
     """
     _check(labels, ids, classes, rate)
     if pixels.dtype != np.uint8 or len(pixels) != len(labels):
@@ -111,7 +161,7 @@ def instance_chances(
         for start in range(0, len(of_class), rows_at_once):
             rows = of_class[start : start + rows_at_once]
             # whole numbers times multiples of 2^-20: float64 adds these up without rounding (to 5 million values),
-            # so that neither the order of the additions nor the rest of the block can tip a draw
+            # so that neither the order of the additions nor the rest of the block can change a label
             logits = (flat[rows] * 2.0 - 255) @ weights / 255
             logits[:, y] = -np.inf
             others = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -141,20 +191,20 @@ def _check(labels: np.ndarray, ids: np.ndarray, classes: int, rate: float) -> No
         )
 
 
-def _drawn(chances: np.ndarray, draw: np.ndarray) -> np.ndarray:
-    """The class of each row at which the running sum of its chances passes the draw."""
+def _sampled(chances: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
+    """The class of each row at which the running sum of its chances passes its uniform number."""
     running = chances.cumsum(axis=1)
-    # not 1 to the last bit: the draw is scaled instead of falling behind the last class
-    return (draw[:, None] * running[:, -1:] >= running[:, :-1]).sum(axis=1)
+    # the last sum is not 1 to the last bit: without the scaling, a number could lie behind the last class
+    return (uniforms[:, None] * running[:, -1:] >= running[:, :-1]).sum(axis=1)
 
 
-def _truncated_normal(draw: np.ndarray, mean: float, deviation: float) -> np.ndarray:
-    """Uniform draws as a normal that is cut to [0, 1], by its inverse distribution function."""
+def _truncated_normal(uniforms: np.ndarray, mean: float, deviation: float) -> np.ndarray:
+    """Samples of a normal that is cut to [0, 1], by its inverse distribution function."""
     import torch  # as in `_weights`
 
     def below(x: float) -> float:
         return 0.5 * (1 + math.erf((x - mean) / deviation / math.sqrt(2)))
 
     low, high = below(0.0), below(1.0)
-    quantiles = torch.from_numpy(low + draw * (high - low)).clamp(1e-15, 1 - 1e-15)
+    quantiles = torch.from_numpy(low + uniforms * (high - low)).clamp(1e-15, 1 - 1e-15)
     return (mean + deviation * torch.special.ndtri(quantiles).numpy()).clip(0.0, 1.0)

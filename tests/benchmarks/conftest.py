@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipelines.benchmarks import cases
 from pipelines.benchmarks.cases import Case, Data
-from posttrain.vision import models
+from posttrain.vision.weights import to_bytes
 
 NOISY = Case("digits", "symmetric 40", "memorised", 0)
 
@@ -44,7 +44,7 @@ def with_batch_norm(monkeypatch: pytest.MonkeyPatch) -> tuple[Data, bytes]:
     monkeypatch.setitem(cases.DATASETS, "digits", other)
     data = cases.load(NOISY)
     data = replace(data, train=data.train.rows(np.arange(130)))
-    return data, models.to_bytes(cases.network(NOISY, 0))
+    return data, to_bytes(cases.network(NOISY, 0))
 
 
 @pytest.fixture

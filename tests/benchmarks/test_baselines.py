@@ -16,6 +16,7 @@ from pipelines.benchmarks import baselines, cases
 from pipelines.benchmarks.baselines import PEERS, Context
 from pipelines.benchmarks.cases import Case, OutOfSample
 from posttrain.vision import models
+from posttrain.vision.weights import to_bytes
 
 CLASSES = 4
 
@@ -185,7 +186,7 @@ def test_tracin_is_the_sum_over_checkpoints_of_rate_times_squared_gradient():
         networks.append(network.eval())
     rates = [0.1, 0.03, 0.002]
     plain = sum(rate * squared_gradients(net, images, labels) for rate, net in zip(rates, networks, strict=True))
-    checkpoints = [(models.to_bytes(net), rate) for rate, net in zip(rates, networks, strict=True)]
+    checkpoints = [(to_bytes(net), rate) for rate, net in zip(rates, networks, strict=True)]
     model = models.small_resnet(CLASSES, width=4).eval()
     found = baselines.tracin_self_influence(model, "head", images, labels, checkpoints)
     np.testing.assert_allclose(found, plain, rtol=1e-3)

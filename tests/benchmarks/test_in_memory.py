@@ -12,8 +12,8 @@ from pipelines.benchmarks.ours import ours
 from posttrain.live import Live
 from posttrain.rounds import State
 from posttrain.schema import Round
-from posttrain.vision import layers
 from posttrain.vision.images import normalize
+from posttrain.vision.probed_network import with_probe
 
 NOISY = Case("digits", "symmetric 40", "memorised", 0)
 
@@ -63,7 +63,7 @@ def test_the_accuracy_of_a_boundary_is_that_of_the_network_that_ends_in_it(begin
     dataset = cases.DATASETS["digits"]
     size = (dataset.image.channels, *dataset.image.size)
     network = cases.loaded(NOISY, start.weights)
-    _, _, probed = layers.as_probed(
+    _, _, probed = with_probe(
         network,
         "head",
         boundary.layers,

@@ -25,7 +25,8 @@ from posttrain.config import RunFile, load
 from posttrain.errors import ConfigError, StepError
 from posttrain.schema import FILE, IMAGE, LABEL, SAMPLE_ID, ImageSpec, ModelSpec, Precision
 from posttrain.vision import models
-from posttrain.vision.layers import pooled
+from posttrain.vision.embedding import pooled
+from posttrain.vision.weights import to_bytes
 
 CPU = torch.device("cpu")
 IMAGES = ImageSpec(1, (8, 8), (0.5,), (0.5,), (8, 8))
@@ -144,9 +145,9 @@ def test_a_size_is_halved_until_memory_suffices_and_stays_so(most: int) -> None:
     halves = [100 >> n for n in range(8)]
     fits = next(size for size in halves if size <= most)
     assert batch.reduced is None
-    assert batch.carried(work) == batch.reduced == fits
+    assert batch.run(work) == batch.reduced == fits
     assert asked == halves[: halves.index(fits) + 1]
-    assert batch.carried(work) == fits == asked[-1]
+    assert batch.run(work) == fits == asked[-1]
     assert len(asked) == halves.index(fits) + 2
 
 
@@ -155,7 +156,7 @@ def test_below_one_image_at_a_time_there_is_an_error_that_says_what_to_do() -> N
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nOf the allocated ...")
 
     with pytest.raises(StepError, match=r"one image at a time \(CUDA out of memory\. Tried to allocate 9 GiB\.\); use"):
-        BatchSize(8).carried(work)
+        BatchSize(8).run(work)
 
 
 def test_other_errors_do_not_halve_anything() -> None:
@@ -164,7 +165,7 @@ def test_other_errors_do_not_halve_anything() -> None:
 
     batch = BatchSize(8)
     with pytest.raises(RuntimeError, match="cannot take this"):
-        batch.carried(work)
+        batch.run(work)
     assert batch.reduced is None
 
 
@@ -298,7 +299,7 @@ def test_pooling_and_projection_do_not_lose_digits_to_autocast() -> None:
 
 
 def test_features_of_another_precision_are_kept_apart() -> None:
-    weights = models.to_bytes(resnet())
+    weights = to_bytes(resnet())
     keys = {p: Network(RESNET, weights, "key", p).backbone for p in ("float32", "bfloat16", "float16")}
     assert len(set(keys.values())) == 3
     assert keys["float32"] == Network(RESNET, weights, "key").backbone
@@ -483,7 +484,7 @@ def test_memory_that_really_does_not_suffice_halves_the_batch() -> None:
         torch.empty(size * most // 100, 2**20, dtype=torch.uint8, device=gpu)
         return size
 
-    assert BatchSize(256).carried(work) <= 64
+    assert BatchSize(256).run(work) <= 64
 
 
 @pytest.mark.gpu

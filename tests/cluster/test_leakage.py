@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from posttrain.cluster.leakage import compare, described
+from posttrain.cluster.leakage import compare, held_out_images
 from posttrain.runs.leakage import Leaks
 from posttrain.schema import FILE, IMAGE, LABEL, SAMPLE_ID
 
@@ -35,15 +35,15 @@ def block(images: list[bytes], ids: list[int], labels: list[int]) -> pa.Table:
 
 @pytest.fixture(scope="module")
 def pairs() -> pa.Table:
-    """Of two held-out partitions in a training partition: one the same, one brighter, one mirrored, one not readable."""
+    """What two held-out partitions share with training: one image the same, one brighter, one mirrored."""
     originals = [png(DIGITS[i]) for i in range(40)]
     planted = [originals[3], png(np.clip(DIGITS[25].astype(int) + 20, 0, 255).astype(np.uint8))]
     planted += [png(DIGITS[30][:, ::-1].copy()), originals[4][:30]]
     train = block([png(DIGITS[i]) for i in range(100, 150)] + planted, list(range(54)), [0] * 54)
     validation = block([*originals[:20], originals[4][:30]], list(range(1000, 1021)), [0] * 10 + [1] * 11)
     test = block(originals[20:], list(range(2000, 2020)), [1] * 20)
-    known = [described(validation, None, "validation", 0), described(test, None, "test", 7)]
-    return compare(train, 5, None, known)
+    held_out = [held_out_images(validation, None, "validation", 0), held_out_images(test, None, "test", 7)]
+    return compare(train, 5, None, held_out)
 
 
 def test_pairs_say_which_images_of_which_sets_and_how_they_are_alike(pairs: pa.Table) -> None:
@@ -62,8 +62,8 @@ def test_pairs_say_which_images_of_which_sets_and_how_they_are_alike(pairs: pa.T
 def test_blank_images_are_paired_by_their_bytes_alone_and_not_all_with_all() -> None:
     blank, other = png(np.zeros((8, 8), np.uint8)), png(np.full((8, 8), 255, np.uint8))
     train = block([blank] * 30 + [other], list(range(31)), [0] * 31)
-    known = [described(block([blank] * 20, list(range(100, 120)), [0] * 20), None, "test", 0)]
-    found = compare(train, 0, None, known)
+    held_out = [held_out_images(block([blank] * 20, list(range(100, 120)), [0] * 20), None, "test", 0)]
+    found = compare(train, 0, None, held_out)
     assert set(found["sample_id"].to_pylist()) == set(range(30))
     assert set(found["other_id"].to_pylist()) == set(range(100, 120))
     assert found.num_rows <= 50

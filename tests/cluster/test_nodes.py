@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from posttrain.cluster.nodes import Complaint, compare, look
+from posttrain.cluster.nodes import Complaint, check_nodes, check_this_node
 from posttrain.errors import ConfigError
 from posttrain.store.folder import RunFolder
 
@@ -18,7 +18,7 @@ Ask = Callable[..., dict[str, Complaint | None]]
 
 def everyone(nodes: Sequence[str], *question: Any) -> dict[str, Complaint | None]:
     location, token, data = question
-    return {node: look(location, token, data, node) for node in nodes}
+    return {node: check_this_node(location, token, data, node) for node in nodes}
 
 
 def at_home(homes: Mapping[str, Path], patch: pytest.MonkeyPatch) -> Ask:
@@ -47,7 +47,7 @@ def data(tmp_path: Path) -> dict[str, tuple[str, ...]]:
 @pytest.mark.parametrize("local", [True, False])
 def test_nodes_that_see_the_same_pass_and_nothing_is_left(tmp_path: Path, data, local: bool) -> None:
     location = str(tmp_path / "run") if local else (tmp_path / "run").as_uri()
-    compare(location, data, NODES, everyone)
+    check_nodes(location, data, NODES, everyone)
     assert list((tmp_path / "run").iterdir()) == []
 
 
@@ -57,7 +57,7 @@ def test_a_node_with_a_run_folder_of_its_own_is_named_with_the_path(
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     expected = r"^run\.path = ~/run: node two \(2c\) does not see what the driver wrote there; all nodes of a cluster"
     with pytest.raises(ConfigError, match=expected):
-        compare("~/run", {}, NODES, at_home({"2c": tmp_path / "elsewhere"}, monkeypatch))
+        check_nodes("~/run", {}, NODES, at_home({"2c": tmp_path / "elsewhere"}, monkeypatch))
     # and nothing is made on the node
     assert not (tmp_path / "elsewhere").exists()
     assert list((tmp_path / "home" / "run").iterdir()) == []
@@ -73,7 +73,7 @@ def test_data_that_a_node_does_not_see_are_named_by_their_key(
     with pytest.raises(
         ConfigError, match=r"^data\.test = ~/test: node one \(1b\) \(and 1 more of 3 nodes\) does not see"
     ):
-        compare(str(tmp_path / "run"), {**data, "data.test": ("~/test",)}, NODES, ask)
+        check_nodes(str(tmp_path / "run"), {**data, "data.test": ("~/test",)}, NODES, ask)
 
 
 def test_what_a_node_only_seems_to_write_is_noticed(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_what_a_node_only_seems_to_write_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"node head \(0a\) \(and 2 more .* writes what the driver does not see there"
     ):
-        compare(str(tmp_path / "run"), {}, NODES, lambda nodes, *question: dict.fromkeys(nodes))
+        check_nodes(str(tmp_path / "run"), {}, NODES, lambda nodes, *question: dict.fromkeys(nodes))
 
 
 def test_a_node_that_may_not_write_says_why(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_node_that_may_not_write_says_why(tmp_path: Path) -> None:
         return everyone(nodes, location, *question)
 
     with pytest.raises(ConfigError, match=r"node one \(1b\) cannot work there \(.*1b cannot be written"):
-        compare(str(tmp_path / "run"), {}, NODES, ask)
+        check_nodes(str(tmp_path / "run"), {}, NODES, ask)
 
 
 def test_a_check_that_was_killed_does_not_spoil_the_folder(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_check_that_was_killed_does_not_spoil_the_folder(tmp_path: Path) -> No
         raise SystemExit
 
     with pytest.raises(SystemExit):
-        compare(folder.location, {}, NODES, dies)
+        check_nodes(folder.location, {}, NODES, dies)
     (tmp_path / "run" / ".nodes-of-a-killed-check").mkdir()
     assert folder.is_empty()
     (tmp_path / "run" / "something").touch()

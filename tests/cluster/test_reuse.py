@@ -30,6 +30,7 @@ from posttrain.schema import (
 from posttrain.store.features import FormerFeatures, Shard, former_features, read_shard, write_shard
 from posttrain.store.folder import RunFolder
 from posttrain.vision import models
+from posttrain.vision.weights import to_bytes
 
 IMAGE_SPEC = ImageSpec(1, (8, 8), (0.5,), (0.5,), (8, 8))
 MLP = ModelSpec("posttrain.vision.models:mlp", {}, 10, "head", IMAGE_SPEC, ("input", "relu", "head"), 32)
@@ -163,7 +164,7 @@ def test_shards_written_and_read_carry_their_digests_beside_the_features(tmp_pat
     ],
 )
 def test_features_are_those_of_a_backbone_as_it_sees_images(change: dict[str, Any]) -> None:
-    weights = models.to_bytes(built(MLP))
+    weights = to_bytes(built(MLP))
     network, other = Network(MLP, weights, "k"), Network(replace(MLP, **change), weights, "k")
     assert network.backbone == Network(MLP, weights, "another key").backbone
     assert network.backbone != other.backbone

@@ -35,7 +35,7 @@ from small_data import (
     rounds,
 )
 
-from posttrain.cluster import reading
+from posttrain.cluster import partitioning
 from posttrain.errors import RunFolderError
 from posttrain.report.summary import print_summary
 from posttrain.runs import begin, fit
@@ -117,7 +117,7 @@ def test_the_removed_ids_are_the_same_for_any_number_of_workers(
 def test_the_removed_ids_are_the_same_for_another_file_layout_and_where_ray_data_reads_it(
     run: Run, undisturbed: Undisturbed, digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "SMALL_BYTES", 0)
+    monkeypatch.setattr(partitioning, "SMALL_BYTES", 0)
     table = digits.table("train")
     shuffled = table.take(np.random.default_rng(1).permutation(table.num_rows))
     (tmp_path / "layout").mkdir()

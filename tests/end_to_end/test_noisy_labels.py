@@ -13,13 +13,16 @@ import pyarrow.parquet as pq
 import pytest
 from small_data import Digits
 
-from posttrain.cluster import reading
+from posttrain.cluster import partitioning
 from posttrain.config import RunFile, load
+from posttrain.data.normalise import normalise
+from posttrain.data.sources import TableSource
 from posttrain.errors import ConfigError
 from posttrain.runs.inputs import Inputs, prepare
 from posttrain.schema import ORDER_BITS, SPLITS
 from posttrain.vision import noise
 from posttrain.vision.datasets import digits as embedded_digits
+from posttrain.vision.noise import LabelNoise
 
 CLASSES = tuple(map(str, range(10)))
 STEPS = np.random.default_rng(0).dirichlet(np.ones(10), 10).tolist()
@@ -32,22 +35,21 @@ KINDS: dict[str, dict[str, Any]] = {
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def noise_of(kind: str, seed: int = 0, **settings: Any) -> reading.Noise:
+def noise_of(kind: str, seed: int = 0, **settings: Any) -> LabelNoise:
     """What the pipeline makes of a run file's `data.noise` on the embedded digits."""
     made = prepare(RunFile.model_validate({"data": {"noise": {"kind": kind, "seed": seed, **settings}}})).noise
     assert made is not None
     return made
 
 
-def read_blocks(table: pa.Table, rows: int, flip: reading.Noise | None) -> pa.Table:
+def read_blocks(table: pa.Table, rows: int, flip: LabelNoise | None) -> pa.Table:
     """The table as Ray would hand it to `normalise` in blocks of so many rows, sorted by id."""
     blocks = [
-        reading.normalise(
+        normalise(
             table.slice(start, rows),
             split="train",
-            source=reading.TableSource(table.slice(0, 0), "digits/train"),
+            source=TableSource(table.slice(0, 0), "digits/train"),
             classes=CLASSES,
-            held_out=None,
             noise=flip,
         )
         for start in range(0, table.num_rows, rows)
@@ -126,8 +128,10 @@ def test_instance_noise_on_files_of_any_layout_reads_the_same_data(
     for number in range(5):
         pq.write_table(table.slice(number * 180, 180), tmp_path / "parts" / f"{number}.parquet", row_group_size=50)
 
-    def read(inputs: Inputs) -> dict[str, reading.Split]:
-        return reading.read(inputs.sources, classes=inputs.classes, held_out_share=None, noise=inputs.noise, seed=0)
+    def read(inputs: Inputs) -> dict[str, partitioning.Split]:
+        return partitioning.read(
+            inputs.sources, classes=inputs.classes, validation_share=None, noise=inputs.noise, seed=0
+        )
 
     flip = {"noise": {"kind": "instance", "rate": 0.4}}
     one = read(prepare(RunFile.model_validate(runfile(tmp_path / "run", data=flip))))
@@ -154,12 +158,12 @@ def test_a_matrix_for_another_number_of_classes_is_refused(classes: int) -> None
 def test_who_is_held_out_says_nothing_of_whose_label_is_flipped(kind: str) -> None:
     n = 20_000
     columns = {"id": np.arange(n), "image": pa.array([bytes(range(64))] * n, pa.binary()), "label": np.arange(n) % 10}
-    read = reading.normalise(
+    read = normalise(
         pa.table(columns),
         split="train",
-        source=reading.TableSource(pa.table(columns).slice(0, 0), "many"),
+        source=TableSource(pa.table(columns).slice(0, 0), "many"),
         classes=CLASSES,
-        held_out=(0.3, 0),
+        validation_share=0.3,
         noise=noise_of(kind, **KINDS[kind]),
     )
     held_out = read["order"].to_numpy() >> ORDER_BITS == SPLITS.index("validation")

@@ -13,16 +13,18 @@ import pytest
 import ray
 from small_data import Digits
 
-from posttrain.cluster import reading
-from posttrain.cluster.reading import FolderSource, Noise, ParquetSource, Source, Split, TableSource
+from posttrain.cluster import partitioning
+from posttrain.cluster.partitioning import Split
+from posttrain.data.sources import FolderSource, ParquetSource, Source, TableSource
 from posttrain.errors import DataError, DuplicateIdError, PosttrainError
 from posttrain.schema import ORDER, SPLITS, ImageSpec
 from posttrain.vision import datasets
+from posttrain.vision.noise import LabelNoise
 
 pytestmark = pytest.mark.ray
 
 CLASSES = tuple(map(str, range(10)))
-FLIPS = Noise("symmetric", 0.2, 0, None, ImageSpec(1, (8, 8), (0.0,), (1.0,)))
+FLIPS = LabelNoise("symmetric", 0.2, 0, None, ImageSpec(1, (8, 8), (0.0,), (1.0,)))
 
 
 @pytest.fixture
@@ -32,10 +34,10 @@ def read_both(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> Any:
     def read(sources: dict[str, Source], **options: Any) -> tuple[Any, Any]:
         found = []
         for most in (2**40, 0):
-            monkeypatch.setattr(reading, "SMALL_BYTES", most)
-            with_defaults = {"classes": CLASSES, "held_out_share": None, "noise": None, "seed": 0, **options}
+            monkeypatch.setattr(partitioning, "SMALL_BYTES", most)
+            with_defaults = {"classes": CLASSES, "validation_share": None, "noise": None, "seed": 0, **options}
             try:
-                found.append(reading.read(sources, **with_defaults))
+                found.append(partitioning.read(sources, **with_defaults))
             except PosttrainError as error:
                 found.append(error)
         return found[0], found[1]
@@ -66,7 +68,7 @@ def write_many(table: pa.Table, folder: Path, files: int = 3) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("options", [{}, {"held_out_share": 0.2, "noise": FLIPS, "seed": 5}], ids=["plain", "split"])
+@pytest.mark.parametrize("options", [{}, {"validation_share": 0.2, "noise": FLIPS, "seed": 5}], ids=["plain", "split"])
 def test_files_of_parquet(read_both: Any, digits: Digits, tmp_path: Path, options: dict[str, Any]) -> None:
     named = ("train", "test") if options else SPLITS
     locations = {split: write_many(digits.table(split), tmp_path / split) for split in named}
@@ -81,7 +83,7 @@ def test_many_partitions(read_both: Any, tmp_path: Path) -> None:
     images = pa.array([np.full(4, i % 256, np.uint8).tobytes() for i in range(rows)], pa.binary())
     table = pa.table({"id": [f"sample {i}" for i in range(rows)], "image": images, "label": np.arange(rows) % 10})
     at = write_many(table, tmp_path / "train")
-    one, other = read_both({"train": ParquetSource((at,), "id", "image", "label")}, held_out_share=0.1)
+    one, other = read_both({"train": ParquetSource((at,), "id", "image", "label")}, validation_share=0.1)
     assert_same(one, other)
     assert len(one["train"].partitions) > 2
 
@@ -93,12 +95,12 @@ def test_class_folders(read_both: Any, digits: Digits, tmp_path: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(row["image"])
     sources = {split: FolderSource(str(tmp_path / split)) for split in ("train", "test")}
-    assert_same(*read_both(sources, held_out_share=0.3))
+    assert_same(*read_both(sources, validation_share=0.3))
 
 
 def test_the_embedded_data(read_both: Any) -> None:
     sources = {name: TableSource(table, f"digits/{name}") for name, table in datasets.digits(0).items()}
-    assert_same(*read_both(sources, held_out_share=0.1, noise=FLIPS))
+    assert_same(*read_both(sources, validation_share=0.1, noise=FLIPS))
 
 
 def write_under(folders: tuple[str, ...], root: Path, table: pa.Table, name: str = "a.parquet") -> str:
@@ -113,7 +115,9 @@ def write_under(folders: tuple[str, ...], root: Path, table: pa.Table, name: str
 def assert_the_files_own(found: Any, given: pa.Table, columns: tuple[str, str, str], true_label: str) -> None:
     """Ids, images and labels as they were written, each with the path of a file."""
     assert not isinstance(found, Exception), found
-    blocks = pa.concat_tables([ray.get(bucket.block) for bucket in found["train"].buckets]).sort_by("sample_id")
+    blocks = pa.concat_tables([ray.get(partition.block) for partition in found["train"].partitions]).sort_by(
+        "sample_id"
+    )
     written = given.sort_by(columns[0])
     for inner, own in zip(("sample_id", "image", "label", "true_label"), (*columns, true_label), strict=True):
         assert blocks[inner].to_pylist() == written[own].to_pylist(), own
@@ -177,7 +181,7 @@ def test_class_folders_that_are_called_like_partitions(read_both: Any, digits: D
         path.write_bytes(row["image"])
     one, other = read_both({"train": FolderSource(str(tmp_path))}, classes=classes)
     assert_same(one, other)
-    blocks = pa.concat_tables([ray.get(bucket.block) for bucket in other["train"].buckets])
+    blocks = pa.concat_tables([ray.get(partition.block) for partition in other["train"].partitions])
     for row in blocks.to_pylist():
         assert classes[row["label"]] == row["sample_id"].split("/")[0]
         assert (tmp_path / row["sample_id"]).read_bytes() == row["image"]

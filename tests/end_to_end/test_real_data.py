@@ -14,17 +14,16 @@ pytestmark = [pytest.mark.ray, pytest.mark.data]
 def test_cifar10n_is_read_whole_and_its_labels_are_wrong_as_often_as_its_authors_say(
     data_folder: Path, ray_session: None
 ) -> None:
-    from posttrain.cluster import measuring, reading
+    from posttrain.cluster import measuring, partitioning
+    from posttrain.data.sources import ParquetSource, list_source
     from posttrain.live import Removal
 
-    train = reading.ParquetSource(
-        (str(data_folder / "cifar10n" / "train"),), "id", "image", "label_random1", "label_clean"
-    )
-    test = reading.ParquetSource((str(data_folder / "cifar10n" / "test"),), "id", "image", "label")
-    splits = reading.read(
+    train = ParquetSource((str(data_folder / "cifar10n" / "train"),), "id", "image", "label_random1", "label_clean")
+    test = ParquetSource((str(data_folder / "cifar10n" / "test"),), "id", "image", "label")
+    splits = partitioning.read(
         {"train": train, "test": test},
-        classes=reading.list_source(train).classes or (),
-        held_out_share=0.1,
+        classes=list_source(train).classes or (),
+        validation_share=0.1,
         noise=None,
         seed=0,
         ids_span_sets=False,

@@ -107,7 +107,7 @@ def test_data_that_may_not_be_read_are_named_before_any_work(tmp_path: Path, dig
     file.chmod(0o600)
     code = """
 import os, sys
-from posttrain.cluster.reading import ParquetSource, list_source
+from posttrain.data.sources import ParquetSource, list_source
 from posttrain.errors import DataError
 os.setgid(65534), os.setuid(65534)
 try:

@@ -22,7 +22,7 @@ from small_data import Digits, removed_ids
 from typer.testing import CliRunner
 
 from posttrain.cli import app
-from posttrain.cluster import reading
+from posttrain.cluster import partitioning
 from posttrain.cluster.session import refuse_unreachable
 from posttrain.errors import ConfigError
 
@@ -172,7 +172,7 @@ def test_images_that_all_look_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if not small:
-        monkeypatch.setattr(reading, "SMALL_BYTES", 0)
+        monkeypatch.setattr(partitioning, "SMALL_BYTES", 0)
     raw = runfile(tmp_path / "run", data=alpha_alone(digits, tmp_path / "data", kind), model={"background": 0})
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(raw))
@@ -197,7 +197,7 @@ def test_shapes_in_the_alpha_channel_alone_are_cleaned_as_any_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if not small:
-        monkeypatch.setattr(reading, "SMALL_BYTES", 0)
+        monkeypatch.setattr(partitioning, "SMALL_BYTES", 0)
     data = alpha_alone(digits, tmp_path / "data", "parquet")
     run(tmp_path / "run", data=data)
     # black where the alpha is, on white: the very digits
@@ -250,7 +250,7 @@ def test_layers_of_a_model_that_ends_in_a_probe(runfile: Make, tmp_path: Path) -
         tmp_path / "run",
         data={"validation": None},
         model={
-            "factory": "posttrain.vision.layers:probed",
+            "factory": "posttrain.vision.probed_network:build",
             "weights": None,
             "arguments": {
                 "network": "posttrain.vision.models:mlp",

@@ -19,8 +19,8 @@ import torch
 from ray import cloudpickle
 from ray.exceptions import OutOfMemoryError
 
+from posttrain.cluster.partitioning import Partition, Split
 from posttrain.cluster.pool import DEATHS_OF_A_CALL, Died, Pool
-from posttrain.cluster.reading import Partition, Split
 from posttrain.cluster.workers import Network, Verdict, View, Workers, scores_key
 from posttrain.errors import StepError
 from posttrain.influence import curvature, ensemble, probe
@@ -31,6 +31,7 @@ from posttrain.store.features import ShardSummary, read_shard, summarise_shard
 from posttrain.store.folder import RunFolder
 from posttrain.store.scores import ScoreShards
 from posttrain.vision import models
+from posttrain.vision.weights import to_bytes, weights_digest
 
 pytestmark = pytest.mark.ray
 
@@ -114,7 +115,7 @@ def test_a_call_that_ends_every_process_is_given_up_with_what_to_do(pool: Pool, 
 def test_a_call_that_may_be_given_up_leaves_the_others_alone(pool: Pool, tmp_path: Path) -> None:
     log = tmp_path / "log"
     calls = [*sums(3), lambda actor: actor.dies.remote(str(log), 100), *sums(3)]
-    found = list(pool.each(calls, tolerated=2))
+    found = list(pool.each(calls, max_deaths=2))
     assert found == [0, 2, 4, Died("killed, crashed, or out of memory"), 0, 2, 4]
     # the first time it may have been the call before it, whose answer was still on its way
     assert 2 <= len(log.read_text().splitlines()) <= 3
@@ -127,7 +128,7 @@ SPEC = ModelSpec("fatal_network:network", {}, 10, "4", ImageSpec(1, (8, 8), (0.0
 
 def network() -> Network:
     model = models.build(SPEC.factory, classes=10, arguments={})
-    return Network(SPEC, models.to_bytes(model), models.fingerprint(model))
+    return Network(SPEC, to_bytes(model), weights_digest(model))
 
 
 def samples(partitions: int, rows: int, fatal: Set[int] = frozenset()) -> list[Partition]:
@@ -229,7 +230,7 @@ def test_an_embedding_that_stops_at_nine_tenths_embeds_only_the_last_tenth_when_
     log = tmp_path / "log"
     spec = replace(SPEC, arguments={"log": str(log)})
     model = models.build(spec.factory, classes=10, arguments=spec.arguments)
-    network = Network(spec, models.to_bytes(model), models.fingerprint(model))
+    network = Network(spec, to_bytes(model), weights_digest(model))
     folder = RunFolder(str(tmp_path / "run"))
 
     def embed(count: int) -> list[ShardSummary]:

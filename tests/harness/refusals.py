@@ -16,6 +16,7 @@ import yaml
 
 from harness.workshop import MODELS, Sections, Workshop
 from posttrain.vision import models
+from posttrain.vision.weights import to_bytes
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("model: no weights", "a list by torch.save", _model(weights=lambda w: w.torch([1, 2])),
             "holds no state_dict (names to tensors)"),
     Refusal("model: weights cut short", "half a safetensors file",
-            _model(weights=lambda w: w.bytes(models.to_bytes(models.mlp(10))[:900], "w.safetensors")),
+            _model(weights=lambda w: w.bytes(to_bytes(models.mlp(10))[:900], "w.safetensors")),
             "w.safetensors is not a readable weights file"),
     Refusal("model: weights not there", "a path that is not there", _model(weights=lambda w: f"{w.folder}/absent.pt"),
             "absent.pt: no such weights file; check model.weights"),

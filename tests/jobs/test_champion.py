@@ -19,6 +19,7 @@ from posttrain.jobs.inventory import take_inventory
 from posttrain.jobs.opening import open_registry
 from posttrain.store.registry import CHAMPION
 from posttrain.vision import models
+from posttrain.vision.weights import to_bytes
 
 
 def test_a_champion_that_somebody_saved_by_torch_is_what_the_run_starts_from(tmp_path: Path) -> None:
@@ -37,7 +38,7 @@ def test_a_champion_that_somebody_saved_by_torch_is_what_the_run_starts_from(tmp
         return prepare_inputs(run_file(config, job.folder.run("a"), base), files, base).weights
 
     digits = inputs_of_digits(tmp_path)
-    assert weights(**digits) == models.to_bytes(model)
+    assert weights(**digits) == to_bytes(model)
     # a tenth of the training data would be what it was trained on
     del digits["validation"]
     with pytest.raises(DataError, match=r"version 2\) was not made by this job, and the data have no validation set"):

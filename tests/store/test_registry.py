@@ -11,6 +11,7 @@ from posttrain.errors import StepError, TrackingError
 from posttrain.store.registry import CHALLENGER, CHAMPION, PREVIOUS, RUN, Registry, Version, is_unused
 from posttrain.store.tracking import Tracking
 from posttrain.vision import models
+from posttrain.vision.weights import load_weights, save_weights
 
 IMAGE = {"channels": 1, "size": (8, 8), "mean": (0.5,), "std": (0.5,), "shape": None}
 
@@ -25,7 +26,7 @@ def logged(home: Path) -> Iterator[tuple[str, str, bytes]]:
     """(models:/m-..., its run's id, its weights)."""
     model = models.mlp(10)
     torch.nn.init.constant_(models.head_of(model, "head").bias, 7.0)
-    models.save_weights(model, home / "w.safetensors")
+    save_weights(model, home / "w.safetensors")
     with Tracking.open(None, run_folder=home, experiment="e", run_name="r", params={}, tags={}) as tracking:
         uri = tracking.log_model(
             home / "w.safetensors",
@@ -112,7 +113,7 @@ def test_a_version_comes_back_with_its_weights_and_what_builds_the_network(
         "head": "head",
     }
     model = models.build(recipe["factory"], classes=recipe["classes"], arguments=recipe["arguments"])
-    models.load_weights(model, weights)
+    load_weights(model, weights)
     assert (models.head_of(model, "head").bias == 7).all()
 
 

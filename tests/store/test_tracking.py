@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from posttrain.errors import ModelError, StepError, TrackingError
 from posttrain.store.tracking import Tracking, fetch_weights
-from posttrain.vision.models import build, save_weights
+from posttrain.vision.models import build
+from posttrain.vision.weights import save_weights
 
 # SQLAlchemy's warning about MLflow's own tables
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")

@@ -1,32 +1,17 @@
 from __future__ import annotations
 
-import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
-from harness import bad_models
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from posttrain.errors import ModelError
-from posttrain.vision import models
-from posttrain.vision.models import (
-    backbone_fingerprint,
-    build,
-    embed,
-    find_head,
-    fingerprint,
-    load_weights,
-    mlp,
-    replace_head,
-    save_weights,
-    small_resnet,
-)
+from posttrain.vision.embedding import features_and_logits
+from posttrain.vision.models import build, find_head, mlp, replace_head, small_resnet
+from posttrain.vision.weights import backbone_digest, load_weights, save_weights, weights_digest
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:
@@ -64,7 +49,7 @@ def test_small_resnet_has_the_depth_and_width_of_the_paper(blocks: int, depth: i
         if isinstance(module, nn.Conv2d | nn.Linear) and "downsample" not in name
     ]
     assert len(weighted) == depth
-    features, logits = embed(model, "head", torch.zeros(2, 3, 32, 32))
+    features, logits = features_and_logits(model, "head", torch.zeros(2, 3, 32, 32))
     assert features.shape == (2, 64) and logits.shape == (2, 10)
 
 
@@ -169,178 +154,18 @@ def test_a_model_without_any_linear_is_told_so():
         find_head(nn.Conv2d(1, 3, 1), classes=3)
 
 
-def test_embedding_is_one_pass_whose_features_give_the_logits():
-    model = small_resnet(5, width=4)
-    batch = torch.randn(6, 3, 16, 16)
-    calls: list[None] = []
-    model.register_forward_hook(lambda *_: calls.append(None))
-    features, logits = embed(model, "head", batch)
-    assert len(calls) == 1 and not features.requires_grad
-    head = model.get_submodule("head")
-    torch.testing.assert_close(head(features), logits)
-    torch.testing.assert_close(model.eval()(batch), logits)
-
-
-def test_embedding_does_not_depend_on_the_other_samples_of_the_batch():
-    model, batch = small_resnet(5, width=4).train(), torch.randn(6, 3, 16, 16)
-    together = embed(model, "head", batch)[0]
-    torch.testing.assert_close(embed(model, "head", batch[2:3])[0], together[2:3])
-
-
-def test_the_logits_are_those_of_the_head_even_behind_a_softmax_and_in_half_precision():
-    head = nn.Linear(4, 3)
-    model = nn.Sequential(head, nn.Softmax(1)).to(torch.bfloat16)
-    batch = torch.randn(2, 4, dtype=torch.bfloat16)
-    features, logits = embed(model, "0", batch)
-    assert features.dtype == logits.dtype == torch.float32
-    assert torch.equal(logits, head(batch).float())
-
-
-class Odd(nn.Module):
-    def __init__(self, forward: Callable[[nn.Linear, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.head = nn.Linear(4, 3)
-        self.forward = lambda batch: forward(self.head, batch)
-
-
-@pytest.mark.parametrize(
-    "forward, message",
-    [
-        (lambda head, batch: batch, "runs 0 times per forward pass"),
-        (lambda head, batch: head(batch) + head(-batch), "runs 2 times"),
-        (
-            lambda head, batch: head(batch[:, None].expand(-1, 5, -1)).mean(1),
-            r"has shape \(2, 5, 4\) for 2 samples",
-        ),
-        (lambda head, batch: head(batch.mean(0, keepdim=True)), r"has shape \(1, 4\) for 2 samples"),
-    ],
-)
-def test_a_head_that_does_not_see_one_vector_per_sample_once_is_refused(forward: Any, message: str):
-    with pytest.raises(ModelError, match=message):
-        embed(Odd(forward), "head", torch.randn(2, 4))
-
-
-def test_images_that_the_model_cannot_take_are_explained_and_the_model_stays_usable():
-    model = mlp(3, inputs=16)
-    with pytest.raises(ModelError, match=r"shape \(2, 1, 8, 8\): .*model\.image_size"):
-        embed(model, "head", torch.zeros(2, 1, 8, 8))
-    embed(model, "head", torch.zeros(2, 1, 4, 4))
-    assert not model.get_submodule("head")._forward_hooks
-
-
-# weights
-
-
-def resnet(seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    return small_resnet(3, width=4)
-
-
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda state: state,
-        lambda state: {"state_dict": state, "epoch": 3},
-        lambda state: {"model": state, "optimizer": {"lr": 0.1}},
-        lambda state: {f"module.{key}": tensor for key, tensor in state.items()},
-        lambda state: {"state_dict": {f"module._orig_mod.{key}": tensor for key, tensor in state.items()}},
-        lambda state: {key: tensor for key, tensor in state.items() if not key.endswith("num_batches_tracked")},
-    ],
-    ids=["bare", "state_dict", "model", "DataParallel", "compiled", "old BatchNorm"],
-)
-def test_checkpoints_of_the_usual_layouts_load(wrap: Callable[[dict], dict], tmp_path: Path):
-    torch.save(wrap(resnet(1).state_dict()), tmp_path / "a.pt")
-    model = resnet(2)
-    load_weights(model, tmp_path / "a.pt")
-    assert same(model, resnet(1))
-
-
-def test_saved_weights_come_back_bit_by_bit(tmp_path: Path):
-    trained = resnet(1)
-    trained(torch.randn(4, 3, 8, 8))  # moves the statistics of BatchNorm
-    save_weights(trained, tmp_path / "a.safetensors")
-    model = resnet(2)
-    load_weights(model, tmp_path / "a.safetensors")
-    assert same(model, trained) and fingerprint(model) == fingerprint(trained)
-
-
-def tied(seed: int) -> nn.Sequential:
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    model[1].weight = model[0].weight
-    return model
-
-
-@pytest.mark.parametrize("save", [save_weights, safetensors.torch.save_model])
-def test_tied_weights_are_saved_and_loaded(save: Callable[[nn.Module, Any], None], tmp_path: Path):
-    save(tied(1), tmp_path / "a.safetensors")
-    model = tied(2)
-    load_weights(model, tmp_path / "a.safetensors")
-    assert same(model, tied(1)) and model[1].weight is model[0].weight
-
-
-def test_weights_that_do_not_fit_are_named_with_their_file(tmp_path: Path):
-    state = mlp(4, inputs=9, width=5).state_dict()
-    state["extra.scale"] = state.pop("hidden.bias")
-    path = tmp_path / "a.pt"
-    torch.save(state, path)
-    model = mlp(3, inputs=9, width=5)
-    before = fingerprint(model)
-    with pytest.raises(ModelError) as caught:
-        load_weights(model, path)
-    message = str(caught.value)
-    assert str(path) in message and "missing hidden.bias" in message and "unexpected extra.scale" in message
-    assert "head.weight (4, 5) for (3, 5)" in message and "\n" not in message
-    assert fingerprint(model) == before
-
-
-def test_of_many_keys_that_do_not_fit_the_first_few_are_named(tmp_path: Path):
-    torch.save(resnet(0).state_dict(), tmp_path / "a.pt")
-    with pytest.raises(ModelError, match=r"missing hidden\.weight, hidden\.bias; unexpected .* and \d+ more"):
-        load_weights(mlp(3), tmp_path / "a.pt")
-
-
-def test_weights_that_are_not_finite_are_refused(tmp_path: Path):
-    state = mlp(3).state_dict()
-    state["hidden.bias"][7] = float("nan")
-    torch.save(state, tmp_path / "a.pt")
-    with pytest.raises(ModelError, match=r"not finite in hidden\.bias"):
-        load_weights(mlp(3), tmp_path / "a.pt")
-
-
-def test_a_pickled_model_is_refused_and_not_run(tmp_path: Path):
-    torch.save(mlp(3), tmp_path / "a.pt")
-    with pytest.raises(ModelError, match=r"a\.pt holds pickled objects \(torch\.nn.*\).* save the model's state_dict"):
-        load_weights(mlp(3), tmp_path / "a.pt")
-
-
-@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
-@pytest.mark.parametrize("content", [b"", b"no weights", bytes(100)], ids=["empty", "text", "zeros"])
-def test_a_file_that_is_no_weights_file_is_refused(name: str, content: bytes, tmp_path: Path):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ModelError, match=rf"{name} is not a readable weights file"):
-        load_weights(mlp(3), tmp_path / name)
-
-
-def test_a_file_without_a_state_dict_and_a_missing_file_are_refused(tmp_path: Path):
-    torch.save({"accuracy": 0.9}, tmp_path / "a.pt")
-    with pytest.raises(ModelError, match="holds no state_dict"):
-        load_weights(mlp(3), tmp_path / "a.pt")
-    with pytest.raises(ModelError, match=r"there is no weights file .*b\.pt"):
-        load_weights(mlp(3), tmp_path / "b.pt")
-
-
-# replacing the head, fingerprints
+# replacing the head
 
 
 def test_a_replaced_head_decides_and_the_backbone_stays():
-    model, batch = resnet(0), torch.randn(4, 3, 8, 8)
-    features, _ = embed(model, "head", batch)
-    before = backbone_fingerprint(model, "head"), fingerprint(model)
+    torch.manual_seed(0)
+    model, batch = small_resnet(3, width=4), torch.randn(4, 3, 8, 8)
+    features, _ = features_and_logits(model, "head", batch)
+    before = backbone_digest(model, "head"), weights_digest(model)
     weight, bias = torch.randn(3, 16), torch.randn(3)
     replace_head(model, "head", weight, bias)
     torch.testing.assert_close(model(batch), features @ weight.T + bias)
-    assert backbone_fingerprint(model, "head") == before[0] and fingerprint(model) != before[1]
+    assert backbone_digest(model, "head") == before[0] and weights_digest(model) != before[1]
 
 
 def test_a_head_without_bias_gets_one_only_where_it_is_needed_and_keeps_it_in_the_file(tmp_path: Path):
@@ -361,65 +186,3 @@ def test_a_head_without_bias_gets_one_only_where_it_is_needed_and_keeps_it_in_th
 def test_a_head_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"has weight \(3, 128\)"):
         replace_head(mlp(3), "head", torch.zeros(3, 5), torch.zeros(3))
-
-
-def test_the_backbones_fingerprint_sees_every_tensor_but_the_heads():
-    reference = backbone_fingerprint(resnet(0), "head")
-    assert reference == backbone_fingerprint(resnet(0), "head") != backbone_fingerprint(resnet(1), "head")
-    assert len(reference) == 16 and int(reference, 16) >= 0
-    for name in resnet(0).state_dict():
-        model = resnet(0)
-        tensor = model.state_dict()[name]
-        tensor.view(-1)[-1] += 1
-        assert (backbone_fingerprint(model, "head") == reference) == name.startswith("head."), name
-
-
-def test_fingerprints_tell_names_types_and_shapes_apart():
-    base = nn.Sequential(nn.Linear(2, 3))
-    wide = nn.Sequential(nn.Linear(3, 2))
-    for model in (base, wide):
-        for tensor in model.parameters():
-            nn.init.zeros_(tensor)
-    renamed = nn.Module()
-    renamed.add_module("fc", base[0])
-    half = nn.Sequential(nn.Linear(2, 3)).to(torch.float16)
-    bfloat = nn.Sequential(nn.Linear(2, 3)).to(torch.bfloat16)
-    for model in (half, bfloat):
-        for tensor in model.parameters():
-            nn.init.zeros_(tensor)
-    assert len({fingerprint(model) for model in (base, wide, renamed, half, bfloat)}) == 5
-
-
-def test_a_buffer_outside_the_state_dict_counts_for_the_fingerprint():
-    model = mlp(3)
-    before = backbone_fingerprint(model, "head")
-    model.register_buffer("mean", torch.ones(1), persistent=False)
-    assert backbone_fingerprint(model, "head") != before
-
-
-@pytest.mark.parametrize(
-    ("factory", "said"),
-    [
-        ("forgetful", "gives other values at model.head 'head' for the same images when it is run again"),
-        ("noisy", "gives other values at model.head 'head' for the same images when it is run again"),
-        ("in_train_mode", "depends on the other images of its batch, in evaluation mode"),
-        ("not_finite", "is not finite for an image of random pixels"),
-    ],
-)
-def test_a_model_whose_features_depend_on_more_than_the_image_is_refused(factory: str, said: str) -> None:
-    torch.manual_seed(0)
-    model = getattr(bad_models, factory)(10)
-    with pytest.raises(ModelError, match=re.escape(said)):
-        models.refuse_unsteady(model, "head", torch.randn(2, 1, 8, 8))
-
-
-@pytest.mark.parametrize(
-    "name", ["resnet18", "mobilenet_v3_small", "efficientnet_b0", "vit_b_32", "swin_t", "googlenet"]
-)
-def test_the_networks_of_torchvision_are_steady(name: str) -> None:
-    torch.manual_seed(0)
-    # it warns of how it draws its first weights unless told
-    arguments = {"init_weights": False} if name == "googlenet" else {}
-    model = models.build(name, classes=10, arguments=arguments)
-    head = models.find_head(model, classes=10)
-    models.refuse_unsteady(model, head, torch.randn(2, 3, 224, 224))

@@ -8,7 +8,16 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
 from posttrain.vision import near_duplicates
-from posttrain.vision.near_duplicates import ALIKE, RADIUS, SIDE, Prints, alike, close_hashes, differences, prints
+from posttrain.vision.near_duplicates import (
+    MAX_DIFFERENCE,
+    MAX_HASH_DISTANCE,
+    SIDE,
+    PerceptualHashes,
+    close_hashes,
+    differences,
+    near_duplicate_pairs,
+    perceptual_hashes,
+)
 
 
 def grey(images: np.ndarray) -> np.ndarray:
@@ -54,7 +63,7 @@ CHANGES = {
 
 
 def recall(images: np.ndarray, changed: np.ndarray) -> float:
-    i, j, _ = alike(prints(grey(images)), prints(grey(changed)))
+    i, j, _ = near_duplicate_pairs(perceptual_hashes(grey(images)), perceptual_hashes(grey(changed)))
     return len(np.intersect1d(i[i == j], np.arange(len(images)))) / len(images)
 
 
@@ -72,55 +81,58 @@ def test_a_changed_copy_of_an_image_of_8_by_8_pixels_is_found(digits: np.ndarray
     assert recall(digits, CHANGES[change](digits)) >= least
 
 
-def test_different_digits_are_not_taken_for_alike(digits: np.ndarray) -> None:
-    mine, others = prints(grey(digits[:900])), prints(grey(digits[900:]))
+def test_different_digits_are_no_near_duplicates(digits: np.ndarray) -> None:
+    mine, others = perceptual_hashes(grey(digits[:900])), perceptual_hashes(grey(digits[900:]))
     # by their hashes alone, many would be
     hits = {pair for found in close_hashes(mine.hashes, others.hashes) for pair in zip(*found, strict=True)}
     assert len(hits) > 50
-    assert len(alike(mine, others)[0]) == 0
+    assert len(near_duplicate_pairs(mine, others)[0]) == 0
 
 
 def test_close_hashes_are_those_of_a_plain_comparison_of_all_with_all() -> None:
     generator = np.random.default_rng(0)
     centres = generator.integers(0, 2**64, 20, dtype=np.uint64)
 
-    def near(count: int) -> np.ndarray:
+    def close(count: int) -> np.ndarray:
         flips = np.zeros(count, np.uint64)
         for _ in range(4):
             flips ^= np.uint64(1) << generator.integers(0, 64, count).astype(np.uint64)
         return centres[generator.integers(0, 20, count)] ^ flips
 
-    mine, others = near(300), near(200)
+    mine, others = close(300), close(200)
     found = {(int(a), int(b)) for pairs in close_hashes(mine, others) for a, b in zip(*pairs, strict=True)}
-    plain = {(a, b) for a in range(300) for b in range(200) if int(mine[a] ^ others[b]).bit_count() <= RADIUS}
+    plain = {
+        (a, b) for a in range(300) for b in range(200) if int(mine[a] ^ others[b]).bit_count() <= MAX_HASH_DISTANCE
+    }
     assert found == plain and 100 < len(plain) < 300 * 200
 
 
 def test_pairs_are_the_same_however_many_are_compared_at_a_time(
     digits: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mine, others = prints(grey(digits[:300])), prints(grey(digits[:400]))
-    whole = alike(mine, others)
-    monkeypatch.setattr(near_duplicates, "_AT_A_TIME", 7)
-    for one, other in zip(whole, alike(mine, others), strict=True):
+    mine, others = perceptual_hashes(grey(digits[:300])), perceptual_hashes(grey(digits[:400]))
+    whole = near_duplicate_pairs(mine, others)
+    monkeypatch.setattr(near_duplicates, "_PAIRS_AT_ONCE", 7)
+    for one, other in zip(whole, near_duplicate_pairs(mine, others), strict=True):
         np.testing.assert_array_equal(one, other)
     assert len(whole[0]) >= 300
 
 
 def test_the_difference_is_that_of_a_correlation(digits: np.ndarray) -> None:
-    mine, others = prints(grey(digits[:50])).thumbnails, prints(grey(digits[50:100])).thumbnails
+    mine, others = perceptual_hashes(grey(digits[:50])).thumbnails, perceptual_hashes(grey(digits[50:100])).thumbnails
     expected = [
         np.sqrt(2 - 2 * np.corrcoef(a.reshape(-1), b.reshape(-1))[0, 1]) for a, b in zip(mine, others, strict=True)
     ]
     np.testing.assert_allclose(differences(mine, others), expected, rtol=1e-4)
-    assert min(expected) > ALIKE
+    assert min(expected) > MAX_DIFFERENCE
 
 
-def test_flat_images_are_like_none() -> None:
-    black, white = np.zeros((3, SIDE, SIDE), np.uint8), np.full((2, SIDE, SIDE), 255, np.uint8)
-    assert len(alike(prints(black), prints(white))[0]) == 0
-    nothing = Prints(np.empty(0, np.uint64), np.empty((0, 16, 16), np.uint8))
-    assert len(alike(nothing, prints(white))[0]) == len(alike(prints(white), nothing)[0]) == 0
+def test_images_without_contrast_are_near_duplicates_of_none() -> None:
+    black = perceptual_hashes(np.zeros((3, SIDE, SIDE), np.uint8))
+    white = perceptual_hashes(np.full((2, SIDE, SIDE), 255, np.uint8))
+    nothing = PerceptualHashes(np.empty(0, np.uint64), np.empty((0, 16, 16), np.uint8))
+    for mine, others in ((black, white), (nothing, white), (white, nothing)):
+        assert len(near_duplicate_pairs(mine, others)[0]) == 0
 
 
 def test_cells_of_every_kind_give_the_same_pixels_and_unreadable_ones_are_left_to_others(digits: np.ndarray) -> None:

@@ -15,7 +15,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from posttrain.cluster.reading import ParquetSource, highest_label, list_source, normalise, string_labels
+from posttrain.data.classes import highest_label, string_labels
+from posttrain.data.normalise import normalise
+from posttrain.data.sources import ParquetSource, list_source
 from posttrain.errors import DataError
 
 CHECKS = [
@@ -26,8 +28,6 @@ CHECKS = [
     HealthCheck.function_scoped_fixture,
 ]
 """Not of interest: hard cases are slow and large."""
-
-pytestmark = pytest.mark.ray  # it is imported, not started
 
 QUIET = settings(max_examples=120, deadline=None, suppress_health_check=CHECKS)
 
@@ -55,11 +55,9 @@ columns: st.SearchStrategy[tuple[list[Any], pa.DataType | None]] = st.one_of(
 
 
 def read(source: ParquetSource, table: pa.Table, classes: tuple[str, ...]) -> None:
-    """What `read` does with one file, less Ray."""
+    """What `partitioning.read` does with one file, without Ray."""
     path = pa.array([source.locations[0]] * table.num_rows)
-    block = normalise(
-        table.append_column("path", path), split="train", source=source, classes=classes, held_out=None, noise=None
-    )
+    block = normalise(table.append_column("path", path), split="train", source=source, classes=classes)
     assert block.num_rows == table.num_rows
     labels = block["label"].to_numpy()
     assert ((labels >= -1) & (labels < len(classes))).all()
