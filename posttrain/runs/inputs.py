@@ -77,7 +77,7 @@ def prepare(config: RunFile, *, only: Mapping[str, frozenset[str]] | None = None
         path = config.model.weights
         with tempfile.TemporaryDirectory() as folder:
             if path.startswith(("models:/", "runs:/")):
-                from posttrain.store.tracking import fetch_weights
+                from posttrain.store.mlflow_weights import fetch_weights
 
                 local = fetch_weights(path, config.tracking.uri, Path(folder))
             else:

@@ -317,10 +317,10 @@ class CleaningRun:
             tell(selection.total, selection.total)
         figures: dict[str, bytes] = {}
         if self.tracking is not None:
-            from posttrain.store.tracking import score_histogram
+            from posttrain.report.figures import score_histogram
 
             lowest = pc.min(taken[settings.score]).as_py() if taken.num_rows else None
-            figures["scores.png"] = score_histogram(edges, kept, gone, score=settings.score, cut=lowest)
+            figures["scores.png"] = score_histogram(edges, kept, gone, score=settings.score, threshold=lowest)
         return Removal(
             selection,
             int(scored.class_counts.sum()),

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from posttrain.config import without_credentials, yaml
 from posttrain.errors import PosttrainError, StepError
-from posttrain.store.tracking import connect, fetch_weights, reason
+from posttrain.store.mlflow_client import connect, reason
+from posttrain.store.mlflow_weights import fetch_weights
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
