@@ -57,5 +57,5 @@ class RecipeError(StepError):
     """With these settings the step cannot be done, however often it is tried."""
 
 
-class HeldError(PosttrainError):
-    """Another job holds the lease; nothing was done."""
+class LockedError(PosttrainError):
+    """Another process holds the lock on the folder; nothing was done."""

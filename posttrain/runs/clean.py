@@ -91,7 +91,7 @@ def opened(config: RunFile, progress: StepLog, *, verbose: bool) -> Iterator[Cle
     """The run with its data read and its tracking open, alone in its folder; closes what it opened."""
     folder = RunFolder(config.run.path)
     with ExitStack() as stack:
-        held = stack.enter_context(lock.alone(folder))
+        held = stack.enter_context(lock.run_lock(folder))
         with progress.step("check the inputs"):
             from posttrain.runs.inputs import prepare
 
@@ -281,7 +281,7 @@ def deliver_rest(config: RunFile, folder: RunFolder, progress: StepLog) -> dict[
     left = waiting(folder)
     if not left:
         return None
-    with lock.alone(folder), progress.step("open MLflow"):
+    with lock.run_lock(folder), progress.step("open MLflow"):
         try:
             outbox = Outbox.of(open_tracking(config, folder), folder, progress.say)
         except TrackingError as error:

@@ -132,8 +132,8 @@ class RunFolder:
         if not self.is_local:
             return  # there, what is half written is nowhere to be seen
         for path in self.local.rglob("*.tmp"):
-            # but not beneath a lease: those who ask for it write there at any time
-            if _TEMPORARY.search(path.name) and not path.parent.name.endswith("lease"):
+            # but no lock files: other processes write theirs at any time
+            if _TEMPORARY.search(path.name) and not path.parent.name.endswith("lock"):
                 path.unlink(missing_ok=True)
 
     # -- reading and writing ---------------------------------------------------------------------------
