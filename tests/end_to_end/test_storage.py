@@ -46,7 +46,9 @@ def remount(disk: Path, options: str) -> None:
 def test_a_full_disk_ends_a_run_with_its_path_and_with_room_it_goes_on(
     run: Run, undisturbed: Undisturbed, disk: Path
 ) -> None:
-    what = rf"{disk}/run/.* cannot be written \(No space left on device\); mend it and start the same command again"
+    what = (
+        rf"{disk}/run/.* cannot be written \(No space left on device\); fix the cause and start the same command again"
+    )
     for size in ("64k", "600k"):
         remount(disk, f"size={size}")
         with pytest.raises(StepError, match=what):
