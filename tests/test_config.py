@@ -161,6 +161,13 @@ def test_a_number_with_an_exponent_is_a_number_with_or_without_a_dot(write, text
     assert load(write(f"model: {{arguments: {{rate: {text}}}}}")).model.arguments == {"rate": 0.001}
 
 
+@pytest.mark.parametrize("text", ["yes", "no", "on", "off", "y", "1:30", "0o", "1_a"])
+def test_a_word_is_text_and_no_boolean_or_number_of_another_yaml(write, text):
+    config = load(write(f"model: {{arguments: {{word: {text}}}}}"))
+    assert config.model.arguments == {"word": text}
+    assert load(write(dump(config))) == config
+
+
 def test_layers_are_a_word_or_a_list_of_names():
     assert load(None).probe.layers == "auto"
     assert load(None, ["probe.layers=last"]).probe.layers == "last"

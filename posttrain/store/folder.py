@@ -175,7 +175,7 @@ class RunFolder:
         """A stream whose content appears at `path` completely, or not at all.
 
         On a local disk, a temporary file is renamed. An object store shows what a stream has received once it is
-        closed, and pyarrow closes it even after an error: so the content is first written to a local file, and then sent.
+        closed, and pyarrow closes it even after an error: so the content is first written to a local file, then sent.
 
         `durable`: content and name are on the disk when this ends, so that a file written later, which relies on this
         one, never survives a power cut without it. Raises StepError where it cannot be written.
