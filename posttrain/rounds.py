@@ -65,7 +65,7 @@ class RoundCounts:
     exhausted: bool
     """Whether as many samples were acted on as all rounds may; true from the start where they may act on none."""
     share: float | None = None
-    """How many all rounds may act on, where the user says so (`removal.share`); None: as many as may be wrong."""
+    """How many all rounds may act on, where the user says so (`removal.max_share`); None: as many as may be wrong."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def nothing_left(state: State[Model, Probe], selected: Selected) -> str:
     counts, acted_on = selected.counts, selected.acted_on
     if counts.exhausted:
         done = policy.acted_on(state.history)
-        of_user = None if counts.share is None else f"removal.share = {counts.share:g}"
+        of_user = None if counts.share is None else f"removal.max_share = {counts.share:g}"
         if not done:
             return f"no sample goes: {of_user + '; ' if of_user else ''}{counts.estimate}"
         most = f"{of_user} allows" if of_user else "may be wrong"

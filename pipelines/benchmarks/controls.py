@@ -70,7 +70,7 @@ def measured(
         else:
             most = config.removal.max_rounds if quota is None else len(quota)
             # the controls go as far as the run that they are compared with
-            minimum, patience = (config.removal.minimum, config.removal.patience) if quota is None else (0.0, most)
+            minimum, patience = (config.removal.min_share, config.removal.patience) if quota is None else (0.0, most)
             outcome = rounds.clean(state, steps_of_round(run, quota=quota), rounds.Limits(most, minimum, patience))
             summary = finish(run, conclude(run, outcome), began)
             found = {key: summary[key] for key in summary if key not in ("files", "run")}

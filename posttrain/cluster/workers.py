@@ -57,11 +57,11 @@ from posttrain.schema import (
     uniform,
 )
 from posttrain.store.features import (
-    FormerFeatures,
+    PreviousFeatures,
     Shard,
     ShardSummary,
-    former_features,
     image_digests,
+    previous_features,
     read_shard,
     summarise_shard,
     write_shard,
@@ -231,7 +231,7 @@ class _Worker:
         folder: RunFolder,
         path: str,
         skip: np.ndarray,
-        former: FormerFeatures | None = None,
+        former: PreviousFeatures | None = None,
         partitions: int = 0,
         fatal: Sequence[CrashingRow] = (),
     ) -> ShardSummary:
@@ -428,7 +428,7 @@ def _embed_alone(network: Network, block: pa.Table, device: torch.device) -> Non
 
 
 def known_rows(
-    block: pa.Table, skip: np.ndarray, layer_names: Sequence[str], former: FormerFeatures | None
+    block: pa.Table, skip: np.ndarray, layer_names: Sequence[str], former: PreviousFeatures | None
 ) -> Shard | None:
     """The rows of a partition but `skip` that a former run embedded from the same image, with their present labels."""
     if former is None:
@@ -600,7 +600,7 @@ class Workers:
         live = {b.index: b.rows - len(excluded.in_partition(b.index)) for b in todo}
         total = sum(live.values())
         reference = ray.put(network)
-        candidates = (former_features(run, backbone, split) for run in former if todo)
+        candidates = (previous_features(run, backbone, split) for run in former if todo)
         taken_up = next((found for found in candidates if found is not None), None)
 
         def call(partition: Partition, fatal: Sequence[CrashingRow] = ()) -> Callable[[Any], Any]:

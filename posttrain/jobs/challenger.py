@@ -165,7 +165,7 @@ def _counts_by_batch(run: Run, live: Live, files: list[File]) -> dict[str, Batch
         names,
         batch_names(run.config.data, names),
         scores=run.folder.row_groups(run.folder.round(1, "scores.parquet"), [PARTITION, ROW, "mislabel_odds"]),
-        least_odds=run.config.removal.least_odds,
+        min_log_odds=run.config.removal.min_log_odds,
         acted_on=run.ledger.removal(run.ledger.rounds()).acted_on,
         left_out=live.quarantined | live.previously_removed,
     )

@@ -6,7 +6,7 @@
   files/<digest>.parquet   the files that have been seen, with what tells whether one has changed
   base/<key>.safetensors, <key>.json   networks that the champions' features come from
   runs/<name>/       run folders
-  lease/             claims to the lock
+  lock/              lock files
 ```
 """
 

@@ -22,7 +22,7 @@ def counts_by_batch(
     batches: Sequence[str],
     *,
     scores: Iterable[pa.Table],
-    least_odds: float,
+    min_log_odds: float,
     acted_on: Rows,
     left_out: Rows,
 ) -> dict[str, BatchCounts]:
@@ -52,7 +52,7 @@ def counts_by_batch(
         counts[0] += counted(partition, np.arange(len(of_partition)))
     for table in scores:
         if table.num_rows:
-            suspect = table["mislabel_odds"].to_numpy() > least_odds
+            suspect = table["mislabel_odds"].to_numpy() > min_log_odds
             counts[1] += counted(table[PARTITION][0].as_py(), table[ROW].to_numpy()[suspect])
     for partition, rows in acted_on.by_partition():
         counts[2] += counted(partition, rows)

@@ -39,7 +39,7 @@ def retrain(config: JobFile, *, accept: bool = False, verbose: bool = False, qui
         job = open_job(config)
         inventory = take_inventory(config.data, job)
         if inventory.new or (accept and inventory.state.held_back) or rollback.is_pending(job):
-            with lock.held(job.folder, lease_s=config.job.lease_s, wait_s=config.job.wait_s) as held:
+            with lock.job_lock(job.folder, lease_s=config.job.lock_lease_s, wait_s=config.job.lock_wait_s) as held:
                 # before the files are listed again: another start may have changed what the job knows
                 if accept:
                     _accept_held_back(job, held.assert_held)

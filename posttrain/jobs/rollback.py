@@ -28,7 +28,7 @@ def rollback(config: JobFile, *, verbose: bool = False, quiet: bool = False) -> 
         job = open_job(config)
         if not job.state().runs:
             raise InputError(f"{config.run.path}: the job has not run yet, so that there is no version to go back to")
-        with lock.held(job.folder, lease_s=config.job.lease_s, wait_s=config.job.wait_s) as held:
+        with lock.job_lock(job.folder, lease_s=config.job.lock_lease_s, wait_s=config.job.lock_wait_s) as held:
             registry = open_registry(config, job)
             if not is_pending(job):
                 _write_intent(config.job.name, job, registry, held.assert_held)

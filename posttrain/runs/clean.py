@@ -58,7 +58,7 @@ def cleaned(
     from posttrain.runs.conclude import conclude
 
     removal = run.config.removal
-    limits = rounds.Limits(removal.max_rounds, removal.minimum, removal.patience)
+    limits = rounds.Limits(removal.max_rounds, removal.min_share, removal.patience)
     outcome = rounds.clean(state, steps_of(run, train=train), limits)
     run.progress.say(f"stopped: {outcome.reason}")
     return conclude(run, outcome)

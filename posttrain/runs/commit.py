@@ -16,7 +16,7 @@ from posttrain.runs.networks import feature_network, write_checkpoint
 from posttrain.runs.noise_report import round_metrics
 from posttrain.runs.select import Choice
 from posttrain.schema import Round
-from posttrain.store.scores import forget_scores
+from posttrain.store.scores import delete_score_shards
 
 
 def commit(run: Run, state: State[Network, Any], selected: Choice, done: Round) -> Round:
@@ -27,7 +27,7 @@ def commit(run: Run, state: State[Network, Any], selected: Choice, done: Round) 
         done = replace(done, metrics={**done.metrics, **found})
     done = replace(done, seconds=run.progress.seconds_of_round())
     run.ledger.commit(done)
-    forget_scores(run.folder, done.number)
+    delete_score_shards(run.folder, done.number)
     # the next round's features are those of the new backbone: the old ones are not asked for again
     run.folder.keep_only_features(feature_network(run, state.model, state.first).backbone)
     tell_round(run, done, selected.histogram)

@@ -6,11 +6,9 @@ import time
 from dataclasses import replace
 from typing import Any
 
-import yaml
-
 from posttrain.cluster.workers import Network
 from posttrain.cluster.writing import write_cleaned
-from posttrain.config import without_credentials
+from posttrain.config import without_credentials, yaml
 from posttrain.errors import StepError
 from posttrain.rounds import Outcome
 from posttrain.runs.context import Run
@@ -20,7 +18,7 @@ from posttrain.runs.noise_report import noise_summary
 from posttrain.runs.tracking import log_model
 from posttrain.store import results
 from posttrain.store.outbox import Outbox
-from posttrain.store.scores import forget_scores
+from posttrain.store.scores import delete_score_shards
 from posttrain.store.tracking import Tracking
 
 
@@ -43,7 +41,7 @@ def finish(run: Run, outcome: Outcome[Network, Fitted], began: float) -> dict[st
         "files": files,
     }
     # those of the last look, which was no round
-    forget_scores(folder, scored)
+    delete_score_shards(folder, scored)
     folder.clear_half_written()
     if isinstance(tracking, Outbox):
         # before the summary: a run that has one is gone on with by nobody
@@ -140,9 +138,7 @@ def _write_model(run: Run, model: Network) -> None:
         "background": list(spec.image.background),
     }
     text = "# Written by posttrain: this section of a run file takes the refined model.\n"
-    run.folder.write_bytes(
-        run.folder.path("model.yaml"), (text + yaml.safe_dump({"model": section}, sort_keys=False)).encode()
-    )
+    run.folder.write_bytes(run.folder.path("model.yaml"), (text + yaml.dump({"model": section})).encode())
 
 
 def check_counts(samples: int, kept: int, removed: int, quarantined: int, previously_removed: int = 0) -> None:

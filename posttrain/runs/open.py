@@ -51,7 +51,7 @@ def opened(config: RunFile, progress: StepLog, *, verbose: bool) -> Iterator[Run
     """The run with its data read and its tracking open, alone in its folder; closes what it opened."""
     folder = RunFolder(config.run.path)
     with ExitStack() as stack:
-        held = stack.enter_context(lock.alone(folder))
+        held = stack.enter_context(lock.run_lock(folder))
         with progress.step("check the inputs"):
             from posttrain.runs.inputs import prepare
 

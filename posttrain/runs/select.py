@@ -73,7 +73,7 @@ def select(run: Run, state: State[Any, Any], scored: Scored, *, quota: Quota = N
         removal = _written(run, number, acted_on)
         tell(selection.total, selection.total)
     lowest = pc.min(acted_on[settings.score]).as_py() if acted_on.num_rows else None
-    share = None if settings.share == "estimated" else settings.share
+    share = None if settings.max_share == "estimated" else settings.max_share
     return Choice(
         removal,
         RoundCounts(selection.candidates, noise_sentence(scored.noise), still == 0, share),
@@ -108,7 +108,7 @@ def _still_allowed(run: Run, state: State[Any, Any], noise: NoiseEstimate, quota
     most = max([noise.most, *(done.metrics.get("noise_most", 0.0) for done in state.history)])
     return policy.allowance(
         state.history,
-        most if settings.share == "estimated" else settings.share,
+        most if settings.max_share == "estimated" else settings.max_share,
         previously_removed=len(previous.removed),
         previously_relabelled=len(previous.relabelled),
     )
@@ -122,7 +122,7 @@ def _candidates(run: Run, live: Live, path: str, quota: Quota) -> Iterator[tuple
         scores = table[settings.score].to_numpy().copy()
         # a control takes as many as it is told, by its own score alone
         if settings.score != "random" and quota is None:
-            scores[table["mislabel_odds"].to_numpy() <= settings.least_odds] = -np.inf
+            scores[table["mislabel_odds"].to_numpy() <= settings.min_log_odds] = -np.inf
         # what has been relabelled once stays so: it would go back and forth
         scores[live.relabelled.rows.contains(table[PARTITION].to_numpy(), table[ROW].to_numpy())] = -np.inf
         yield table[SAMPLE_ID].to_numpy(), table[LABEL].to_numpy(), scores

@@ -102,7 +102,7 @@ def deliver_rest(config: RunFile, folder: RunFolder, progress: StepLog) -> dict[
     left = waiting(folder)
     if not left:
         return None
-    with lock.alone(folder), progress.step("open MLflow"):
+    with lock.run_lock(folder), progress.step("open MLflow"):
         try:
             outbox = Outbox.of(open_tracking(config, folder), folder, progress.say)
         except TrackingError as error:

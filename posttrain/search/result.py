@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from pydantic import JsonValue
 
-from posttrain.config import RunFile, Search, dump, without_credentials, without_marks, without_secrets
+from posttrain.config import RunFile, Search, dump, without_credentials, without_marks, without_secrets, yaml
 from posttrain.errors import StepError
 from posttrain.schema import Round
 from posttrain.store.folder import RunFolder
@@ -95,12 +94,12 @@ def write_best(config: RunFile, trial: Trial, digests: Mapping[str, str], first:
         best.folder.write_bytes(best.folder.path("pretrained", "model.safetensors"), first)
     search = without_credentials(config.run.path)
     text = f"# Written by posttrain tune: the best recipe of {search}, trial {trial.number}.\n"
-    record = yaml.safe_load(dump(recipe))
+    record = yaml.load(dump(recipe), where="the recipe")
     del record["search"]
     if without_secrets(record) != record:
         record = without_marks(without_secrets(record))
         text += "# Users, passwords and keys of its URIs are left out: add them, or leave them to the environment\n"
         text += "# (MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, AWS_ACCESS_KEY_ID and the like).\n"
     path = folder.path("best.yaml")
-    folder.write_bytes(path, (text + yaml.safe_dump(record, sort_keys=False, allow_unicode=True)).encode())
+    folder.write_bytes(path, (text + yaml.dump(record)).encode())
     return path

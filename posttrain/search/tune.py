@@ -46,7 +46,7 @@ def tune(config: RunFile, *, verbose: bool = False, quiet: bool = False) -> dict
     ledger = Ledger(RunFolder(config.run.path), "search")
     summary = finished_already(ledger, config, progress)
     if summary is None:
-        with lock.alone(ledger.folder) as held, _opened(config, ledger, progress, verbose=verbose) as search:
+        with lock.run_lock(ledger.folder) as held, _opened(config, ledger, progress, verbose=verbose) as search:
             from posttrain.runs.begin import first_model
             from posttrain.runs.context import Run
 
@@ -152,7 +152,7 @@ def _run_trials(
         metric=config.search.metric,
         highest_is_best=config.search.metric == "validation_accuracy",
         grace=config.search.grace_rounds,
-        reduction=config.search.reduction,
+        reduction=config.search.reduction_factor,
         longest=max(trial.config.removal.max_rounds for trial in trials),
         kept=frozenset({0}),
     )
@@ -160,7 +160,7 @@ def _run_trials(
         [trial.number for trial in trials if trial.number not in ended],
         {trial.number: [reported(done) for done in trial.ledger.rounds()] for trial in trials},
         halving,
-        config.search.at_once,
+        config.search.max_concurrent_trials,
     )
     listener = _Listener(trials, search.tracking, progress, config.search.metric)
     with progress.step("search"):

@@ -333,7 +333,7 @@ def test_a_run_that_removes_nothing_leaves_all_columns(run: Run, undisturbed: Un
 
 
 def test_random_removal_is_blind_to_the_labels(run: Run, tmp_path: Path) -> None:
-    summary = run(tmp_path / "run", removal={"score": "random", "budget": 0.3, "share": 1.0, "max_rounds": 1})
+    summary = run(tmp_path / "run", removal={"score": "random", "budget": 0.3, "max_share": 1.0, "max_rounds": 1})
     assert summary["removed"] == 270
     # 20 % of the labels are wrong: three standard errors of 270 draws are 7 points
     assert summary["removal_precision"] == pytest.approx(0.2, abs=0.07)
@@ -467,7 +467,7 @@ def test_a_process_that_is_ended_and_started_again_ends_the_same(
         process.send_signal(how)
     code, said = process.wait(timeout=60), (tmp_path / "said").read_text()
     if how == signal.SIGTERM:
-        assert code == 143 and said.endswith("terminated; start the same command again to go on\n")
+        assert code == 143 and said.endswith("terminated; start the same command again to continue\n")
         assert "***" not in said and "Traceback" not in said
     assert not (killed / "summary.json").exists()
     assert start(killed).wait(timeout=600) == 0

@@ -275,7 +275,7 @@ def test_scores_that_are_there_are_not_made_again_and_all_of_them_are_the_same(
     while not {0, 1, 2} <= kept.partitions():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    shards = sorted(Path(folder.round(1, "scoring", kept.key)).glob("*.parquet"))
+    shards = sorted(Path(folder.round(1, "scoring", kept.digest)).glob("*.parquet"))
     shards[0].write_bytes(shards[0].read_bytes()[:-30])
     for path in shards[1:]:
         os.utime(path, (0, 0))
@@ -287,7 +287,7 @@ def test_scores_that_are_there_are_not_made_again_and_all_of_them_are_the_same(
     assert [path.stat().st_mtime for path in shards[1:]] == [0.0] * (len(shards) - 1)
     assert shards[0].stat().st_mtime > 0 and again.read(0) is not None
     others = replace(view, live=view.live.quarantine(Rows.of(0, np.array([3]))))
-    assert scores_key(others, verdict) != again.key != scores_key(view, replace(verdict, seed=1))
+    assert scores_key(others, verdict) != again.digest != scores_key(view, replace(verdict, seed=1))
 
 
 def boundary_on(workers: Workers, folder: RunFolder, partitions: list[Partition]) -> tuple[View, Verdict]:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from posttrain.cli import app
 from posttrain.config import RunFile, load
-from posttrain.errors import HeldError, RunFolderError
+from posttrain.errors import LockedError, RunFolderError
 from posttrain.live import NewLabels, Removal
 from posttrain.schema import Round
 from posttrain.store.folder import RunFolder
@@ -230,7 +230,7 @@ def test_a_run_goes_on_whatever_is_searched_and_a_search_only_with_the_same_spac
     record = started(ledger)
     search = Ledger(ledger.folder, "search")
     for override, may_differ in (
-        ("search.at_once=3", True),
+        ("search.max_concurrent_trials=3", True),
         ("search.trials=3", False),
         ("search.space.removal.budget={choice: [0.1]}", False),
     ):
@@ -281,8 +281,8 @@ def test_the_confident_joint_of_a_round_comes_back_to_the_bit(ledger: Ledger):
 
 def test_a_round_is_not_committed_once_another_process_has_taken_the_folder_over(ledger: Ledger):
     def lost() -> None:
-        raise HeldError("held by another")
+        raise LockedError("held by another")
 
-    with pytest.raises(HeldError):
+    with pytest.raises(LockedError):
         replace(ledger, assert_held=lost).commit(a_round(0))
     assert ledger.rounds() == ()
