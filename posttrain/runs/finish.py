@@ -27,7 +27,7 @@ from posttrain.store.tracking import Tracking
 def finish(run: Run, outcome: Outcome[Network, Fitted], began: float) -> dict[str, Any]:
     """Write what the run leaves behind; return its summary, which is written last."""
     folder, state = run.folder, outcome.state
-    # the latest word on what is kept: also of a round that removed nothing, while a boundary put on last has none
+    # the latest scores; a round that removed nothing has some, one that only changed the head has none
     scored = next((n for n in range(state.number + 1, 0, -1) if folder.exists(folder.round(n, "scores.parquet"))), 0)
     if not scored:
         raise StepError("no round has scored the samples: removal.max_rounds has to be at least 1")
@@ -46,24 +46,24 @@ def finish(run: Run, outcome: Outcome[Network, Fitted], began: float) -> dict[st
     forget_scores(folder, scored)
     folder.clear_half_written()
     if isinstance(tracking, Outbox):
-        # before the summary: a run that has one is gone on with by nobody
+        # before the summary: a run that has one is finished, and nobody goes on with it
         tracking.finish()
     run.ledger.finish(summary)
     return summary
 
 
 def _write_results(run: Run, outcome: Outcome[Network, Fitted], scored: int) -> dict[str, str]:
-    """Write models, tables and the cleaned data set; the path of each by what it is. `scored`: the last scored round."""
+    """Write model, tables and cleaned data set; the path of each by what it is. `scored`: the last scored round."""
     folder, state, classes = run.folder, outcome.state, run.inputs.classes
     numbers = [done.number for done in state.history if done.removed or done.relabelled]
     last_scores = folder.round(scored, "scores.parquet")
     with run.progress.step("results") as tell:
         folder.write_bytes(folder.path("model.safetensors"), state.model.weights)
         _write_model(run, state.model)
-        removed = results.write_taken(folder, "removed", numbers or [scored], classes)
+        removed = results.write_acted_on(folder, "removed", numbers or [scored], classes)
         relabelled = any(done.relabelled for done in state.history)
         if relabelled:
-            results.write_taken(folder, "relabelled", numbers, classes)
+            results.write_acted_on(folder, "relabelled", numbers, classes)
         # what previous runs relabelled is no issue of this one
         by_this_run = replace(state.live, relabelled=run.ledger.removal(state.history).relabelled)
         results.write_issues(folder, numbers, last_scores, by_this_run, classes)
@@ -96,7 +96,7 @@ def _write_results(run: Run, outcome: Outcome[Network, Fitted], scored: int) -> 
 
 
 def _quarantined(outcome: Outcome[Network, Fitted]) -> int:
-    """What a previous run removed, and is left out by now for another reason, counts as removed."""
+    """Quarantined samples; those that a previous run had removed count as removed."""
     live = outcome.state.live
     return len(live.quarantined - live.previously_removed)
 

@@ -146,7 +146,7 @@ def init_folder(ledger: Ledger, config: RunFile, fingerprint: dict[str, str]) ->
     if started is not None and ledger.is_begun():
         ledger.refuse_other_data(started, fingerprint)
     elif started is None or (started.get("config"), started.get("data")) != (settings(config), fingerprint):
-        # nothing but features and what came of them can lie there yet, and those may be of other data
+        # only features and what was found while embedding can be there, and they may be of other data
         ledger.folder.keep_only_features("")
         for name in ("quarantine.parquet", "leakage.parquet"):
             ledger.folder.delete(ledger.folder.path(name))
