@@ -22,7 +22,7 @@ _NO_KEYS = np.empty(0, np.int64)
 
 def _keys(partitions: np.ndarray | int, rows: np.ndarray) -> np.ndarray:
     """int64: partition * 2^32 + row."""
-    return (np.asarray(partitions, np.int64) << _ROW_BITS) + rows
+    return (np.asarray(partitions, np.int64) << _ROW_BITS) + np.asarray(rows, np.int64)
 
 
 def _found(keys: np.ndarray, among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
