@@ -22,7 +22,7 @@ _NO_KEYS = np.empty(0, np.int64)
 
 def _keys(partitions: np.ndarray | int, rows: np.ndarray) -> np.ndarray:
     """int64: partition * 2^32 + row."""
-    return (np.asarray(partitions, np.int64) << _ROW_BITS) + rows
+    return (np.asarray(partitions, np.int64) << _ROW_BITS) + np.asarray(rows, np.int64)
 
 
 def _found(keys: np.ndarray, among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -136,16 +136,13 @@ class Removal:
         """The samples that are removed or relabelled."""
         return self.removed | self.relabelled.rows
 
-    def __or__(self, other: Removal) -> Removal:
-        return Removal(self.removed | other.removed, self.relabelled | other.relabelled)
-
 
 @dataclass(frozen=True)
 class Live:
     """The samples of a set that take part, with their present labels; by default all of them, as given.
 
-    Why a sample takes no part is told apart, for the counts: it was removed by this run, by previous runs of the same
-    job, or it is quarantined (unreadable, or left out by the leakage guard).
+    The reasons why samples take no part are kept apart, for the counts: removed by this run, removed by previous runs
+    of the same job, or quarantined (unreadable, or left out by the leakage guard).
     """
 
     samples: int

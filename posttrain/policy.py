@@ -58,7 +58,7 @@ def caps(live: np.ndarray, samples: np.ndarray, class_floor: float) -> np.ndarra
     return np.maximum(live - floors, 0)
 
 
-def boundary_is_due(scope: Scope, rounds: int) -> bool:
+def boundary_may_become_head(scope: Scope, rounds: int) -> bool:
     """Whether the fitted boundary may become the head after the last of so many rounds.
 
     With `both` always; with `head`, where every round makes it the head, only if there was no round.
@@ -66,19 +66,19 @@ def boundary_is_due(scope: Scope, rounds: int) -> bool:
     return scope == "both" or (scope == "head" and rounds == 0)
 
 
-def boundary_is_taken(scope: Scope, rounds: int, before: float, after: float, samples: int) -> bool:
+def boundary_becomes_head(scope: Scope, rounds: int, before: float, after: float, samples: int) -> bool:
     """Whether the boundary becomes the head, by the validation accuracies of the model (`before`) and of it (`after`).
 
-    With `both`, after at least one round, unless the accuracy falls: the rounds have changed the network anyway. Without
-    a round only if it rises by more than two standard errors of a difference: a network that is not known to be worse
-    stays as it is.
+    With `both`, after at least one round, unless the accuracy falls: the rounds have changed the network anyway.
+    Without a round only if it rises by more than two standard errors of a difference: a network that is not known to be
+    worse stays as it is.
     """
     if scope == "both" and rounds:
         return after >= before
     return _exceeds(after, before, samples)
 
 
-def first_is_taken_back(first: float, last: float, samples: int) -> bool:
+def first_model_stays(first: float, last: float, samples: int) -> bool:
     """Whether the run gives back the model as it came, by its validation accuracy and that of the last model.
 
     Only if it is higher by more than two standard errors of a difference. What was removed stays removed.

@@ -22,8 +22,8 @@ Model = TypeVar("Model")
 
 
 REFERENCE = "reference_accuracy"
-"""Metric of round 0: the validation accuracy from which the patience rule counts, where it is not the model's own. Rounds
-that put a new head on are compared with this head fitted on all samples."""
+"""Metric of round 0: the validation accuracy from which the patience rule counts, where it is not the model's own.
+Rounds that put a new head on are compared with such a head fitted on all samples."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def nothing_left(state: State[Model, Probe], selected: Selected) -> str:
         if not done:
             return f"no sample goes: {of_user + '; ' if of_user else ''}{counts.estimate}"
         most = f"{of_user} allows" if of_user else "may be wrong"
-        return f"{done} samples are dealt with, as many as {most}; {counts.estimate}"
+        return f"{done} samples were removed or relabelled, as many as {most}; {counts.estimate}"
     if counts.candidates and not acted_on:
         looks = "1 sample looks" if counts.candidates == 1 else f"{counts.candidates} samples look"
         return f"{looks} wrong, but the budget or the class floors let none of them go"

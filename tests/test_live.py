@@ -38,6 +38,8 @@ def test_rows_are_the_union_sorted_and_without_repetition():
     assert as_lists(first) == {0: [1], 2: [3, 9]}
     assert as_lists(both - first) == {2: [1], 5: [0]}
     assert Rows() | first == first == first | Rows() and len(Rows() | Rows()) == 0
+    # numpy takes an empty list for floats
+    assert Rows.of(np.array([]), np.array([])).in_partition(0).tolist() == []
 
 
 def test_rows_of_a_table_and_of_the_largest_partitions_and_rows_are_told_apart():

@@ -27,7 +27,7 @@ def test_the_allowance_is_a_share_of_the_first_samples_less_what_was_dealt_with(
 
 
 def test_what_former_runs_dealt_with_counts_along():
-    """By hand: 1000 live, 200 of which were relabelled, and 250 removed before; 75 dealt with now."""
+    """By hand: 1000 live, 200 of which were relabelled, and 250 removed before; 75 removed or relabelled now."""
     assert policy.allowance(HISTORY, 0.5, previously_removed=250, previously_relabelled=200) == 625 - 75 - 450
     assert policy.allowance(HISTORY, 0.4, previously_removed=250, previously_relabelled=200) == 0
 
@@ -56,24 +56,24 @@ def test_every_class_keeps_its_share_of_all_its_samples():
     ],
 )
 def test_when_a_boundary_may_become_the_head(scope: policy.Scope, rounds: int, due: bool):
-    assert policy.boundary_is_due(scope, rounds) == due
+    assert policy.boundary_may_become_head(scope, rounds) == due
 
 
 def test_with_both_the_boundary_is_taken_unless_the_accuracy_falls():
-    assert policy.boundary_is_taken("both", 1, 0.8, 0.8, 500)
-    assert not policy.boundary_is_taken("both", 1, 0.8, 0.798, 500)
+    assert policy.boundary_becomes_head("both", 1, 0.8, 0.8, 500)
+    assert not policy.boundary_becomes_head("both", 1, 0.8, 0.798, 500)
 
 
 @pytest.mark.parametrize(("last", "taken_back"), [(0.85, False), (0.842, False), (0.83, True), (0.95, False)])
 def test_the_first_model_is_taken_back_only_if_it_is_clearly_better(last: float, taken_back: bool):
     # two standard errors of a difference, around 0.84 of 500: 2 sqrt(2) sqrt(0.84 * 0.16 / 500) = 0.046
-    assert policy.first_is_taken_back(0.88, last, 500) == taken_back
+    assert policy.first_model_stays(0.88, last, 500) == taken_back
 
 
 @pytest.mark.parametrize("scope", ["head", "both"])
 def test_without_a_round_chance_alone_hardly_ever_replaces_the_head(scope: policy.Scope):
     draws = np.random.default_rng(0).binomial(500, 0.8, (20_000, 2)) / 500
-    taken = np.mean([policy.boundary_is_taken(scope, 0, before, after, 500) for before, after in draws])
+    taken = np.mean([policy.boundary_becomes_head(scope, 0, before, after, 500) for before, after in draws])
     # beyond two standard errors on one side: 2.3 % of normal differences
     assert taken == pytest.approx(0.023, abs=0.006)
-    assert not policy.boundary_is_taken(scope, 0, 1.0, 1.0, 500)
+    assert not policy.boundary_becomes_head(scope, 0, 1.0, 1.0, 500)

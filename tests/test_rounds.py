@@ -235,7 +235,7 @@ def test_a_run_ends_when_as_many_samples_are_dealt_with_as_may_be_in_all(relabel
     fakes = Fakes(wrong=70, in_all=8, relabels=relabels)
     outcome = clean(start(0.9), fakes.steps(), NO_LIMIT)
     assert [r.removed + r.relabelled for r in outcome.state.history] == [0, 3, 3, 2]
-    assert outcome.reason == f"8 samples are dealt with, as many as may be wrong; {ESTIMATE}"
+    assert outcome.reason == f"8 samples were removed or relabelled, as many as may be wrong; {ESTIMATE}"
 
 
 def test_a_run_that_is_exhausted_and_started_again_says_the_same():

@@ -254,17 +254,17 @@ class CleaningInMemory:
         """After the last round, where `policy` says so: the boundary as the new head, or the network as it came."""
         state = self._last_boundary(state, mode)
         first, last = (of.metrics["validation_accuracy"] for of in (state.history[0], state.history[-1]))
-        if not policy.first_is_taken_back(first, last, state.validation_samples):
+        if not policy.first_model_stays(first, last, state.validation_samples):
             return state
         done = Round(state.number + 1, state.live.count, 0, 0, 0, state.history[0].metrics)
         return replace(state, history=(*state.history, done), model=Model(self.start.weights))
 
     def _last_boundary(self, state: State[Model, ProbeEnsemble], mode: Mode) -> State[Model, ProbeEnsemble]:
-        if not policy.boundary_is_due(mode, state.number):
+        if not policy.boundary_may_become_head(mode, state.number):
             return state
         boundary = self.fit(state, self.embed(state)[0])
         before = state.history[-1].metrics["validation_accuracy"]
-        if not policy.boundary_is_taken(mode, state.number, before, boundary.accuracy, state.validation_samples):
+        if not policy.boundary_becomes_head(mode, state.number, before, boundary.accuracy, state.validation_samples):
             return state
         model = Model(state.model.weights, boundary)
         done = Round(state.number + 1, state.live.count, 0, 0, 0, self.evaluate(state, model))

@@ -327,7 +327,7 @@ def _shortened(reason: str) -> str:
     words = {
         "max_rounds": "rounds",
         "no sample goes": "no sign",
-        "are dealt with": "the estimate",
+        "were removed or relabelled": "the estimate",
         "no longer looks wrong": "nothing left",
         "class floors": "floors",
         "validation accuracy": "validation",

@@ -1,4 +1,4 @@
-"""Which rows of the partitions are meant: samples known from a previous run, and those of some files."""
+"""Samples found again in the partitions: those that previous runs acted on, and those of some files."""
 
 from __future__ import annotations
 

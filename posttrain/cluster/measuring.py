@@ -1,4 +1,4 @@
-"""Against labels known to be right, where there are such: for measuring only, after everything is decided."""
+"""How well wrong labels were found, where the true labels are known: measured after everything is decided."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from posttrain.schema import LABEL, TRUE_LABEL
 
 @dataclass(frozen=True)
 class Detection:
-    """How what was removed or relabelled compares with the samples whose given label is wrong."""
+    """What was removed or relabelled, against the samples whose given label is wrong."""
 
     wrong: int
-    taken: int
+    acted_on: int
     """Samples removed or relabelled."""
-    taken_wrong: int
+    wrong_acted_on: int
+    """Of these, how many had a wrong label."""
     relabelled: int
     relabelled_right: int
     """Relabelled samples whose new label is the true one."""
@@ -32,11 +33,11 @@ class Detection:
 
     @property
     def precision(self) -> float | None:
-        return self.taken_wrong / self.taken if self.taken else None
+        return self.wrong_acted_on / self.acted_on if self.acted_on else None
 
     @property
     def recall(self) -> float | None:
-        return self.taken_wrong / self.wrong if self.wrong else None
+        return self.wrong_acted_on / self.wrong if self.wrong else None
 
 
 @ray.remote
@@ -76,6 +77,6 @@ def detection(split: Split, removal: Removal) -> Detection:
 
 
 def wrong_rows(split: Split) -> dict[int, np.ndarray]:
-    """partition -> [rows] bool, the given label is wrong: one bit per sample, for benchmarks."""
+    """partition -> [rows] bool: the given label is wrong. For benchmarks."""
     found = results(_wrong_rows, [(b.block,) for b in split.partitions])
     return {b.index: wrong for b, wrong in zip(split.partitions, found, strict=True)}

@@ -146,11 +146,11 @@ def _trainer(
         run_config=None
         if workers == 0
         else ray.train.RunConfig(
-            # a name used again would take up the state of the former attempt
+            # under the same name Ray Train would go on from the state of the previous attempt
             name=f"{run_name}-{uuid.uuid4().hex[:8]}",
             storage_path=folder.path("training"),
             storage_filesystem=folder.files,
-            # of one training, each of which begins anew: nothing is lost but time
+            # every attempt begins anew: only time is lost
             failure_config=ray.train.FailureConfig(max_failures=DEATHS_OF_A_TRAINING),
         ),
     )
@@ -166,7 +166,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(config["threads"])
     network: Network = config["network"]
     training: Training = config["training"]
-    # a process without a GPU of its own sees those of the others all the same
+    # a process without a GPU of its own sees those of other processes nevertheless
     on_gpu = config["gpu"] and torch.cuda.is_available()
     device = torch.device("cpu")
     if on_gpu:
@@ -260,8 +260,8 @@ class _Passes:
     """Steps of the optimizer, each in as many forward and backward passes as memory asks for."""
 
     _SETTLING = 3
-    """Steps until memory can be taken to suffice. In these the ranks compare notes, and exchange gradients only when
-    all are through: one that has run out of memory would leave the others waiting in the middle of an exchange."""
+    """Steps until memory is known to suffice. In these the ranks all-reduce an out-of-memory flag before the gradients:
+    a rank that ran out of memory in the middle of that exchange would leave the others waiting for ever."""
 
     def __init__(
         self,

@@ -28,6 +28,7 @@ from posttrain.jobs.summary import challenger_metrics, embedded_sentences
 from posttrain.report.progress import StepLog
 from posttrain.runs import open as opening
 from posttrain.runs import tracking as run_tracking
+from posttrain.runs.read import read
 from posttrain.schema import PARTITION, ROW
 from posttrain.store.ledger import Ledger
 
@@ -121,7 +122,7 @@ def _opened(
         from posttrain.runs import leakage
         from posttrain.runs.context import Run
 
-        splits, digests = opening.read(config, inputs, progress)
+        splits, digests = read(config, inputs, progress)
         ledger = Ledger(attempt.folder, assert_held=assert_held)
         leaks = leakage.find(config, splits, inputs.spec.image.shape, digests, ledger, progress)
         opening.init_folder(ledger, config, digests)

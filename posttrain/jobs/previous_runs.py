@@ -25,9 +25,10 @@ def of_champion(
     digests: Mapping[str, str],
     say: Callable[[str], None],
 ) -> PreviousRuns:
-    """What the runs up to the champion's found out about these training samples; nothing, without a champion of this job.
+    """What the runs up to the champion's found out about these training samples; nothing without such a champion.
 
-    `finished`: names of the job's finished runs, the latest first, whose features are used again. `digests`: of the data of today, by split.
+    `finished`: names of the job's finished runs, the latest first, whose features are used again. `digests`: of the
+    data of today, by split.
     """
     from posttrain.cluster import matching
     from posttrain.runs.context import PreviousRuns

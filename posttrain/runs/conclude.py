@@ -25,7 +25,7 @@ def conclude(run: Run, outcome: Outcome[Network, Fitted]) -> Outcome[Network, Fi
     state = outcome.state
     first, last = state.history[0].metrics, state.history[-1].metrics
     accuracies = first["validation_accuracy"], last["validation_accuracy"]
-    if not policy.first_is_taken_back(*accuracies, state.validation_samples):
+    if not policy.first_model_stays(*accuracies, state.validation_samples):
         return outcome
     reason = (
         f"{outcome.reason}; the model stays as it came: of the validation set it has "
@@ -43,7 +43,7 @@ def conclude(run: Run, outcome: Outcome[Network, Fitted]) -> Outcome[Network, Fi
 def _boundary_as_head(run: Run, outcome: Outcome[Network, Fitted]) -> Outcome[Network, Fitted]:
     state, scope = outcome.state, run.config.refine.scope
     last = state.history[-1]
-    if last.ended or not policy.boundary_is_due(scope, state.number):
+    if last.ended or not policy.boundary_may_become_head(scope, state.number):
         return outcome
     number = state.number + 1
     run.progress.begin_round(number)
@@ -54,7 +54,7 @@ def _boundary_as_head(run: Run, outcome: Outcome[Network, Fitted]) -> Outcome[Ne
         probe = fitted(run, backbone, live, state.history, number, known=look.probe if look else state.probe)
     outcome = replace(outcome, state=state, last_look=LastLook(probe, look.metrics if look else {}))
     before, after = last.metrics["validation_accuracy"], probe.ensemble.accuracy
-    if not policy.boundary_is_taken(scope, state.number, before, after, state.validation_samples):
+    if not policy.boundary_becomes_head(scope, state.number, before, after, state.validation_samples):
         return outcome
     with run.progress.step("refine"):
         model = with_boundary_as_head(run, state.model, probe)

@@ -75,7 +75,7 @@ def embedded_counts(run: Run) -> dict[str, dict[str, tuple[int, int]]]:
 
 def _note_embedded(run: Run, backbone: str, split: str, new: int, asked: int) -> None:
     counts = embedded_counts(run)
-    # the first time counts: afterwards the shards are there
+    # only the first time counts: later the shards exist
     if backbone not in counts.setdefault(split, {}):
         counts[split][backbone] = (new, asked)
         run.folder.write_json(run.folder.path("embedded.json"), counts)

@@ -14,8 +14,8 @@ from posttrain.influence.probe import Reduce, Standardizer
 from posttrain.rounds import State
 from posttrain.runs.context import Run
 from posttrain.runs.embed import features_of
-from posttrain.runs.fit import stored
 from posttrain.runs.networks import feature_network, head_layers, linear_head
+from posttrain.runs.stored_samples import stored
 from posttrain.store.features import read_shard
 
 

@@ -3,59 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from posttrain.cluster.partitioning import Split
-from posttrain.cluster.workers import Network, View, Workers
+from posttrain.cluster.workers import Network, View
 from posttrain.errors import DataError, FeaturelessError, RecipeError
 from posttrain.influence import ensemble
 from posttrain.influence.ensemble import ProbeEnsemble
-from posttrain.influence.probe import Reduce, Standardizer
 from posttrain.live import Live
 from posttrain.rounds import State
 from posttrain.runs.context import Run
+from posttrain.runs.stored_samples import StoredSamples, stored
 from posttrain.schema import Round
-from posttrain.store.folder import RunFolder
 
 Members = tuple[tuple[str, float], ...]
 """(layer, l2) of each probe of an ensemble."""
-
-
-@dataclass(frozen=True)
-class StoredSamples:
-    """`ensemble.Samples` over the feature store of one split."""
-
-    workers: Workers
-    folder: RunFolder
-    backbone: str
-    split: Split
-    live: Live
-    views: dict[tuple[object, ...], View] = field(default_factory=dict)
-    """Each view is made once: the workers keep its features by its key."""
-
-    def view(self, layers: tuple[str, ...], standardizers: tuple[Standardizer, ...] | None) -> View:
-        # the standardizers themselves are kept by the views, so that no id is given twice
-        key = (layers, None if standardizers is None else tuple(map(id, standardizers)))
-        if key not in self.views:
-            partitions = tuple(partition.index for partition in self.split.partitions)
-            self.views[key] = View(
-                self.folder, self.backbone, self.split.name, partitions, self.live, layers, standardizers
-            )
-        return self.views[key]
-
-    def raw(self, layers: tuple[str, ...]) -> Reduce:
-        return self.workers.reducer(self.view(layers, None))
-
-    def standardised(self, layers: tuple[str, ...], standardizers: tuple[Standardizer, ...]) -> Reduce:
-        return self.workers.reducer(self.view(layers, standardizers))
-
-
-def stored(run: Run, backbone: str, split: str, live: Live | None = None) -> StoredSamples:
-    """A split's samples with their features; of a held-out one, all that are in the store."""
-    # what is left out of a held-out set is in none of its shards
-    live = live or Live(run.splits[split].rows)
-    return StoredSamples(run.workers, run.folder, backbone, run.splits[split], live)
 
 
 @dataclass(frozen=True)

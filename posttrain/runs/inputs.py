@@ -225,7 +225,7 @@ def _digest(listings: dict[str, Listing]) -> str:
 
 
 def untrained(config: RunFile, inputs: Inputs) -> bytes:
-    """First weights of the network, drawn from the run's seed."""
+    """Random first weights of the network, by the run's seed."""
     import torch
 
     from posttrain.vision import models

@@ -1,4 +1,4 @@
-"""The leakage guard: images that are trained on and measured on are found, told, and by choice left out."""
+"""The leakage guard: finds images that are both trained on and measured on, says so, and leaves them out by choice."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from posttrain.store.ledger import Ledger
 # pyarrow makes these functions when it is imported: a type checker sees none of them
 pc = cast(Any, pyarrow.compute)
 
-_FATAL = b"fatal"
+_CRASHING = b"crashing"
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,15 @@ class Leaks:
     """Columns of `cluster.leakage`; None: nobody looked."""
     choice: str
     split_off: frozenset[str] = frozenset()
-    """Held-out sets that were taken from the training data: with choice refuse, those of their images that are the very
-    same as a training one are left out, for there is no file that one could take them out of."""
-    fatal: tuple[CrashingImage, ...] = ()
+    """Held-out sets that were split off the training data. With the choice `refuse`, their images that are identical to
+    a training image are left out: there is no file from which the user could take them."""
+    crashing: tuple[CrashingImage, ...] = ()
     """Images that end the process which decodes them: they are left out as well."""
 
     @classmethod
     def read(cls, table: pa.Table, choice: str, split_off: frozenset[str]) -> Leaks:
         """What `table` wrote down."""
-        kept = json.loads((table.schema.metadata or {}).get(_FATAL, b"[]"))
+        kept = json.loads((table.schema.metadata or {}).get(_CRASHING, b"[]"))
         return cls(table, choice, split_off, tuple((split, partition, row) for split, partition, row in kept))
 
     def table(self) -> pa.Table | None:
@@ -61,13 +61,13 @@ class Leaks:
         if self.pairs is None:
             return None
         return self.pairs.replace_schema_metadata(
-            {**(self.pairs.schema.metadata or {}), _FATAL: json.dumps(self.fatal)}
+            {**(self.pairs.schema.metadata or {}), _CRASHING: json.dumps(self.crashing)}
         )
 
     def excluded(self) -> dict[str, Rows]:
         """By set, the samples that are left out."""
         found = self._leaking()
-        for split, partition, row in self.fatal:
+        for split, partition, row in self.crashing:
             found[split] = Rows.of(partition, np.array([row[ROW]])) | found.get(split, Rows())
         return found
 
@@ -80,7 +80,7 @@ class Leaks:
         }
 
     def quarantined(self) -> pa.Table:
-        """What is left out, as rows of `quarantine.parquet`."""
+        """The samples that are left out, as rows of `quarantine.parquet`."""
         training = self.choice == "exclude_training"
         left_out = self.pairs if training else self._not_measured_on()
         rows = []
@@ -95,7 +95,7 @@ class Leaks:
             what = "the same image as" if pair[IDENTICAL] else "nearly the same image as"
             reason = f"{what} {like!r} of the {of} set (data.leakage = {self.choice})"
             rows.append((name, partition, {ROW: row, SAMPLE_ID: identity, FILE: file, "reason": reason}))
-        return quarantined_rows([*rows, *self.fatal])
+        return quarantined_rows([*rows, *self.crashing])
 
     def _not_measured_on(self) -> pa.Table | None:
         """The pairs whose held-out sample is left out."""
@@ -107,7 +107,7 @@ class Leaks:
         return self.pairs.filter(pc.and_(own, self.pairs[IDENTICAL]))
 
     def counts(self) -> dict[str, dict[str, int]] | None:
-        """By held-out set: images that are training images, too, how many are the very same, and have another label."""
+        """By held-out set: images that are also training images; how many are identical, and have another label."""
         if self.pairs is None:
             return None
         return {
@@ -139,7 +139,7 @@ def find(
     ledger: Ledger,
     progress: StepLog,
 ) -> Leaks:
-    """The leaks of a run's data; those that a former start of it wrote down are not looked for again.
+    """The leaks of a run's data; those that an earlier start of it wrote down are not looked for again.
 
     Raises DataError where they are more than the run file lets pass.
     """
@@ -152,9 +152,9 @@ def find(
     if started is not None and started.get("data") == fingerprint and ledger.folder.exists(path):
         return Leaks.read(ledger.folder.read_table(path), choice, split_off)
     with progress.step("look for leaks") as tell:
-        pairs, fatal = leakage.find(splits, shape, tell, progress.say)
-    leaks = Leaks(pairs, choice, split_off, tuple(fatal))
-    for split, _, row in fatal:
+        pairs, crashing = leakage.find(splits, shape, tell, progress.say)
+    leaks = Leaks(pairs, choice, split_off, tuple(crashing))
+    for split, _, row in crashing:
         progress.say(f"  quarantined: {row[FILE]} (sample_id {row[SAMPLE_ID]}) of the {split} set: {row['reason']}")
     refuse(config, splits, leaks)
     excluded = leaks.excluded()

@@ -7,15 +7,15 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from posttrain.config import Data, RunFile
-from posttrain.errors import ConfigError, DataError
+from posttrain.errors import ConfigError
 from posttrain.report.progress import StepLog
+from posttrain.runs.read import read
 from posttrain.runs.tracking import deliver_rest, open_outbox
 from posttrain.store import lock
 from posttrain.store.folder import RunFolder
 from posttrain.store.ledger import Ledger, settings
 
 if TYPE_CHECKING:
-    from posttrain.cluster.partitioning import Split
     from posttrain.cluster.workers import Workers
     from posttrain.runs.context import Run
     from posttrain.runs.inputs import Inputs
@@ -104,51 +104,13 @@ def locations(data: Data) -> dict[str, tuple[str, ...]]:
     return {key: (paths,) if isinstance(paths, str) else paths for key, paths in given.items() if paths is not None}
 
 
-def read(config: RunFile, inputs: Inputs, progress: StepLog) -> tuple[dict[str, Split], dict[str, str]]:
-    """All sets in partitions, and the fingerprint of the data: digests of files, ids and labels."""
-    from posttrain.cluster import partitioning
-
-    with progress.step("read") as tell:
-        splits = partitioning.read(
-            inputs.sources,
-            classes=inputs.classes,
-            validation_share=inputs.validation_share,
-            noise=inputs.noise,
-            seed=config.run.seed,
-            ids_span_sets=config.data.id_scope == "all",
-            progress=tell,
-        )
-    refuse_changed(config, inputs, splits)
-    from posttrain.runs.inputs import refuse_one_class
-
-    counts = splits["train"].class_counts
-    split_off = (
-        " Or has the validation set taken the others (data.validation_share)?" if inputs.validation_share else ""
-    )
-    refuse_one_class(config, [name for name, count in zip(inputs.classes, counts, strict=True) if count], split_off)
-    return splits, {"files": inputs.listing, **{name: split.digest for name, split in splits.items()}}
-
-
-def refuse_changed(config: RunFile, inputs: Inputs, splits: dict[str, Split]) -> None:
-    """Raises DataError where other samples were read than the files held when they were listed."""
-    found = {name: split.rows for name, split in splits.items()}
-    if inputs.validation_share is not None:
-        found["train"] += found.pop("validation")
-    for name, rows in inputs.rows.items():
-        if found[name] != rows:
-            raise DataError(
-                f"data.{name} = {getattr(config.data, name)}: held {rows:,} samples when its files were listed, and "
-                f"{found[name]:,} when they were read; leave them as they are, and start again"
-            )
-
-
 def init_folder(ledger: Ledger, config: RunFile, fingerprint: dict[str, str]) -> None:
     """Make the folder that of this run, or search. Refuses one that was begun on other data."""
     started = ledger.started()
     if started is not None and ledger.is_begun():
         ledger.refuse_other_data(started, fingerprint)
     elif started is None or (started.get("config"), started.get("data")) != (settings(config), fingerprint):
-        # nothing but features and what came of them can lie there yet, and those may be of other data
+        # only features and what was found while embedding can be there, and they may be of other data
         ledger.folder.keep_only_features("")
         for name in ("quarantine.parquet", "leakage.parquet"):
             ledger.folder.delete(ledger.folder.path(name))

@@ -120,7 +120,7 @@ def _candidates(run: Run, live: Live, path: str, quota: Quota) -> Iterator[tuple
     columns = list(dict.fromkeys([SAMPLE_ID, PARTITION, ROW, LABEL, settings.score, "mislabel_odds"]))
     for table in run.folder.row_groups(path, columns):
         scores = table[settings.score].to_numpy().copy()
-        # a control takes as many as it is told, by its own score alone
+        # a control removes as many as it is told to, by its own score alone
         if settings.score != "random" and quota is None:
             scores[table["mislabel_odds"].to_numpy() <= settings.min_log_odds] = -np.inf
         # what has been relabelled once stays so: it would go back and forth

@@ -1,4 +1,4 @@
-"""The run in MLflow: opened, told of the data, and given what it did not take."""
+"""The run in MLflow: opening it, logging the data and the model, delivering what it did not accept."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def open_tracking(config: RunFile, folder: RunFolder, *, home: RunFolder | None 
 def open_outbox(
     config: RunFile, inputs: Inputs, folder: RunFolder, fingerprint: dict[str, str], progress: StepLog
 ) -> Outbox:
-    """What the run tells MLflow through: from here on it goes on also where MLflow does not answer."""
+    """The outbox through which the run logs to MLflow: from here on it goes on also where MLflow does not answer."""
     from posttrain.store.outbox import Outbox
 
     outbox = Outbox.of(open_tracking(config, folder), folder, progress.say)
@@ -96,7 +96,7 @@ def log_model(tracking: Tracking | Outbox, model: Network, weights: Path) -> str
 
 
 def deliver_rest(config: RunFile, folder: RunFolder, progress: StepLog) -> dict[str, Any] | None:
-    """Tell MLflow what it did not take of a finished run; what is left of it after that, as `Outbox.undelivered`."""
+    """Send MLflow what it has not accepted yet of a finished run; `Outbox.undelivered` after that."""
     from posttrain.store.outbox import Outbox, waiting
 
     left = waiting(folder)
@@ -113,7 +113,7 @@ def deliver_rest(config: RunFile, folder: RunFolder, progress: StepLog) -> dict[
 
 
 def undelivered(tracking: object) -> dict[str, Any] | None:
-    """{messages, server, why} of what MLflow did not take and the run folder keeps; None where there is nothing."""
+    """{messages, server, why} of what MLflow has not accepted and the run folder keeps; None where there is nothing."""
     from posttrain.store.outbox import Outbox
 
     return tracking.undelivered() if isinstance(tracking, Outbox) else None

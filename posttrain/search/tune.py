@@ -18,7 +18,8 @@ from posttrain.config import RunFile, without_credentials
 from posttrain.errors import StepError
 from posttrain.report.progress import StepLog
 from posttrain.report.search import print_search
-from posttrain.runs.open import finished_already, init_folder, join_ray, make_workers, read, say_remarks
+from posttrain.runs.open import finished_already, init_folder, join_ray, make_workers, say_remarks
+from posttrain.runs.read import read
 from posttrain.runs.tracking import open_outbox
 from posttrain.search.recipes import make_trials, with_shared_features, write_values
 from posttrain.search.result import METRICS, best_of, result_of, write_best

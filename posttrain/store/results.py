@@ -1,4 +1,4 @@
-"""What a run leaves behind, written from its rounds: removed.parquet, issues.csv, the manifest."""
+"""The result files of a run, written from its rounds: removed.parquet, issues.csv, the manifest."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from posttrain.store.folder import RunFolder
 # pyarrow makes these functions when it is imported: a type checker sees none of them
 pc = cast(Any, pyarrow.compute)
 
-# the columns that only the machinery needs
+# columns that are of no use outside a run
 _INNER = (PARTITION, ROW)
 
 
@@ -27,11 +27,11 @@ def live_rows(table: pa.Table, live: Live) -> pa.Table:
     return table.filter(pa.array(live.mask(table[PARTITION].to_numpy(), table[ROW].to_numpy())))
 
 
-def write_taken(folder: RunFolder, name: str, rounds: Sequence[int], classes: Sequence[str]) -> int:
+def write_acted_on(folder: RunFolder, name: str, rounds: Sequence[int], classes: Sequence[str]) -> int:
     """`<name>.parquet`: all removed (or relabelled) samples of the run in the order of their rounds; their number.
 
-    Where none was removed, `rounds` names the one that was scored last, for its columns: what it selected was not
-    taken, as its `round.json` says or as there is none.
+    Where none was removed, `rounds` names the round that was scored last, for the columns of its file; what it selected
+    was not removed, as its `round.json` says, or as there is none.
     """
     names = pa.array(classes)
 
@@ -41,7 +41,7 @@ def write_taken(folder: RunFolder, name: str, rounds: Sequence[int], classes: Se
             if not folder.exists(path):
                 continue
             table = folder.read_table(path).drop_columns(list(_INNER))
-            if not _took(folder, name, number):
+            if not _was_carried_out(folder, name, number):
                 table = table.slice(0, 0)
             for column, of in (("label_name", LABEL), ("suggested_name", "suggested_label")):
                 table = table.append_column(column, names.take(table[of]))
@@ -51,7 +51,7 @@ def write_taken(folder: RunFolder, name: str, rounds: Sequence[int], classes: Se
     return folder.write_row_groups(folder.path(f"{name}.parquet"), tables(), of_none=nothing)
 
 
-def _took(folder: RunFolder, name: str, number: int) -> bool:
+def _was_carried_out(folder: RunFolder, name: str, number: int) -> bool:
     path = folder.round(number, "round.json")
     return folder.exists(path) and folder.read_json(path)[name] > 0
 
@@ -139,9 +139,9 @@ def write_manifest(folder: RunFolder, last_scores: str | None, live: Live) -> in
 
 
 def reason(table: pa.Table, score: str, number: int, classes: Sequence[str]) -> pa.Array:
-    """One sentence for each removed sample: why it went."""
+    """One sentence for each sample: why it was removed or relabelled."""
     if score == "random":
-        return pa.array([f"drawn at random in round {number} (control)"] * table.num_rows, pa.string())
+        return pa.array([f"sampled at random in round {number} (control)"] * table.num_rows, pa.string())
     names = pa.array(classes)
 
     def percent(share: Any) -> Any:

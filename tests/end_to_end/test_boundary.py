@@ -192,7 +192,9 @@ def test_no_more_than_the_given_share_goes_in_all_rounds_together(run: Run, tmp_
     summary = run(tmp_path / "run", removal={"max_share": 0.03, "budget": 0.02, "max_rounds": 10})
     assert [done["removed"] for done in rounds(tmp_path / "run")] == [0, 18, 9]
     assert summary["removed"] == len(removed_ids(tmp_path / "run")) == 27
-    assert summary["ended"].startswith("27 samples are dealt with, as many as removal.max_share = 0.03 allows")
+    assert summary["ended"].startswith(
+        "27 samples were removed or relabelled, as many as removal.max_share = 0.03 allows"
+    )
 
 
 def test_where_removal_share_is_0_nothing_goes(run: Run, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from posttrain.cluster.workers import Network, Verdict, View, Workers, scores_ke
 from posttrain.errors import StepError
 from posttrain.influence import curvature, ensemble, probe
 from posttrain.live import Live, Rows
-from posttrain.runs.fit import StoredSamples
+from posttrain.runs.stored_samples import StoredSamples
 from posttrain.schema import FILE, IMAGE, LABEL, SAMPLE_ID, ImageSpec, ModelSpec
 from posttrain.store.features import ShardSummary, read_shard, summarise_shard
 from posttrain.store.folder import RunFolder

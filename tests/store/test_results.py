@@ -120,7 +120,7 @@ def named(labels: Any) -> list[str]:
 
 
 def test_removed_parquet_holds_every_removed_sample_in_the_order_of_the_rounds(run: Finished):
-    assert results.write_taken(run.folder, "removed", [1, 2], CLASSES) == 5
+    assert results.write_acted_on(run.folder, "removed", [1, 2], CLASSES) == 5
     found = pq.read_table(run.folder.path("removed.parquet")).to_pandas()
     expected = run.removed.drop(columns=["partition", "row"])
     expected["label_name"] = named(expected["label"])
@@ -130,8 +130,8 @@ def test_removed_parquet_holds_every_removed_sample_in_the_order_of_the_rounds(r
 
 def test_relabelled_parquet_holds_every_relabelled_sample_in_the_order_of_the_rounds(relabelling: Finished):
     folder = relabelling.folder
-    assert results.write_taken(folder, "relabelled", [1, 2], CLASSES) == 3
-    assert results.write_taken(folder, "removed", [1, 2], CLASSES) == 5
+    assert results.write_acted_on(folder, "relabelled", [1, 2], CLASSES) == 3
+    assert results.write_acted_on(folder, "removed", [1, 2], CLASSES) == 5
     found = pq.read_table(folder.path("relabelled.parquet")).to_pandas()
     expected = relabelling.taken["relabelled"].drop(columns=["partition", "row"])
     expected["label_name"] = named(expected["label"])
@@ -142,8 +142,8 @@ def test_relabelled_parquet_holds_every_relabelled_sample_in_the_order_of_the_ro
 def test_a_round_that_only_relabelled_adds_nothing_to_the_removed(tmp_path: Path):
     run = finished(RunFolder(str(tmp_path)), False, {2: [7]}, {1: [90], 2: [42]})
     assert run.folder.read_table(run.folder.round(1, "removed.parquet")).num_rows == 0
-    assert results.write_taken(run.folder, "removed", [1, 2], CLASSES) == 1
-    assert results.write_taken(run.folder, "relabelled", [1, 2], CLASSES) == 2
+    assert results.write_acted_on(run.folder, "removed", [1, 2], CLASSES) == 1
+    assert results.write_acted_on(run.folder, "relabelled", [1, 2], CLASSES) == 2
     assert pq.read_table(run.folder.path("removed.parquet"))["sample_id"].to_pylist() == [7 * 11 - 5]
     assert results.write_issues(run.folder, [1, 2], run.last_scores, run.live, CLASSES) == 120
     found = pd.read_csv(run.folder.path("issues.csv"))
@@ -153,12 +153,12 @@ def test_a_round_that_only_relabelled_adds_nothing_to_the_removed(tmp_path: Path
 def test_a_round_without_relabelled_samples_needs_no_file_of_them(tmp_path: Path):
     run = finished(RunFolder(str(tmp_path)), False, REMOVED_IN, {2: [42]})
     assert not run.folder.exists(run.folder.round(1, "relabelled.parquet"))
-    assert results.write_taken(run.folder, "relabelled", [1, 2], CLASSES) == 1
+    assert results.write_acted_on(run.folder, "relabelled", [1, 2], CLASSES) == 1
     assert pq.read_table(run.folder.path("relabelled.parquet"))["sample_id"].to_pylist() == [42 * 11 - 5]
 
 
 def test_a_run_that_removed_nothing_leaves_a_removed_parquet_without_rows(run: Finished):
-    assert results.write_taken(run.folder, "removed", [], CLASSES) == 0
+    assert results.write_acted_on(run.folder, "removed", [], CLASSES) == 0
     assert pq.read_table(run.folder.path("removed.parquet")).num_rows == 0
 
 
@@ -170,7 +170,7 @@ def test_what_the_round_selected_that_ended_the_run_is_not_removed(run: Finished
     if committed:
         # the number of a round that only put a new head on
         Ledger(run.folder).commit(Round(3, 115, 0, 0, 0, {}, ended="what is left no longer looks wrong"))
-    assert results.write_taken(run.folder, "removed", [3], CLASSES) == 0
+    assert results.write_acted_on(run.folder, "removed", [3], CLASSES) == 0
     found = pq.read_table(run.folder.path("removed.parquet"))
     assert found.num_rows == 0
     # its columns are there for whoever reads the file
@@ -281,7 +281,7 @@ def test_every_removal_has_a_reason_in_words(run: Finished):
 
 def test_a_removal_of_the_control_says_that_it_was_drawn(run: Finished):
     table = run.folder.read_table(run.folder.round(2, "removed.parquet"))
-    assert set(results.reason(table, "random", 2, CLASSES).to_pylist()) == {"drawn at random in round 2 (control)"}
+    assert set(results.reason(table, "random", 2, CLASSES).to_pylist()) == {"sampled at random in round 2 (control)"}
 
 
 def test_neither_a_spreadsheet_nor_a_terminal_takes_a_cell_of_issues_csv_for_a_command(tmp_path: Path) -> None:
