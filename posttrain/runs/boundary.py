@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
+import pyarrow as pa
+
 from posttrain.cluster.reading import Split
 from posttrain.cluster.workers import View, Workers
 from posttrain.config import Probe as ProbeSection
 from posttrain.influence import ensemble
 from posttrain.influence.ensemble import ProbeEnsemble
 from posttrain.influence.probe import Reduce, Standardizer
+from posttrain.influence.score_round import LeaveOneOutPass, ScoringPlan
 from posttrain.schema import Excluded, Relabelled, excluded_digest, relabelled_digest
 from posttrain.store.folder import RunFolder
 
@@ -41,6 +44,8 @@ class StoredSamples:
     split: Split
     live: Live
     views: dict[tuple[object, ...], View] = field(default_factory=dict)
+    number: int | None = None
+    """The round whose score shards are kept."""
 
     def view(self, layers: tuple[str, ...], standardizers: tuple[Standardizer, ...] | None) -> View:
         # the standardizers themselves are kept by the views, so that no id is given twice
@@ -65,14 +70,18 @@ class StoredSamples:
     def standardised(self, layers: tuple[str, ...], standardizers: tuple[Standardizer, ...]) -> Reduce:
         return self.workers.reducer(self.view(layers, standardizers))
 
+    def leave_one_out(self, plan: ScoringPlan) -> LeaveOneOutPass[pa.Table]:
+        view = self.view(plan.ensemble.layers, plan.ensemble.standardizers)
+        return self.workers.leave_one_out(view, plan, self.number)
+
 
 @dataclass(frozen=True)
 class Drawn:
-    """A boundary with the views on its members' standardised features."""
+    """A boundary with the samples that it was fitted and measured on."""
 
     boundary: ProbeEnsemble
-    live: View
-    held_out: View
+    live: StoredSamples
+    held_out: StoredSamples
 
 
 @dataclass(frozen=True)
@@ -136,7 +145,7 @@ class Boundaries:
             else [(layer, l2) for layer in self.layers for l2 in self.settings.l2]
         )
         samples, held_out = self.samples(backbone, live), self.held_out(backbone)
-        boundary = ensemble.draw(samples, held_out, candidates=candidates, classes=self.classes)
+        boundary = ensemble.choose(samples, held_out, candidates=candidates, classes=self.classes)
         tried = tuple((fit.layer, fit.l2, fit.loss, fit.accuracy) for fit in boundary.tried)
         choice = Choice(backbone, boundary.members, tried)
         self.folder.write_json(self._path(number), asdict(choice))
@@ -180,11 +189,7 @@ class Boundaries:
         }
 
     def _keep(self, boundary: ProbeEnsemble, samples: StoredSamples, held_out: StoredSamples) -> Drawn:
-        drawn = Drawn(
-            boundary,
-            samples.view(boundary.layers, boundary.standardizers),
-            held_out.view(boundary.layers, boundary.standardizers),
-        )
+        drawn = Drawn(boundary, samples, held_out)
         # two serve: the boundary after a removal is the next round's
         self._drawn = dict(list(self._drawn.items())[-1:])
         self._drawn[samples.backbone, samples.live.digest, boundary.members] = drawn

@@ -19,14 +19,14 @@ import torch
 from posttrain import policy
 from posttrain.cluster import measuring, training
 from posttrain.cluster.reading import Split
-from posttrain.cluster.workers import Network, Verdict, View, Workers, load_network, scores_key
+from posttrain.cluster.workers import Network, View, Workers, load_network
 from posttrain.config import RunFile
 from posttrain.config import Training as TrainingSection
 from posttrain.errors import DataError, PosttrainError, StepError
-from posttrain.influence import calibration, curvature, probe
+from posttrain.influence import calibration, probe
 from posttrain.influence.calibration import NoiseEstimate
-from posttrain.influence.ensemble import validation_sums, with_transition
 from posttrain.influence.probe import Standardizer
+from posttrain.influence.score_round import PreviousRemovals, score_round
 from posttrain.influence.selection import Selection, select
 from posttrain.report.progress import StepLog
 from posttrain.rounds import REFERENCE, Cut, Outcome, State, Steps
@@ -52,7 +52,7 @@ from posttrain.store.features import ShardSummary, quarantine_table, read_shard
 from posttrain.store.folder import RunFolder
 from posttrain.store.ledger import Ledger
 from posttrain.store.results import reason
-from posttrain.store.scores import ScoreShards, forget_scores
+from posttrain.store.scores import forget_scores
 from posttrain.vision import layers, models
 
 if TYPE_CHECKING:
@@ -187,59 +187,31 @@ class CleaningRun:
 
     def score(self, state: State[Network], backbone: str, drawn: Drawn) -> Scored:
         """Every score of every live sample, streamed to the round's `scores.parquet`."""
-        boundary, probes = drawn.boundary, self.config.probe
-        classes = len(self.inputs.classes)
-        kinds: list[curvature.Kind] = []
-        curvatures = []
-        with self.progress.step("curvature"):
-            for layer, standardizer, fitted in zip(
-                boundary.layers, boundary.standardizers, boundary.probes, strict=True
-            ):
-                fits = fitted.weights.numel() <= probes.exact_limit
-                kind = ("exact" if fits else "ekfac") if probes.curvature == "auto" else probes.curvature
-                reduce = self.boundaries.samples(backbone, self.live).standardised((layer,), (standardizer,))
-                curvatures.append(curvature.measure(reduce, fitted, kind))
-                kinds.append(kind)
-        verdict = Verdict(boundary, tuple(curvatures), stream_seed("control", self.config.run.seed, state.number))
-        with self.progress.step("calibrate"):
-            held_out = self.workers.reducer(drawn.held_out)
-            of_held_out, temperature = validation_sums(held_out, boundary.weights)
-            # under their new labels, those that were relabelled would look like memory
-            relabelled = {partition: rows for partition, (rows, _) in self.relabelled.items()}
-            as_given = drawn.live
-            if relabelled:
-                excluded = merged(as_given.excluded, relabelled)
-                as_given = replace(as_given, excluded=excluded, key=f"{as_given.key} as given")
-            of_live = self.workers.calibration_sums(as_given, verdict, temperature)
-            support = sum(done.metrics.get("taken_support", 0.0) for done in state.history)
-            support += pc.sum(self.before.support[SUPPORT]).as_py() or 0.0
-            prior = self._prior(state)
-            noise_model = calibration.estimate(
-                of_held_out,
-                of_live,
-                temperature,
-                removed=policy.acted_on(state.history) + self.before.support.num_rows,
-                removed_support=support,
-                prior=prior,
-            )
-            noise_model = with_transition(
-                noise_model,
-                held_out,
-                boundary.weights,
-                lambda by: self.workers.posterior_sums(as_given, replace(verdict, noise_model=by)),
-                prior,
-            )
-            if prior.votes is None and noise_model.prior.votes is not None:
-                self.ledger.keep_votes(state.number + 1, noise_model.prior.votes.numpy())
-        verdict = replace(verdict, noise_model=noise_model)
-        path = self.folder.round(state.number + 1, "scores.parquet")
+        boundary, settings, number = drawn.boundary, self.config.probe, state.number + 1
+        classes, prior = len(self.inputs.classes), self._prior(state)
+        support = sum(done.metrics.get("taken_support", 0.0) for done in state.history)
+        support += pc.sum(self.before.support[SUPPORT]).as_py() or 0.0
+        scored = score_round(
+            replace(drawn.live, number=number),
+            drawn.held_out,
+            boundary,
+            seed=stream_seed("control", self.config.run.seed, state.number),
+            curvature_kind=settings.curvature,
+            exact_limit=settings.exact_limit,
+            previous=PreviousRemovals(policy.acted_on(state.history) + self.before.support.num_rows, support),
+            prior=prior,
+            step=self.progress.step,
+        )
+        noise_model = scored.noise_model
+        if prior.votes is None and noise_model.prior.votes is not None:
+            self.ledger.keep_votes(number, noise_model.prior.votes.numpy())
+        path = self.folder.round(number, "scores.parquet")
         counts = np.zeros(classes, np.int64)
-        kept = ScoreShards(self.folder, state.number + 1, scores_key(drawn.live, verdict))
         with self.progress.step("score") as tell:
 
             def tables() -> Iterator[pa.Table]:
                 nonlocal counts
-                for table in self.workers.score(drawn.live, verdict, kept):
+                for table in scored.tables:
                     yield table
                     counts += np.bincount(table[LABEL].to_numpy(), minlength=classes)
                     tell(int(counts.sum()), boundary.probes[0].count)
@@ -258,7 +230,7 @@ class CleaningRun:
         self._found = {
             "probe_validation_loss": boundary.loss,
             "probe_validation_accuracy": boundary.accuracy,
-            "curvature_is_exact": float(all(kind == "exact" for kind in kinds)),
+            "curvature_is_exact": float(all(kind == "exact" for kind in scored.kinds)),
             **{f"probe_l2_{layer.replace('.', '_')}": l2 for layer, l2 in boundary.members},
             "temperature": noise_model.temperature,
             "memorisation": noise_model.offset,
