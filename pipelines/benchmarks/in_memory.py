@@ -93,7 +93,7 @@ def start(case: Case, data: Data, weights: bytes) -> Start:
         embedded(case, model, names, part, PROBE.max_features) for part in (data.train, data.validation, data.test)
     )
     tried = [(name, l2) for name in names for l2 in PROBE.l2]
-    boundary = ensemble.draw(train, validation, candidates=tried, classes=data.classes)
+    boundary = ensemble.choose(train, validation, candidates=tried, classes=data.classes)
     of_head = [candidate for candidate in best_by_layer(boundary) if candidate[0] == head]
     new = ensemble.refit(train, validation, of_head, classes=data.classes)
     return Start(
@@ -154,7 +154,7 @@ class CleaningInMemory:
         weights, chosen = self._chosen
         if weights != state.model.weights:
             live, candidates = rows(features.train, self.kept), best_by_layer(chosen)
-            chosen = ensemble.draw(live, features.validation, candidates=candidates, classes=self.data.classes)
+            chosen = ensemble.choose(live, features.validation, candidates=candidates, classes=self.data.classes)
             self._chosen = (state.model.weights, chosen)
         return chosen
 
@@ -193,7 +193,7 @@ class CleaningInMemory:
             at_most=min(policy.in_one_round(live, self.removal.budget), in_all),
             threshold=self.removal.min_log_odds,
         )
-        support = float(scores.suggestion(found).self_confidence[torch.from_numpy(gone[self.kept])].sum())
+        support = float(scores.suggestion(found.leave_one_out).self_confidence[torch.from_numpy(gone[self.kept])].sum())
         counts = RoundCounts(cut.candidates, noise_sentence(noise), in_all == 0)
         return Taken(Removed(Rows.of(0, np.flatnonzero(gone))), counts, {}, support)
 

@@ -83,7 +83,7 @@ def ours(case: Case, data: Data, weights: bytes) -> Ours:
     names = vision_layers.find(model, models.find_head(model, classes=data.classes), example)
     live = embedded(case, model, names, data.train, settings.max_features)
     held_out = embedded(case, model, names, data.validation, settings.max_features)
-    boundary = ensemble.draw(
+    boundary = ensemble.choose(
         live,
         held_out,
         candidates=[(name, l2) for name in names for l2 in settings.l2],
@@ -91,7 +91,7 @@ def ours(case: Case, data: Data, weights: bytes) -> Ours:
     )
     found = evidence(case, data, live, held_out, boundary)
     columns = {str(name): score(found).numpy() for name, score in scores.SCORES.items()}
-    suggestion = scores.suggestion(found)
+    suggestion = scores.suggestion(found.leave_one_out)
     assert found.noise_model is not None
     allowed = int(found.noise_model.noise.most * len(data.train))
     order = np.argsort(-columns["mislabel_odds"], kind="stable")
@@ -101,7 +101,7 @@ def ours(case: Case, data: Data, weights: bytes) -> Ours:
     seconds = time.perf_counter() - began
     tested = embedded(case, model, boundary.layers, data.test, settings.max_features)
     logits = tested.side_by_side(boundary.layers, boundary.standardizers) @ boundary.weights.float().T
-    last = ensemble.draw(live, held_out, candidates=[("head", l2) for l2 in settings.l2], classes=data.classes)
+    last = ensemble.choose(live, held_out, candidates=[("head", l2) for l2 in settings.l2], classes=data.classes)
     return Ours(
         columns,
         suggestion.suggested.numpy(),
@@ -130,7 +130,7 @@ def evidence(
     removed_support: float = 0.0,
     prior: calibration.Prior = calibration.UNKNOWN,
 ) -> scores.Evidence:
-    """The calibrated evidence on the live samples; what former rounds removed and found as `calibration.noise_model` takes it."""
+    """The calibrated evidence on the live samples; what former rounds removed and found as `estimate` takes it."""
     settings = ProbeSection()
     of_validation = held_out.standardised(boundary.layers, boundary.standardizers)
     of_held_out, temperature = ensemble.validation_sums(of_validation, boundary.weights)

@@ -39,11 +39,11 @@ from posttrain.cluster.devices import (
 )
 from posttrain.cluster.partitioning import Partition, Progress
 from posttrain.cluster.pool import Died, Pool
-from posttrain.influence.calibration import CalibrationSums, NoiseModel, PosteriorSums, calibration_sums, posterior_sums
-from posttrain.influence.curvature import Curvature, hessian_block
-from posttrain.influence.ensemble import ProbeEnsemble
+from posttrain.influence.calibration import NoiseModel
+from posttrain.influence.curvature import hessian_block
 from posttrain.influence.probe import BlockFn, Standardizer
-from posttrain.influence.scores import SCORES, Evidence, joint_evidence, suggestion
+from posttrain.influence.score_round import BlockSums, LeaveOneOutPass, ScoringPlan
+from posttrain.influence.scores import LeaveOneOut, score_columns
 from posttrain.live import Live, Rows
 from posttrain.schema import (
     FILE,
@@ -137,66 +137,16 @@ def _for_inference(network: Network, device: torch.device) -> torch.nn.Module:
     return load_network(network).to(device).to(memory_format=torch.channels_last).eval()
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What it takes to score a partition: the boundary, each member's curvature, and the noise_model."""
-
-    boundary: ProbeEnsemble
-    curvatures: tuple[Curvature, ...]
-    seed: int
-    """Of the control's draw."""
-    noise_model: NoiseModel | None = None
-
-
-def evidence_of(features: Tensor, labels: Tensor, sample_ids: np.ndarray, verdict: Verdict) -> Evidence:
-    """The evidence on a batch of features side by side."""
-    draw = torch.from_numpy(uniform(sample_ids, verdict.seed)).to(features)
-    parts = verdict.boundary.parts(features)
-    members = [
-        (own, fitted.weights.to(features), curvature)
-        for own, fitted, curvature in zip(parts, verdict.boundary.probes, verdict.curvatures, strict=True)
-    ]
-    return joint_evidence(members, labels, draw, verdict.noise_model)
-
-
-def scores_key(view: View, verdict: Verdict) -> str:
+def scores_key(view: View, plan: ScoringPlan, noise_model: NoiseModel) -> str:
     """Tells the scores of a view's samples from any others: a digest of all that decides them."""
-    boundary = verdict.boundary
+    ensemble = plan.ensemble
     return content_digest(
         posttrain.__version__,
         (view.backbone, view.split, view.layers, view.standardizers),
         view.live.digest,
-        (boundary.layers, boundary.standardizers, [fitted.weights for fitted in boundary.probes], boundary.members),
-        (verdict.curvatures, verdict.seed, verdict.noise_model),
+        (ensemble.layers, ensemble.standardizers, [fitted.weights for fitted in ensemble.probes], ensemble.members),
+        (plan.curvatures, plan.seed, noise_model),
     )
-
-
-EvidenceFn = Callable[[Evidence], tuple[Tensor, ...]]
-"""What is made of the evidence on a block; it adds up over blocks."""
-
-
-def calibration_sums_of(evidence: Evidence, temperature: float) -> tuple[Tensor, ...]:
-    """The sums of a `CalibrationSums` over a block."""
-    return calibration_sums(evidence.loo_logits, evidence.labels, temperature)
-
-
-def posterior_sums_of(evidence: Evidence) -> tuple[Tensor, ...]:
-    """The sums of a `PosteriorSums` over a block, by the word of its noise_model."""
-    assert evidence.noise_model is not None
-    return posterior_sums(evidence.noise_model, evidence.loo_logits, evidence.labels)
-
-
-def score_columns(evidence: Evidence) -> dict[str, np.ndarray]:
-    """Every score of a batch, and what the others would label it: columns of `scores.parquet`."""
-    columns = {str(name): score(evidence) for name, score in SCORES.items()}
-    found = suggestion(evidence)
-    columns |= {
-        "predicted_label": found.predicted.int(),
-        "self_confidence": found.self_confidence.float(),
-        "suggested_label": found.suggested.int(),
-        "confidence": found.confidence.float(),
-    }
-    return {name: column.cpu().numpy() for name, column in columns.items()}
 
 
 class _Worker:
@@ -208,6 +158,9 @@ class _Worker:
         self.batch = BatchSize(EMBEDDING_BATCH)
         self.network: tuple[str, torch.nn.Module] | None = None
         self.views: OrderedDict[str, dict[int, tuple[Shard, Tensor, Tensor]]] = OrderedDict()
+        self.planned = ("", "")
+        """The view and the plan of `left_out`, by their keys."""
+        self.left_out: dict[int, tuple[Shard, LeaveOneOut]] = {}
         self.cache_bytes = cache_bytes
         self.cached = 0
 
@@ -284,31 +237,40 @@ class _Worker:
         return sums
 
     def summed(
-        self, view_in: list[Any], key: str, groups: Sequence[Sequence[int]], verdict_in: list[Any], fn: EvidenceFn
+        self, view_in: list[Any], key: str, groups: Sequence[Sequence[int]], plan_in: list[Any], fn_in: list[Any]
     ) -> list[list[np.ndarray]]:
-        verdict: Verdict = ray.get(verdict_in[0])
+        """`plan_in` is the plan's reference and its key."""
+        view: View = ray.get(view_in[0])
+        fn: BlockSums = ray.get(fn_in[0])
         sums = []
         for group in groups:
             total: tuple[Tensor, ...] | None = None
             for partition in group:
-                shard, features, labels = self._block(view_in, key, partition)
-                found = evidence_of(features, labels, shard.sample_ids.to_numpy(zero_copy_only=False), verdict)
-                part = fn(found)
+                shard, found = self._leave_one_out(view_in, key, partition, plan_in)
+                # corrected labels would be mistaken for memorised ones
+                as_given = ~view.live.relabelled.rows.contains(partition, shard.rows)
+                if not as_given.all():
+                    found = found.rows(torch.from_numpy(as_given).to(self.device))
+                part = fn(found.logits, found.labels)
                 total = part if total is None else tuple(a + b for a, b in zip(total, part, strict=True))
             sums.append([t.cpu().numpy() for t in total or ()])
         return sums
 
     def score(
-        self, view_in: list[Any], key: str, partition: int, verdict_in: list[Any], kept: ScoreShards | None
+        self,
+        view_in: list[Any],
+        key: str,
+        partition: int,
+        plan_in: list[Any],
+        noise_model_in: list[Any],
+        kept: ScoreShards | None,
     ) -> pa.Table:
-        verdict: Verdict = ray.get(verdict_in[0])
-        shard, features, labels = self._block(view_in, key, partition)
-        ids = shard.sample_ids.to_numpy(zero_copy_only=False)
-        columns = score_columns(evidence_of(features, labels, ids, verdict))
+        shard, found = self._leave_one_out(view_in, key, partition, plan_in)
+        columns = score_columns(replace(found, noise_model=ray.get(noise_model_in[0])))
         table = pa.table(
             {
                 SAMPLE_ID: shard.sample_ids,
-                PARTITION: pa.array(np.full(len(ids), partition), pa.int32()),
+                PARTITION: pa.array(np.full(len(shard.rows), partition), pa.int32()),
                 ROW: pa.array(shard.rows, pa.int32()),
                 LABEL: pa.array(shard.labels, pa.int32()),
                 **{name: pa.array(column) for name, column in columns.items()},
@@ -317,6 +279,31 @@ class _Worker:
         if kept is not None:
             kept.write(partition, table)
         return table
+
+    def _leave_one_out(
+        self, view_in: list[Any], key: str, partition: int, plan_in: list[Any]
+    ) -> tuple[Shard, LeaveOneOut]:
+        """A partition's live rows without their features, and their leave-one-out logits; cached while they fit."""
+        if self.planned != (key, plan_in[1]):
+            self._forget_plan()
+            self.planned = (key, plan_in[1])
+        if partition not in self.left_out:
+            plan: ScoringPlan = ray.get(plan_in[0])
+            shard, features, labels = self._block(view_in, key, partition)
+            draws = torch.from_numpy(uniform(shard.sample_ids.to_numpy(zero_copy_only=False), plan.seed))
+            found = plan.leave_one_out(features, labels, draws)
+            shard = replace(shard, features={})
+            while self.cached + found.nbytes > self.cache_bytes and next(iter(self.views)) != key:
+                self._forget_oldest()
+            if self.cached + found.nbytes > self.cache_bytes:
+                return shard, found
+            self.cached += found.nbytes
+            self.left_out[partition] = (shard, found)
+        return self.left_out[partition]
+
+    def _forget_plan(self) -> None:
+        self.cached -= sum(found.nbytes for _, found in self.left_out.values())
+        self.planned, self.left_out = ("", ""), {}
 
     def _block(self, view_in: list[Any], key: str, partition: int) -> tuple[Shard, Tensor, Tensor]:
         """A partition's live rows: the shard, features side by side, labels; cached while they fit."""
@@ -330,6 +317,8 @@ class _Worker:
             shard = read_live(view, partition)
             features = side_by_side(shard, view).to(self.device)
             block = (shard, features, torch.from_numpy(shard.labels.astype(np.int64)).to(self.device))
+            if self.cached + features.nbytes > self.cache_bytes and self.planned[0] != key:
+                self._forget_plan()
             while self.cached + features.nbytes > self.cache_bytes and next(iter(self.views)) != key:
                 self._forget_oldest()
             if self.cached + features.nbytes > self.cache_bytes:
@@ -656,44 +645,56 @@ class Workers:
         found = self._pool.ask(lambda actor: actor.reduced_batch.remote())
         return min((size for size in found if size is not None), default=None)
 
-    def calibration_sums(self, view: View, verdict: Verdict, temperature: float) -> CalibrationSums:
-        """The calibration_sums of the live samples by their leave-one-out logits."""
-        return CalibrationSums(
-            *self._summed(view, verdict, functools.partial(calibration_sums_of, temperature=temperature))
-        )
+    def leave_one_out(self, view: View, plan: ScoringPlan, number: int | None = None) -> LeaveOneOutPass[pa.Table]:
+        """The leave-one-out logits of the live samples of a view.
 
-    def posterior_sums(self, view: View, verdict: Verdict) -> PosteriorSums:
-        """The posterior_sums of the live samples, by the word of the verdict's noise_model."""
-        return PosteriorSums(*self._summed(view, verdict, posterior_sums_of))
-
-    def _summed(self, view: View, verdict: Verdict, fn: EvidenceFn) -> tuple[Tensor, ...]:
-        """Sums over the live samples of what `fn` makes of the evidence on each block."""
+        `number`: the round whose score shards are kept, and those that are there already not made again.
+        """
         self.start()
-        verdict_in = [ray.put(verdict)]
-        reducer = self.reducer(view)
-        return reducer.over_groups(
-            reduction_groups(view.partitions, REDUCTION_GROUPS),
-            lambda actor, groups: actor.summed.remote(reducer.view_in, view.key, groups, verdict_in, fn),
+        return _StoredPass(self._pool, self.reducer(view), view, plan, number)
+
+
+@dataclass
+class _StoredPass:
+    """`LeaveOneOutPass` over the pool. The tables are those of all partitions, in their order."""
+
+    pool: Pool
+    reducer: _Reducer
+    view: View
+    plan: ScoringPlan
+    number: int | None
+    plan_in: list[Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.plan_in = [ray.put(self.plan), f"{os.getpid()}-{next(_view_numbers)}"]
+
+    def sums(self, fn: BlockSums) -> tuple[Tensor, ...]:
+        fn_in = [ray.put(fn)]
+        return self.reducer.over_groups(
+            reduction_groups(self.view.partitions, REDUCTION_GROUPS),
+            lambda actor, groups: actor.summed.remote(self.reducer.view_in, self.view.key, groups, self.plan_in, fn_in),
         )
 
-    def score(self, view: View, verdict: Verdict, kept: ScoreShards | None = None) -> Iterator[pa.Table]:
-        """The score tables of all partitions, in their order; those that are `kept` already are not made again."""
-        view_in = [ray.put(view)]
-        verdict_in = [ray.put(verdict)]
+    def tables(self, noise_model: NoiseModel) -> Iterator[pa.Table]:
+        kept, noise_model_in = None, [ray.put(noise_model)]
+        if self.number is not None:
+            kept = ScoreShards(self.view.folder, self.number, scores_key(self.view, self.plan, noise_model))
 
         def call(partition: int) -> Callable[[Any], Any]:
-            return lambda actor: actor.score.remote(view_in, view.key, partition, verdict_in, kept)
+            return lambda actor: actor.score.remote(
+                self.reducer.view_in, self.view.key, partition, self.plan_in, noise_model_in, kept
+            )
 
         there = kept.partitions() if kept is not None else set()
-        tables = self._pool.each([call(partition) for partition in view.partitions if partition not in there])
-        for partition in view.partitions:
+        tables = self.pool.each([call(partition) for partition in self.view.partitions if partition not in there])
+        for partition in self.view.partitions:
             if partition not in there:
                 yield next(tables)
                 continue
             assert kept is not None
             table = kept.read(partition)
             # cut short by something else than us: a file of ours is whole or not there
-            yield from [table] if table is not None else self._pool.each([call(partition)])
+            yield from [table] if table is not None else self.pool.each([call(partition)])
 
 
 def reduction_groups(partitions: Sequence[int], count: int) -> list[list[int]]:

@@ -101,7 +101,7 @@ class ProbeEnsemble:
         return torch.cat([weight / count for weight, _ in folded], dim=1), bias
 
 
-def draw(
+def choose(
     live: Samples,
     held_out: Samples,
     *,
@@ -135,7 +135,7 @@ def draw(
     def change(before: Tensor, after: Tensor) -> tuple[float, float]:
         return mean_and_error(*sums(paired_losses, before, after))
 
-    members = choose(tried, columns, sum(widths), change, most=most)
+    members = choose_members(tried, columns, sum(widths), change, most=most)
     # from zero, as any later refit: the same members on the same samples give the same bits
     boundary = refit(live, held_out, [(fit.layer, fit.l2) for fit in members], classes=classes)
     return ProbeEnsemble(
@@ -258,7 +258,7 @@ def mean_and_error(count: Tensor, total: Tensor, square: Tensor) -> tuple[float,
     return mean, (variance / n) ** 0.5
 
 
-def choose(
+def choose_members(
     fits: Sequence[Fit], columns: dict[str, int], dim: int, change: Change, *, most: int = MOST
 ) -> tuple[Fit, ...]:
     """The members: the best fit, then the other layers' best, as long as they do not make it worse.

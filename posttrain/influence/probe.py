@@ -79,8 +79,10 @@ class Probe:
     gradient_norm: float
 
 
-def in_memory(features: Float[Tensor, "samples dim"], labels: Int[Tensor, " samples"], size: int = 2048) -> Reduce:
-    """Sums over blocks of `size` samples held in memory, in float64 and in their order."""
+def in_memory(
+    features: Float[Tensor, "samples dim"], labels: Int[Tensor, " samples"], size: int | list[int] = 2048
+) -> Reduce:
+    """Sums over blocks of `size` samples, or of these sizes, held in memory; in float64 and in their order."""
     blocks = list(zip(features.split(size), labels.split(size), strict=True))
 
     def reduce(fn: BlockFn, *arguments: Tensor) -> tuple[Tensor, ...]:

@@ -16,11 +16,12 @@ correlation of `loo_margin`, `parameter` and `data` is at least 0.999 with the e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -55,11 +56,6 @@ class Evidence:
     noise_model: NoiseModel | None = None
     """How far the leave-one-out logits can be taken; None: as they are."""
 
-    @cached_property
-    def posterior(self) -> Posterior | None:
-        """What the noise_model says of the leave-one-out logits; None without one."""
-        return None if self.noise_model is None else self.noise_model.judge(self.loo_logits, self.labels)
-
     @property
     def logits(self) -> Float[Tensor, "batch classes"]:
         """The mean of the members' logits."""
@@ -69,6 +65,44 @@ class Evidence:
     def loo_logits(self) -> Float[Tensor, "batch classes"]:
         """Mean of z_i + K_i x_i: the logits, had each member been fitted without the sample (to one Newton step)."""
         return torch.stack([member.logits + member.influence.shift for member in self.members]).mean(dim=0)
+
+    @cached_property
+    def leave_one_out(self) -> LeaveOneOut:
+        """The leave-one-out logits under the noise model."""
+        return LeaveOneOut(self.loo_logits, self.labels, self.noise_model)
+
+
+@dataclass(frozen=True)
+class LeaveOneOut:
+    """The leave-one-out logits of a batch: all that a noise model is estimated from and applied to."""
+
+    logits: Float[Tensor, "batch classes"]
+    labels: Int[Tensor, " batch"]
+    noise_model: NoiseModel | None = None
+    """None: the plain softmax."""
+    scores: Mapping[Score, Tensor] = field(default_factory=dict["Score", Tensor])
+    """[batch] each: scores that were computed from the evidence, which is not kept."""
+
+    @cached_property
+    def posterior(self) -> Posterior | None:
+        """Which class each sample belongs to, under the noise model; None without one."""
+        return None if self.noise_model is None else self.noise_model.judge(self.logits, self.labels)
+
+    @cached_property
+    def mislabel_odds(self) -> Float[Tensor, " batch"]:
+        """See the score of this name."""
+        if self.posterior is None:
+            return log_odds_of_others(self.logits, self.labels)
+        return self.posterior.mislabel_odds.to(self.logits)
+
+    def rows(self, mask: Tensor) -> LeaveOneOut:
+        """The samples in a mask [batch]."""
+        scores: dict[Score, Tensor] = {name: own[mask] for name, own in self.scores.items()}
+        return LeaveOneOut(self.logits[mask], self.labels[mask], self.noise_model, scores)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.logits, self.labels, *self.scores.values()))
 
 
 def evidence(
@@ -118,9 +152,7 @@ def mislabel_odds(e: Evidence) -> Float[Tensor, " batch"]:
     with the class probabilities p, the noise transition matrix T and the shift of `NoiseModel`: above 0, the label is
     more likely wrong than right. Without an noise_model the log odds of any other label under the plain softmax.
     """
-    if e.posterior is None:
-        return log_odds_of_others(e.loo_logits, e.labels)
-    return e.posterior.mislabel_odds.to(e.members[0].logits)
+    return e.leave_one_out.mislabel_odds
 
 
 def loo_margin(e: Evidence) -> Float[Tensor, " batch"]:
@@ -204,14 +236,33 @@ class Suggestion:
     """Probability that the sample belongs to the suggested class, its given label taken into account."""
 
 
-def suggestion(e: Evidence) -> Suggestion:
+def suggestion(of: LeaveOneOut) -> Suggestion:
     """Labels and their probabilities from leave-one-out logits: none of them has seen the sample's own label.
 
     Without an noise_model the probabilities are the plain softmax.
     """
-    logits = e.loo_logits.double()
-    q = logits.softmax(dim=1) if e.noise_model is None else e.noise_model.probabilities(logits, e.labels)
-    p = q if e.posterior is None else e.posterior.posterior
-    given = e.labels[:, None]
+    logits = of.logits.double()
+    q = logits.softmax(dim=1) if of.noise_model is None else of.noise_model.probabilities(logits, of.labels)
+    p = q if of.posterior is None else of.posterior.posterior
+    given = of.labels[:, None]
     confidence, suggested = p.scatter(1, given, -torch.inf).max(dim=1)
     return Suggestion(q.argmax(dim=1), q.gather(1, given)[:, 0], suggested, confidence)
+
+
+def leave_one_out(e: Evidence) -> LeaveOneOut:
+    """The leave-one-out logits with every score that needs no noise model: far smaller than the evidence."""
+    plain = {name: score(e) for name, score in SCORES.items() if name != "mislabel_odds"}
+    return replace(e.leave_one_out, scores=plain)
+
+
+def score_columns(of: LeaveOneOut) -> dict[str, np.ndarray]:
+    """Every score of a batch and its suggested labels, by column of `scores.parquet`; [batch] each."""
+    found = suggestion(of)
+    columns = {name: of.mislabel_odds if name == "mislabel_odds" else of.scores[name] for name in SCORES}
+    suggested = {
+        "predicted_label": found.predicted.int(),
+        "self_confidence": found.self_confidence.float(),
+        "suggested_label": found.suggested.int(),
+        "confidence": found.confidence.float(),
+    }
+    return {name: column.cpu().numpy() for name, column in (*columns.items(), *suggested.items())}

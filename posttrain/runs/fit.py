@@ -104,7 +104,7 @@ def fitted(
     )
     samples, validation = stored(run, backbone, "train", live), stored(run, backbone, "validation")
     try:
-        found = ensemble.draw(samples, validation, candidates=candidates, classes=len(run.inputs.classes))
+        found = ensemble.choose(samples, validation, candidates=candidates, classes=len(run.inputs.classes))
     except FeaturelessError as error:
         raise _featureless(run, live, number, error) from error
     tried = tuple((one.layer, one.l2, one.loss, one.accuracy) for one in found.tried)

@@ -12,17 +12,16 @@ import pyarrow.compute
 import torch
 
 from posttrain import policy
-from posttrain.cluster.workers import Network, Verdict, scores_key
+from posttrain.cluster.workers import Network
 from posttrain.errors import DataError, StepError
-from posttrain.influence import calibration, curvature
+from posttrain.influence import calibration
 from posttrain.influence.calibration import NoiseEstimate
-from posttrain.influence.ensemble import validation_sums, with_transition
+from posttrain.influence.score_round import PreviousRemovals, score_round
 from posttrain.rounds import State
 from posttrain.runs.context import Run
 from posttrain.runs.fit import Fitted
 from posttrain.runs.noise_report import noise_metrics
 from posttrain.schema import LABEL, SELF_CONFIDENCE, stream_seed
-from posttrain.store.scores import ScoreShards
 
 # pyarrow makes these functions when it is imported: a type checker sees none of them
 pc = cast(Any, pyarrow.compute)
@@ -42,17 +41,28 @@ class Scored:
 
 def score(run: Run, state: State[Network, Fitted], backbone: str, fitted: Fitted) -> Scored:
     """Every score of every live sample, streamed to the round's `scores.parquet`."""
-    kinds, verdict = _plan(run, state, fitted)
-    with run.progress.step("calibrate"):
-        noise_model = _noise_model(run, state, fitted, verdict)
-    verdict = replace(verdict, noise_model=noise_model)
-    path = run.folder.round(state.number + 1, "scores.parquet")
-    counts = _write_scores(run, state, fitted, verdict, path)
-    boundary = fitted.ensemble
+    settings, number = run.config.probe, state.number + 1
+    prior = _prior(run, state)
+    scored = score_round(
+        replace(fitted.samples, round_scored=number),
+        fitted.validation,
+        fitted.ensemble,
+        seed=stream_seed("control", run.config.run.seed, state.number),
+        curvature_kind=settings.curvature,
+        exact_limit=settings.exact_limit,
+        previous=_previous_removals(run, state),
+        prior=prior,
+        step=run.progress.step,
+    )
+    noise_model, boundary = scored.noise_model, fitted.ensemble
+    if prior.votes is None and noise_model.prior.votes is not None:
+        run.ledger.keep_confident_joint(number, noise_model.prior.votes.numpy())
+    path = run.folder.round(number, "scores.parquet")
+    counts = _write_scores(run, scored.tables, boundary.probes[0].count, path)
     metrics = {
         "probe_validation_loss": boundary.loss,
         "probe_validation_accuracy": boundary.accuracy,
-        "curvature_is_exact": float(all(kind == "exact" for kind in kinds)),
+        "curvature_is_exact": float(all(kind == "exact" for kind in scored.kinds)),
         **{f"probe_l2_{layer.replace('.', '_')}": l2 for layer, l2 in boundary.members},
         "temperature": noise_model.temperature,
         "memorisation": noise_model.offset,
@@ -63,49 +73,14 @@ def score(run: Run, state: State[Network, Fitted], backbone: str, fitted: Fitted
     return Scored(path, counts, noise_model.noise, metrics)
 
 
-def _plan(run: Run, state: State[Network, Fitted], fitted: Fitted) -> tuple[list[curvature.Kind], Verdict]:
-    boundary, probes = fitted.ensemble, run.config.probe
-    kinds: list[curvature.Kind] = []
-    curvatures = []
-    with run.progress.step("curvature"):
-        for layer, standardizer, probe in zip(boundary.layers, boundary.standardizers, boundary.probes, strict=True):
-            fits = probe.weights.numel() <= probes.exact_limit
-            kind = ("exact" if fits else "ekfac") if probes.curvature == "auto" else probes.curvature
-            reduce = fitted.samples.standardised((layer,), (standardizer,))
-            curvatures.append(curvature.measure(reduce, probe, kind))
-            kinds.append(kind)
-    return kinds, Verdict(boundary, tuple(curvatures), stream_seed("control", run.config.run.seed, state.number))
-
-
-def _noise_model(run: Run, state: State[Network, Fitted], fitted: Fitted, verdict: Verdict) -> calibration.NoiseModel:
-    boundary, previous = fitted.ensemble, run.previous.self_confidence
-    held_out = run.workers.reducer(fitted.validation_view)
-    of_held_out, temperature = validation_sums(held_out, boundary.weights)
-    as_given = fitted.view
-    if len(state.live.relabelled):
-        # corrected labels would be mistaken for memorised ones
-        as_given = replace(as_given, live=state.live.as_given(), key=f"{as_given.key} as given")
-    of_live = run.workers.calibration_sums(as_given, verdict, temperature)
-    acted_on = sum(done.metrics.get("acted_on_self_confidence", 0.0) for done in state.history)
-    prior = _prior(run, state)
-    noise_model = calibration.estimate(
-        of_held_out,
-        of_live,
-        temperature,
-        removed=policy.acted_on(state.history) + previous.num_rows,
-        removed_support=acted_on + (pc.sum(previous[SELF_CONFIDENCE]).as_py() or 0.0),
-        prior=prior,
+def _previous_removals(run: Run, state: State[Network, Fitted]) -> PreviousRemovals:
+    """What the rounds of this run and previous runs of its job removed or relabelled."""
+    by_rounds = sum(done.metrics.get("acted_on_self_confidence", 0.0) for done in state.history)
+    by_runs = run.previous.self_confidence
+    return PreviousRemovals(
+        policy.acted_on(state.history) + by_runs.num_rows,
+        by_rounds + (pc.sum(by_runs[SELF_CONFIDENCE]).as_py() or 0.0),
     )
-    noise_model = with_transition(
-        noise_model,
-        held_out,
-        boundary.weights,
-        lambda by: run.workers.posterior_sums(as_given, replace(verdict, noise_model=by)),
-        prior,
-    )
-    if prior.votes is None and noise_model.prior.votes is not None:
-        run.ledger.keep_confident_joint(state.number + 1, noise_model.prior.votes.numpy())
-    return noise_model
 
 
 def _prior(run: Run, state: State[Network, Fitted]) -> calibration.Prior:
@@ -119,18 +94,17 @@ def _prior(run: Run, state: State[Network, Fitted]) -> calibration.Prior:
     return calibration.Prior(held_out_rate=run.previous.validation_noise)
 
 
-def _write_scores(run: Run, state: State[Network, Fitted], fitted: Fitted, verdict: Verdict, path: str) -> np.ndarray:
-    """Write `scores.parquet`; the live samples of each class."""
+def _write_scores(run: Run, scored: Iterator[pa.Table], samples: int, path: str) -> np.ndarray:
+    """Write `scores.parquet` of so many samples; the live samples of each class."""
     classes = run.inputs.classes
     counts = np.zeros(len(classes), np.int64)
-    kept = ScoreShards(run.folder, state.number + 1, scores_key(fitted.view, verdict))
     with run.progress.step("score") as tell:
 
         def tables() -> Iterator[pa.Table]:
-            for table in run.workers.score(fitted.view, verdict, kept):
+            for table in scored:
                 yield table
                 counts[:] += np.bincount(table[LABEL].to_numpy(), minlength=len(classes))
-                tell(int(counts.sum()), fitted.ensemble.probes[0].count)
+                tell(int(counts.sum()), samples)
             if not counts.any():
                 raise StepError("no sample is left to score; the run folder's quarantine.parquet says why")
             if np.count_nonzero(counts) == 1:

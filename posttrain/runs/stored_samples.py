@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import pyarrow as pa
+
 from posttrain.cluster.partitioning import Split
 from posttrain.cluster.workers import View, Workers
 from posttrain.influence.probe import Reduce, Standardizer
+from posttrain.influence.score_round import LeaveOneOutPass, ScoringPlan
 from posttrain.live import Live
 from posttrain.runs.context import Run
 from posttrain.store.folder import RunFolder
@@ -14,7 +17,7 @@ from posttrain.store.folder import RunFolder
 
 @dataclass(frozen=True)
 class StoredSamples:
-    """`ensemble.Samples` over the feature store of one split."""
+    """`score_round.LiveSamples`, or validation samples, over the feature store of one split."""
 
     workers: Workers
     folder: RunFolder
@@ -23,6 +26,8 @@ class StoredSamples:
     live: Live
     views: dict[tuple[object, ...], View] = field(default_factory=dict)
     """Each view is made once: the workers keep its features by its key."""
+    round_scored: int | None = None
+    """The round whose score shards are kept, so that a run that was killed while it scored goes on with the rest."""
 
     def view(self, layers: tuple[str, ...], standardizers: tuple[Standardizer, ...] | None) -> View:
         # the standardizers themselves are kept by the views, so that no id is given twice
@@ -39,6 +44,10 @@ class StoredSamples:
 
     def standardised(self, layers: tuple[str, ...], standardizers: tuple[Standardizer, ...]) -> Reduce:
         return self.workers.reducer(self.view(layers, standardizers))
+
+    def leave_one_out(self, plan: ScoringPlan) -> LeaveOneOutPass[pa.Table]:
+        view = self.view(plan.ensemble.layers, plan.ensemble.standardizers)
+        return self.workers.leave_one_out(view, plan, self.round_scored)
 
 
 def stored(run: Run, backbone: str, split: str, live: Live | None = None) -> StoredSamples:

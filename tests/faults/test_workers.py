@@ -21,9 +21,11 @@ from ray.exceptions import OutOfMemoryError
 
 from posttrain.cluster.partitioning import Partition, Split
 from posttrain.cluster.pool import DEATHS_OF_A_CALL, Died, Pool
-from posttrain.cluster.workers import Network, Verdict, View, Workers, scores_key
+from posttrain.cluster.workers import Network, View, Workers, scores_key
 from posttrain.errors import StepError
 from posttrain.influence import curvature, ensemble, probe
+from posttrain.influence.calibration import NoiseEstimate, NoiseModel
+from posttrain.influence.score_round import ScoringPlan
 from posttrain.live import Live, Rows
 from posttrain.runs.stored_samples import StoredSamples
 from posttrain.schema import FILE, IMAGE, LABEL, SAMPLE_ID, ImageSpec, ModelSpec
@@ -34,6 +36,11 @@ from posttrain.vision import models
 from posttrain.vision.weights import to_bytes, weights_digest
 
 pytestmark = pytest.mark.ray
+
+UNIT = torch.eye(10, dtype=torch.float64)
+NOISE_MODEL = NoiseModel(
+    1.0, 0.0, NoiseEstimate(0.0, 0.0, 0.1, 0.0, 0, 100, False), 0.0, 0.1, 0.1, UNIT, UNIT, 0 * UNIT
+)
 
 
 class Adder:
@@ -265,10 +272,10 @@ def test_scores_that_are_there_are_not_made_again_and_all_of_them_are_the_same(
     folder = RunFolder(str(tmp_path))
     labels = samples(6, 60)
     embed(workers, tmp_path, fatal=set(), blocks=labels)
-    view, verdict = boundary_on(workers, folder, labels)
-    whole = list(workers.score(view, verdict))
-    kept = ScoreShards(folder, 1, scores_key(view, verdict))
-    begun = workers.score(view, verdict, kept)
+    view, plan = planned_on(workers, folder, labels)
+    whole = list(workers.leave_one_out(view, plan).tables(NOISE_MODEL))
+    kept = ScoreShards(folder, 1, scores_key(view, plan, NOISE_MODEL))
+    begun = workers.leave_one_out(view, plan, number=1).tables(NOISE_MODEL)
     assert [next(begun).equals(table) for table in whole[:3]] == [True] * 3
     del begun  # as an interrupt does
     deadline = time.monotonic() + 60
@@ -280,18 +287,20 @@ def test_scores_that_are_there_are_not_made_again_and_all_of_them_are_the_same(
     for path in shards[1:]:
         os.utime(path, (0, 0))
     # by another process that drew the same boundary again
-    view, verdict = boundary_on(workers, folder, labels)
-    again = replace(kept, key=scores_key(view, verdict))
-    assert [a.equals(b) for a, b in zip(workers.score(view, verdict, again), whole, strict=True)] == [True] * 6
+    view, plan = planned_on(workers, folder, labels)
+    again = replace(kept, key=scores_key(view, plan, NOISE_MODEL))
+    tables = workers.leave_one_out(view, plan, number=1).tables(NOISE_MODEL)
+    assert [a.equals(b) for a, b in zip(tables, whole, strict=True)] == [True] * 6
     assert again.partitions() == set(range(6))
     assert [path.stat().st_mtime for path in shards[1:]] == [0.0] * (len(shards) - 1)
     assert shards[0].stat().st_mtime > 0 and again.read(0) is not None
     others = replace(view, live=view.live.quarantine(Rows.of(0, np.array([3]))))
-    assert scores_key(others, verdict) != again.digest != scores_key(view, replace(verdict, seed=1))
+    assert scores_key(others, plan, NOISE_MODEL) != again.digest != scores_key(view, replace(plan, seed=1), NOISE_MODEL)
+    assert scores_key(view, plan, replace(NOISE_MODEL, offset=1.0)) != again.digest
 
 
-def boundary_on(workers: Workers, folder: RunFolder, partitions: list[Partition]) -> tuple[View, Verdict]:
-    """A boundary on the features of these partitions, as a round has it."""
+def planned_on(workers: Workers, folder: RunFolder, partitions: list[Partition]) -> tuple[View, ScoringPlan]:
+    """A boundary on the features of these partitions, and its curvature, as a round has them."""
     split = Split("train", tuple(partitions), np.full(10, 36), "digest")
     live = StoredSamples(workers, folder, "b", split, Live(split.rows))
     boundary = ensemble.refit(live, live, [("4", 0.1)], classes=10)
@@ -299,4 +308,4 @@ def boundary_on(workers: Workers, folder: RunFolder, partitions: list[Partition]
     measured = curvature.measure(
         live.standardised(boundary.layers, boundary.standardizers), boundary.probes[0], "ekfac"
     )
-    return view, Verdict(boundary, (measured,), seed=0)
+    return view, ScoringPlan(boundary, (measured,), seed=0)

@@ -26,10 +26,9 @@ from posttrain.influence.calibration import (
     fitted_temperature,
     temperature_moments,
 )
-from posttrain.influence.curvature import Influence
 from posttrain.influence.ensemble import with_transition
 from posttrain.influence.probe import in_memory
-from posttrain.influence.scores import Evidence, ProbeEvidence, suggestion
+from posttrain.influence.scores import LeaveOneOut, suggestion
 
 GRID = np.linspace(0, 16, 257)
 
@@ -117,11 +116,8 @@ def of_bins(confident: Tensor, disagreeing: Tensor) -> CalibrationSums:
     return CalibrationSums(count, ones, votes, confident, disagreeing, nothing, nothing, no_class, no_class)
 
 
-def evidence_of(of: Simulated, noise_model: NoiseModel | None) -> Evidence:
-    zeros = torch.zeros_like(of.logits)
-    influence = Influence(zeros, zeros, zeros[:, 0])
-    probe = ProbeEvidence(of.logits, of.logits, zeros, influence, 0.1, len(of.labels))
-    return Evidence((probe,), of.labels, zeros[:, 0], noise_model)
+def leave_one_out_of(of: Simulated, noise_model: NoiseModel | None) -> LeaveOneOut:
+    return LeaveOneOut(of.logits, of.labels, noise_model)
 
 
 def found_noise(rate: float) -> NoiseEstimate:
@@ -825,7 +821,7 @@ def test_extreme_logits_and_one_class_alone_give_numbers(classes: int, scale: fl
         for found in (noise_model.probabilities(logits, labels), judged.class_probabilities, judged.posterior):
             assert bool(torch.isfinite(found).all())
         assert bool(torch.isfinite(judged.mislabel_odds).all())
-        said = suggestion(evidence_of(of, noise_model))
+        said = suggestion(leave_one_out_of(of, noise_model))
         assert bool(torch.isfinite(said.confidence).all())
         assert bool(torch.isfinite(said.self_confidence).all())
 
@@ -866,12 +862,12 @@ def remembered(request: pytest.FixtureRequest) -> tuple[Simulated, NoiseModel]:
 def test_a_suggestion_is_never_the_given_label(remembered: tuple[Simulated, NoiseModel]):
     live, noise_model = remembered
     for known in (noise_model, None):
-        assert bool((suggestion(evidence_of(live, known)).suggested != live.labels).all())
+        assert bool((suggestion(leave_one_out_of(live, known)).suggested != live.labels).all())
 
 
 def test_the_confidence_in_a_suggestion_is_calibrated_where_classes_lie_apart(remembered: tuple[Simulated, NoiseModel]):
     live, noise_model = remembered
-    found, plain = suggestion(evidence_of(live, noise_model)), suggestion(evidence_of(live, None))
+    found, plain = suggestion(leave_one_out_of(live, noise_model)), suggestion(leave_one_out_of(live, None))
     assert calibration_error(found.confidence, found.suggested == live.true) < 0.05
     assert calibration_error(plain.confidence, plain.suggested == live.true) > 0.1
 
@@ -888,7 +884,7 @@ def test_the_class_probabilities_are_calibrated_however_alike_the_classes_are(ap
 
 def test_the_self_confidence_is_the_calibrated_probability_of_the_given_label(remembered: tuple[Simulated, NoiseModel]):
     live, noise_model = remembered
-    found = suggestion(evidence_of(live, noise_model))
+    found = suggestion(leave_one_out_of(live, noise_model))
     q = noise_model.probabilities(live.logits, live.labels)
     torch.testing.assert_close(found.self_confidence, q.gather(1, live.labels[:, None])[:, 0])
     assert torch.equal(found.predicted, q.argmax(dim=1))
@@ -899,7 +895,7 @@ def test_among_classes_that_are_equally_likely_the_suggestion_is_the_one_whose_s
     noise_model = audit_with(0.0, (drawn / drawn.sum(dim=1, keepdim=True)).numpy())
     level = Simulated(torch.zeros(6, 6).double(), torch.arange(6), torch.arange(6))
     # lowered by nothing: every class is as likely as any other
-    found = suggestion(evidence_of(level, replace(noise_model, offset=0.0))).suggested
+    found = suggestion(leave_one_out_of(level, replace(noise_model, offset=0.0))).suggested
     for y in range(6):
         others = {c: float(noise_model.transition[c, y]) for c in range(6) if c != y}
         assert int(found[y]) == max(others, key=lambda c: others[c])

@@ -19,7 +19,7 @@ from posttrain.influence.ensemble import (
     Fit,
     ProbeEnsemble,
     choose,
-    draw,
+    choose_members,
     mean_and_error,
     paired_losses,
     refit,
@@ -69,7 +69,7 @@ CANDIDATES = [(layer, l2) for layer in ("pixels", "units") for l2 in (0.03, 0.3)
 
 @pytest.fixture(scope="module")
 def boundary(seen: tuple[Layered, Layered]) -> ProbeEnsemble:
-    return draw(*seen, candidates=CANDIDATES, classes=10)
+    return choose(*seen, candidates=CANDIDATES, classes=10)
 
 
 def with_blank(seen: tuple[Layered, Layered]) -> tuple[Layered, Layered]:
@@ -79,14 +79,14 @@ def with_blank(seen: tuple[Layered, Layered]) -> tuple[Layered, Layered]:
 
 
 def test_a_layer_without_variance_is_no_candidate(seen: tuple[Layered, Layered], boundary: ProbeEnsemble):
-    found = draw(*with_blank(seen), candidates=[("blank", 0.3), *CANDIDATES], classes=10)
+    found = choose(*with_blank(seen), candidates=[("blank", 0.3), *CANDIDATES], classes=10)
     assert {fit.layer for fit in found.tried} == {"pixels", "units"}
     assert found.members == boundary.members and torch.equal(found.weights, boundary.weights)
 
 
 def test_where_no_layer_has_variance_there_is_no_boundary(seen: tuple[Layered, Layered]):
     with pytest.raises(FeaturelessError, match="constant in blank"):
-        draw(*with_blank(seen), candidates=[("blank", 0.3), ("blank", 0.03)], classes=10)
+        choose(*with_blank(seen), candidates=[("blank", 0.3), ("blank", 0.03)], classes=10)
 
 
 # -- one linear head ---------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ def three_layers(seed: int) -> tuple[Layered, Layered]:
 def test_a_memorised_layer_is_not_chosen_though_its_own_samples_speak_for_it(seed: int):
     live, held_out = three_layers(seed)
     names = ("memorised", "noise", "good")
-    found = draw(live, held_out, candidates=[(name, d) for name in names for d in (0.01, 0.1)], classes=3)
+    found = choose(live, held_out, candidates=[(name, d) for name in names for d in (0.01, 0.1)], classes=3)
     assert found.layers[0] == "good"
     assert "memorised" not in found.layers
     in_sample, left_out = {}, {}
@@ -214,7 +214,7 @@ def test_the_held_out_labels_alone_decide():
     candidates = [("one", 0.1), ("other", 0.1)]
     for name, labels in shown.items():
         live, held_out = halves(features, torch.from_numpy(labels), 600)
-        assert draw(live, held_out, candidates=candidates, classes=2).layers == (name,)
+        assert choose(live, held_out, candidates=candidates, classes=2).layers == (name,)
 
 
 def test_every_candidate_is_reported_with_its_own_held_out_figures(
@@ -239,24 +239,24 @@ def test_a_committee_is_at_most_an_error_worse_than_its_best_member(boundary: Pr
 def test_the_same_blocks_give_the_same_bits_and_any_blocks_the_same_boundary(
     seen: tuple[Layered, Layered], boundary: ProbeEnsemble
 ):
-    again = draw(*seen, candidates=CANDIDATES, classes=10)
+    again = choose(*seen, candidates=CANDIDATES, classes=10)
     assert torch.equal(again.weights, boundary.weights)
     assert (again.loss, again.accuracy) == (boundary.loss, boundary.accuracy)
     for size in (11, 41, 500):
         cut = [replace(part, size=size) for part in seen]
-        other = draw(cut[0], cut[1], candidates=CANDIDATES, classes=10)
+        other = choose(cut[0], cut[1], candidates=CANDIDATES, classes=10)
         assert other.members == boundary.members
         torch.testing.assert_close(other.weights, boundary.weights, rtol=0, atol=1e-9)
 
 
 def test_the_order_of_the_candidates_does_not_matter(seen: tuple[Layered, Layered], boundary: ProbeEnsemble):
-    again = draw(*seen, candidates=CANDIDATES[::-1], classes=10)
+    again = choose(*seen, candidates=CANDIDATES[::-1], classes=10)
     assert again.members == boundary.members
     torch.testing.assert_close(again.weights, boundary.weights, rtol=0, atol=1e-9)
 
 
 def test_the_most_members_are_kept_to_by_a_draw(seen: tuple[Layered, Layered]):
-    found = draw(*seen, candidates=CANDIDATES, classes=10, most=1)
+    found = choose(*seen, candidates=CANDIDATES, classes=10, most=1)
     assert found.members == (min((fit.loss, (fit.layer, fit.l2)) for fit in found.tried)[1],)
 
 
@@ -291,14 +291,14 @@ def names(fits: Sequence[Fit]) -> list[str]:
 )
 def test_a_layer_joins_unless_the_loss_rises_by_more_than_a_standard_error(mean: float, error: float, joins: bool):
     change, asked = scripted([(mean, error)])
-    assert names(choose([a_fit("b", 0.2), a_fit("a", 0.1)], COLUMNS, 10, change)) == ["a", "b"][: 1 + joins]
+    assert names(choose_members([a_fit("b", 0.2), a_fit("a", 0.1)], COLUMNS, 10, change)) == ["a", "b"][: 1 + joins]
     assert len(asked) == 1
 
 
 def test_layers_are_asked_in_the_order_of_their_loss_and_a_refused_one_stays_out():
     change, asked = scripted([(1.0, 0.1), (0.0, 0.1), (0.0, 0.1)])
     fits = [a_fit(layer, loss) for layer, loss in (("d", 0.4), ("b", 0.2), ("a", 0.1), ("c", 0.3))]
-    assert names(choose(fits, COLUMNS, 10, change)) == ["a", "c", "d"]
+    assert names(choose_members(fits, COLUMNS, 10, change)) == ["a", "c", "d"]
     # every question compares the mean logits of the members so far with those of the members and the next
     for (before, after), (old, new) in zip(asked, (("a", "ab"), ("a", "ac"), ("ac", "acd")), strict=True):
         for asked_about, members in ((before, old), (after, new)):
@@ -313,20 +313,20 @@ def test_layers_are_asked_in_the_order_of_their_loss_and_a_refused_one_stays_out
 def test_there_are_never_more_than_the_most_members(most: int):
     change, asked = scripted([(-1.0, 0.0)] * 4)
     fits = [a_fit(layer, loss) for layer, loss in zip("abcde", (0.1, 0.2, 0.3, 0.4, 0.5), strict=True)]
-    assert names(choose(fits, COLUMNS, 10, change, most=most)) == list("abcde")[:most]
+    assert names(choose_members(fits, COLUMNS, 10, change, most=most)) == list("abcde")[:most]
     assert len(asked) == most - 1
 
 
 def test_of_a_layer_the_l2_with_the_lowest_held_out_loss_stands_for_it():
     change, _ = scripted([(0.0, 0.1)])
     fits = [a_fit("a", 0.3, 1.0), a_fit("a", 0.1, 0.1), a_fit("a", 0.2, 0.01), a_fit("b", 0.15, 1.0)]
-    assert [(fit.layer, fit.l2) for fit in choose(fits, COLUMNS, 10, change)] == [("a", 0.1), ("b", 1.0)]
+    assert [(fit.layer, fit.l2) for fit in choose_members(fits, COLUMNS, 10, change)] == [("a", 0.1), ("b", 1.0)]
 
 
 def test_ties_go_to_the_one_that_was_tried_first():
     change, _ = scripted([(0.0, 0.1)])
     fits = [a_fit("b", 0.1, 1.0), a_fit("b", 0.1, 0.1), a_fit("a", 0.1, 1.0)]
-    assert [(fit.layer, fit.l2) for fit in choose(fits, COLUMNS, 10, change)] == [("b", 1.0), ("a", 1.0)]
+    assert [(fit.layer, fit.l2) for fit in choose_members(fits, COLUMNS, 10, change)] == [("b", 1.0), ("a", 1.0)]
 
 
 def test_the_change_in_loss_and_its_error_are_those_of_paired_samples(
