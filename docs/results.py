@@ -9,14 +9,22 @@ from __future__ import annotations
 import re
 import statistics
 from pathlib import Path
+from typing import Any
 
-import pandas as pd
+import pyarrow.parquet as pq
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MEASURED = REPOSITORY / "pipelines/benchmarks/results"
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "docs/pages/results.md"]
 FIGURES = REPOSITORY / "docs/pages/figures"
 
+Row = dict[str, Any]
+COLUMNS = {
+    *("dataset", "noise", "network", "seed", "kind", "method", "average_precision"),
+    *("name", "test_accuracy", "samples", "wrong", "rate"),
+}
 NETWORKS = ("memorised", "augmented")
 DATASETS = {"digits": "digits", "fashion_mnist": "Fashion-MNIST", "cifar10n": "CIFAR-10N"}
 METHODS = {
@@ -79,75 +87,90 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def spread(values: pd.Series) -> str:
-    """Mean ± standard deviation over seeds, in percent; `values` has the seed as a level of its index."""
-    seeds = [100 * statistics.mean(of_seed) for _, of_seed in values.groupby("seed")]
+def read(name: str) -> list[Row]:
+    """What a benchmark measured, a row for each method or procedure of each case."""
+    path = MEASURED / f"{name}.parquet"
+    return pq.read_table(path, columns=[name for name in pq.read_schema(path).names if name in COLUMNS]).to_pylist()
+
+
+def noisy(name: str) -> list[Row]:
+    """The rows of the cases with wrong labels."""
+    return [row for row in read(name) if row["noise"] != "clean"]
+
+
+def where(rows: list[Row], **values: str) -> list[Row]:
+    """The rows with these values."""
+    return [row for row in rows if all(row[column] == value for column, value in values.items())]
+
+
+def by_seed(rows: list[Row], figure: str) -> list[float]:
+    """The mean of a figure over the cases of each seed, in percent."""
+    found: dict[int, list[float]] = {}
+    for row in rows:
+        found.setdefault(row["seed"], []).append(row[figure])
+    return [100 * statistics.mean(values) for values in found.values()]
+
+
+def spread(seeds: list[float]) -> str:
+    """Mean ± standard deviation over seeds."""
     return f"{statistics.mean(seeds):.1f} ± {statistics.stdev(seeds):.1f}"
-
-
-def rankings(name: str) -> pd.DataFrame:
-    measured = pd.read_parquet(MEASURED / f"{name}.parquet")
-    return measured[measured.noise != "clean"].set_index("seed")
-
-
-def refinements(name: str = "refinement") -> pd.DataFrame:
-    measured = pd.read_parquet(MEASURED / f"{name}.parquet")
-    return measured[measured.noise != "clean"].set_index("seed")
 
 
 def detection(methods: list[tuple[str, str]]) -> str:
     """Average precision by method."""
-    sets = {"digits and Fashion-MNIST": rankings("detection"), "CIFAR-10N": rankings("detection_cifar10n")}
+    sets = {"digits and Fashion-MNIST": noisy("detection"), "CIFAR-10N": noisy("detection_cifar10n")}
     rows: list[list[str]] = []
     for kind, method in methods:
-        cells = [METHODS[kind, method]]
-        for measured in sets.values():
-            of_method = measured[(measured.kind == kind) & (measured.method == method)]
-            cells += [spread(of_method[of_method.network == network].average_precision) for network in NETWORKS]
-        if method == "mislabel_odds":
-            cells = [cells[0], *(f"**{cell}**" for cell in cells[1:])]
-        rows.append(cells)
+        cells = [
+            spread(by_seed(where(measured, kind=kind, method=method, network=network), "average_precision"))
+            for measured in sets.values()
+            for network in NETWORKS
+        ]
+        rows.append([METHODS[kind, method], *(f"**{c}**" if method == "mislabel_odds" else c for c in cells)])
     return table([f"{name}, {network}" for name in sets for network in NETWORKS], rows)
 
 
 def accuracies(names: list[str]) -> str:
     """Test accuracy by procedure."""
-    measured = refinements()
-    columns = {(dataset, network): f"{DATASETS[dataset]}, {network}" for dataset in DATASETS for network in NETWORKS}
+    measured = noisy("refinement")
+    columns = [(dataset, network) for dataset in DATASETS for network in NETWORKS]
     rows = [
         [ROWS[name]]
-        + [
-            spread(measured[(measured.name == name) & (measured.dataset == d) & (measured.network == n)].test_accuracy)
-            for d, n in columns
-        ]
+        + [spread(by_seed(where(measured, name=name, dataset=d, network=n), "test_accuracy")) for d, n in columns]
         for name in names
     ]
-    return table(list(columns.values()), rows)
+    return table([f"{DATASETS[dataset]}, {network}" for dataset, network in columns], rows)
 
 
 def differences(name: str) -> str:
     """posttrain (head) minus the best control, by kind of wrong labels."""
-    measured = refinements(name)
-    kinds = list(dict.fromkeys(measured.noise))
+    measured = noisy(name)
+    kinds = list(dict.fromkeys(row["noise"] for row in measured))
     rows: list[list[str]] = []
     for dataset, shown in DATASETS.items():
         for network in NETWORKS:
             cells = [f"{shown}, {network}"]
             for kind in kinds:
-                case = measured[
-                    (measured.dataset == dataset) & (measured.network == network) & (measured.noise == kind)
-                ]
-                if case.empty:
-                    cells.append("")
-                    continue
-                own = case[case.name == "posttrain, head"].test_accuracy
-                best = case[case.name.isin(CONTROLS)].groupby("seed").test_accuracy.max()
-                points = 100 * (own - best)
-                mean, error = points.mean(), points.std() / len(points) ** 0.5
-                text = f"{mean:+.1f} ± {error:.1f}"
-                cells.append(f"**{text}**" if abs(mean) > 2 * error else text)
+                case = where(measured, dataset=dataset, network=network, noise=kind)
+                cells.append(_points(_above_controls(case)) if case else "")
             rows.append(cells)
     return table([kind.replace("human ", "people: ") for kind in kinds], rows)
+
+
+def _above_controls(case: list[Row]) -> list[float]:
+    """Points by which posttrain (head) is above the best control, for each seed."""
+    best: dict[int, float] = {}
+    for row in case:
+        if row["name"] in CONTROLS:
+            best[row["seed"]] = max(best.get(row["seed"], 0.0), row["test_accuracy"])
+    return [100 * (row["test_accuracy"] - best[row["seed"]]) for row in where(case, name="posttrain, head")]
+
+
+def _points(by_seed: list[float]) -> str:
+    """Mean ± standard error, bold where it is more than two of them from 0."""
+    mean, error = statistics.mean(by_seed), statistics.stdev(by_seed) / len(by_seed) ** 0.5
+    text = f"{mean:+.1f} ± {error:.1f}"
+    return f"**{text}**" if abs(mean) > 2 * error else text
 
 
 def tables() -> dict[str, str]:
@@ -185,40 +208,32 @@ def _plain(text: str) -> str:
 def draw() -> None:
     import matplotlib
 
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update(
-        {"svg.hashsalt": "posttrain", "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif"}
-        | {"axes.spines.top": False, "axes.spines.right": False}
-    )
     FIGURES.mkdir(parents=True, exist_ok=True)
+    matplotlib.rc("svg", hashsalt="posttrain", fonttype="none")
+    matplotlib.rc("font", size=9, family="sans-serif")
+    matplotlib.rc("axes.spines", top=False, right=False)
     for name, figure in {"detection": _detection(), "accuracy": _accuracy(), "noise-rate": _noise_rate()}.items():
         figure.savefig(FIGURES / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
 
 
-def _detection():
-    from matplotlib.figure import Figure
+def _bar(axis: Axes, at: float, seeds: list[float], height: float, **look: Any) -> None:
+    """The mean over seeds, with their standard deviation."""
+    error = statistics.stdev(seeds)
+    axis.barh(at, statistics.mean(seeds), height, xerr=error, error_kw={"elinewidth": 0.8}, **look)
 
+
+def _detection() -> Figure:
     sets = {"digits and Fashion-MNIST (72 cases)": "detection", "CIFAR-10N (48 cases)": "detection_cifar10n"}
     figure = Figure(figsize=(9, 4.2))
     axes = figure.subplots(1, 2, sharey=True)
     methods = list(METHODS)[::-1]
     for axis, (title, file) in zip(axes, sets.items(), strict=True):
-        measured = rankings(file)
+        measured = noisy(file)
         for offset, network, alpha in ((0.2, "memorised", 1.0), (-0.2, "augmented", 0.5)):
             for at, (kind, method) in enumerate(methods):
-                rows = measured[
-                    (measured.kind == kind) & (measured.method == method) & (measured.network == network)
-                ].average_precision
-                seeds = 100 * rows.groupby("seed").mean()
-                axis.barh(
-                    at + offset,
-                    seeds.mean(),
-                    0.38,
-                    xerr=seeds.std(),
-                    color=OURS if kind == "ours" else OTHERS,
-                    alpha=alpha,
-                    error_kw={"elinewidth": 0.8},
-                )
+                seeds = by_seed(where(measured, kind=kind, method=method, network=network), "average_precision")
+                colour = OURS if kind == "ours" else OTHERS
+                _bar(axis, at + offset, seeds, 0.38, color=colour, alpha=alpha)
         axis.set_title(title, fontsize=9)
         axis.set_xlim(0, 100)
         axis.set_xlabel("average precision, %")
@@ -228,10 +243,8 @@ def _detection():
     return figure
 
 
-def _accuracy():
-    from matplotlib.figure import Figure
-
-    measured = refinements()
+def _accuracy() -> Figure:
+    measured = noisy("refinement")
     names = [
         "the network as it came",
         "random removal",
@@ -247,12 +260,9 @@ def _accuracy():
     for row, network in zip(grid, NETWORKS, strict=True):
         for axis, (dataset, shown) in zip(row, DATASETS.items(), strict=True):
             for at, name in enumerate(names):
-                case = measured[
-                    (measured.name == name) & (measured.dataset == dataset) & (measured.network == network)
-                ].test_accuracy
-                seeds = 100 * case.groupby("seed").mean()
                 colour = OURS if name.startswith("posttrain") else CONTROL if "boundary" in name else OTHERS
-                axis.barh(at, seeds.mean(), 0.7, xerr=seeds.std(), color=colour, error_kw={"elinewidth": 0.8})
+                seeds = by_seed(where(measured, name=name, dataset=dataset, network=network), "test_accuracy")
+                _bar(axis, at, seeds, 0.7, color=colour)
             axis.set_title(f"{shown}, {network}", fontsize=9)
             axis.set_xlim(0, 100)
         row[0].set_yticks(range(len(names)), [_plain(ROWS[name]) for name in names])
@@ -263,22 +273,20 @@ def _accuracy():
     return figure
 
 
-def _noise_rate():
-    from matplotlib.figure import Figure
-
-    runs = pd.concat([pd.read_parquet(MEASURED / f"{name}.parquet") for name in ("safety", "safety_cifar10n")])
-    checked = runs.noise.str.startswith("checked")
+def _noise_rate() -> Figure:
+    runs = [row for name in ("safety", "safety_cifar10n") for row in read(name)]
     figure = Figure(figsize=(9, 3.8))
     axes = figure.subplots(1, 2, sharey=True)
     parts = {
-        "validation labels as noisy as the rest": runs[~checked],
-        "validation labels corrected": runs[checked],
+        "validation labels as noisy as the rest": [row for row in runs if not row["noise"].startswith("checked")],
+        "validation labels corrected": [row for row in runs if row["noise"].startswith("checked")],
     }
     for axis, (title, part) in zip(axes, parts.items(), strict=True):
         axis.plot([0, 75], [0, 75], color="#cccccc", linewidth=1, zorder=0)
         for dataset, colour in zip(DATASETS, (OURS, CONTROL, "#b0413e"), strict=True):
-            rows = part[part.dataset == dataset]
-            truth, estimate = 100 * rows.wrong / rows.samples, 100 * rows.rate
+            rows = where(part, dataset=dataset)
+            truth = [100 * row["wrong"] / row["samples"] for row in rows]
+            estimate = [100 * row["rate"] for row in rows]
             axis.scatter(truth, estimate, s=14, color=colour, alpha=0.7, linewidths=0, label=DATASETS[dataset])
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("wrong labels, %")
