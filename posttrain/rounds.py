@@ -68,7 +68,7 @@ class Cut:
     exhausted: bool
     """Whether as many samples have been dealt with as may be in all rounds; true from the start where none may."""
     share: float | None = None
-    """How many may be in all rounds, where the user says so (`removal.share`); None: as many as may be wrong."""
+    """How many may be in all rounds, where the user says so (`removal.max_share`); None: as many as may be wrong."""
 
     @property
     def taken(self) -> int:
@@ -148,7 +148,7 @@ def nothing_left(state: State[Model], cut: Cut) -> str:
     """The reason where there is nothing (more) to do."""
     if cut.exhausted:
         done = policy.acted_on(state.history)
-        of_user = None if cut.share is None else f"removal.share = {cut.share:g}"
+        of_user = None if cut.share is None else f"removal.max_share = {cut.share:g}"
         if not done:
             return f"no sample goes: {of_user + '; ' if of_user else ''}{cut.estimate}"
         most = f"{of_user} allows" if of_user else "may be wrong"

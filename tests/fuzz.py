@@ -95,7 +95,7 @@ def main() -> None:
         print("skipped: atheris is not installed (pip install -e '.[fuzz]')")
         return
     atheris = importlib.import_module("atheris")
-    with atheris.instrument_imports(include=["posttrain", "yaml", "PIL"]):
+    with atheris.instrument_imports(include=["posttrain", "ruamel", "PIL"]):
         one = TARGETS[target]()
     atheris.Setup([sys.argv[0], *options, str(seeds(target))], one)
     atheris.Fuzz()

@@ -19,6 +19,7 @@ from posttrain.config import RunFile, schema
 from posttrain.errors import DataError, StepError
 
 REPOSITORY = Path(__file__).parent.parent
+MODULES = {"clean": "posttrain.runs.clean", "pretrain": "posttrain.runs.pretrain", "tune": "posttrain.search.tune"}
 
 # A pipeline that prints wherever a library could, then hands back its summary.
 NOISY = """
@@ -46,9 +47,9 @@ def pipeline(monkeypatch):
     """Installs a function in place of the pipeline of that name, and runs the command line on it."""
 
     def run(name, function, *arguments):
-        module = ModuleType(f"pipelines.{name}")
+        module = ModuleType(MODULES[name])
         setattr(module, name, function)
-        monkeypatch.setitem(sys.modules, f"pipelines.{name}", module)
+        monkeypatch.setitem(sys.modules, MODULES[name], module)
         return CliRunner().invoke(app, [name, *arguments])
 
     return run

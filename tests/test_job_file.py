@@ -40,7 +40,7 @@ def job_complaint(path: Path, *overrides: str) -> str:
 
 def test_a_job_file_is_a_run_file_with_a_name_for_its_model(write: Write) -> None:
     job = load_job(write("job: {name: digits}\nremoval: {budget: 0.1}"))
-    assert (job.job.name, job.job.wait_s, job.gate.margin, job.removal.budget) == ("digits", 0, 0.0, 0.1)
+    assert (job.job.name, job.job.lock_wait_s, job.gate.margin, job.removal.budget) == ("digits", 0, 0.0, 0.1)
     # ids alone: a copy of the data for every run of the job would fill its disk
     assert load(write("removal: {budget: 0.1}\nresults: {cleaned: manifest}")) == job.run_file()
     assert job.run_file(run=Run(path="elsewhere")) == load(
@@ -56,8 +56,8 @@ def test_a_job_file_is_a_run_file_with_a_name_for_its_model(write: Write) -> Non
         ("job: {nam: x}", "job.name has to be set; job.nam is not a key of a run file; did you mean job.name?"),
         ("job: {name: a/b}", 'job.name = "a/b": should be a name without / : % quotes and spaces'),
         ("job: x", 'job = "x": should be a mapping with keys beneath it'),
-        ("job: {name: x, lease_s: 0}", "job.lease_s = 0: should be greater than or equal to 1"),
-        ("job: {name: x, wait_s: -1}", "job.wait_s = -1: should be greater than or equal to 0"),
+        ("job: {name: x, lock_lease_s: 0}", "job.lock_lease_s = 0: should be greater than or equal to 1"),
+        ("job: {name: x, lock_wait_s: -1}", "job.lock_wait_s = -1: should be greater than or equal to 0"),
         ("{job: {name: x}, gate: {margn: 0}}", "gate.margn is not a key of a run file; did you mean gate.margin?"),
         ("{job: {name: x}, gate: {alarm_share: 0}}", "gate.alarm_share = 0: should be greater than 0"),
         ("{job: {name: x}, removal: {budget: 3}}", "removal.budget = 3: should be less than 1"),

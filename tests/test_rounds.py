@@ -221,7 +221,7 @@ def test_samples_that_may_still_go_but_do_not_look_wrong_are_another_end():
     fakes = Fakes(wrong=3, in_all=100)
     outcome = clean(start(0.9), fakes.steps(), NO_LIMIT)
     assert "no longer looks wrong: 0 of 97" in outcome.reason
-    assert "removal.share" not in outcome.reason
+    assert "removal.max_share" not in outcome.reason
 
 
 # best 0.9 of 900 validation samples: two standard errors, with the plus-four estimate, are

@@ -59,7 +59,7 @@ def measured(
             run.quota = quota
             most = config.removal.max_rounds if quota is None else len(quota)
             # the controls go as far as the run that they are compared with
-            minimum, patience = (config.removal.minimum, config.removal.patience) if quota is None else (0.0, most)
+            minimum, patience = (config.removal.min_share, config.removal.patience) if quota is None else (0.0, most)
             limits = rounds.Limits(most, minimum, patience)
             outcome = rounds.clean(state, run.as_steps(), limits)
             summary = finish(run, run.concluded(outcome), began)

@@ -96,7 +96,7 @@ def start(case: Case, data: Data, weights: bytes) -> Start:
     head = models.find_head(model, classes=data.classes)
     names = layers.find(model, head, next(iter(cases.inputs(case, data.validation)))[:2])
     train, validation, test = (
-        embedded(case, model, names, part, PROBE.width) for part in (data.train, data.validation, data.test)
+        embedded(case, model, names, part, PROBE.max_features) for part in (data.train, data.validation, data.test)
     )
     tried = [(name, l2) for name in names for l2 in PROBE.l2]
     boundary = ensemble.draw(train, validation, candidates=tried, classes=data.classes)
@@ -147,7 +147,7 @@ class CleaningInMemory:
         if weights != self._features[0]:
             model = cases.loaded(self.case, weights)
             train, validation = (
-                embedded(self.case, model, self.start.layers, part, PROBE.width)
+                embedded(self.case, model, self.start.layers, part, PROBE.max_features)
                 for part in (self.data.train, self.data.validation)
             )
             self._features = (weights, Features(train, validation))
@@ -197,7 +197,7 @@ class CleaningInMemory:
             scores.SCORES[self.removal.score](found).float().numpy(),
             classes=self.data.classes,
             at_most=min(policy.in_one_round(live, self.removal.budget), in_all),
-            threshold=self.removal.least_odds,
+            threshold=self.removal.min_log_odds,
         )
         support = float(scores.suggestion(found).self_confidence[torch.from_numpy(gone[self.kept])].sum())
         return Taken(cut, gone, live, support, noise, in_all == 0)
@@ -232,7 +232,7 @@ class CleaningInMemory:
         test = self.start.test
         if model.weights != self.start.weights:
             network = cases.loaded(self.case, model.weights)
-            test = embedded(self.case, network, model.boundary.layers, self.data.test, PROBE.width)
+            test = embedded(self.case, network, model.boundary.layers, self.data.test, PROBE.max_features)
         return boundary_accuracies(model.boundary, test)
 
     def commit(self, state: State[Model], removal: Taken, model: Model, done: Round) -> Round:
@@ -251,7 +251,7 @@ class CleaningInMemory:
         steps = Steps(
             self.embed, self.fit, self.score, self.select, self.count, self.refine, self.evaluate, self.commit
         )
-        limits = rounds.Limits(self.removal.max_rounds, self.removal.minimum, self.removal.patience)
+        limits = rounds.Limits(self.removal.max_rounds, self.removal.min_share, self.removal.patience)
         return rounds.clean(state, steps, limits)
 
     def concluded(self, state: State[Model], mode: Mode) -> State[Model]:

@@ -80,8 +80,8 @@ def ours(case: Case, data: Data, weights: bytes) -> Ours:
     model = loaded(case, weights)
     example = next(iter(inputs(case, data.validation)))[:2]
     names = vision_layers.find(model, models.find_head(model, classes=data.classes), example)
-    live = embedded(case, model, names, data.train, settings.width)
-    held_out = embedded(case, model, names, data.validation, settings.width)
+    live = embedded(case, model, names, data.train, settings.max_features)
+    held_out = embedded(case, model, names, data.validation, settings.max_features)
     boundary = ensemble.draw(
         live,
         held_out,
@@ -96,9 +96,9 @@ def ours(case: Case, data: Data, weights: bytes) -> Ours:
     order = np.argsort(-columns["mislabel_odds"], kind="stable")
     selected = np.zeros(len(data.train), bool)
     selected[order[:allowed]] = True
-    selected &= columns["mislabel_odds"] > removal.least_odds
+    selected &= columns["mislabel_odds"] > removal.min_log_odds
     seconds = time.perf_counter() - began
-    tested = embedded(case, model, boundary.layers, data.test, settings.width)
+    tested = embedded(case, model, boundary.layers, data.test, settings.max_features)
     logits = tested.side_by_side(boundary.layers, boundary.standardizers) @ boundary.weights.float().T
     last = ensemble.draw(live, held_out, candidates=[("head", l2) for l2 in settings.l2], classes=data.classes)
     return Ours(

@@ -18,12 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from pipelines.benchmarks.hardware import hardware
-from posttrain.config import RunFile, dump, load
+from posttrain.config import RunFile, dump, load, yaml
 
 
 def plain(config: RunFile, weights: Path) -> dict[str, Any]:
@@ -185,7 +184,7 @@ def report(
     print(f"| imports, shutting down | {bare_wall - bare['seconds']:.1f} | {started:.1f} |")
     record = {"plain": bare, "plain_wall": bare_wall, "posttrain": ours, "posttrain_wall": ours_wall}
     (folder / "plain_loop.json").write_text(json.dumps(record, indent=2))
-    (folder / "config.yaml").write_text(yaml.safe_dump(yaml.safe_load(dump(config))))
+    (folder / "config.yaml").write_text(yaml.dump(yaml.load(dump(config), where="the run file")))
 
 
 if __name__ == "__main__":

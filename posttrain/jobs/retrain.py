@@ -71,7 +71,7 @@ def _retrained(config: JobFile, *, accept: bool, verbose: bool, quiet: bool) -> 
     job = _job(config)
     stock = _stock(config, job)
     if stock.new or (accept and stock.state.held_back) or job.folder.exists(_intent(job)):
-        with lock.held(job.folder, lease_s=config.job.lease_s, wait_s=config.job.wait_s) as held:
+        with lock.held(job.folder, lease_s=config.job.lock_lease_s, wait_s=config.job.lock_wait_s) as held:
             summary = _with_the_lease(config, job, held, progress, accept=accept, verbose=verbose)
     else:
         summary = _nothing_new(config, stock)
@@ -313,7 +313,7 @@ def _made(
         run.take_over(earlier, [job.run(name) for name in reversed(stock.state.runs)], before)
         state = clean.begun(run) or run.begin(clean.first_model(run))
         champion = _champion_by_class(run, registry, attempt)
-        limits = rounds.Limits(config.removal.max_rounds, config.removal.minimum, config.removal.patience)
+        limits = rounds.Limits(config.removal.max_rounds, config.removal.min_share, config.removal.patience)
         outcome = rounds.clean(state, run.as_steps(), limits)
         progress.say(f"stopped: {outcome.reason}")
         outcome = run.concluded(outcome)
@@ -539,7 +539,7 @@ def _arrivals(config: JobFile, given: list[File], run: CleaningRun) -> dict[str,
         counts[0] += counted(partition, np.arange(len(at)))
     for table in run.folder.row_groups(run.folder.round(1, "scores.parquet"), [PARTITION, ROW, "mislabel_odds"]):
         if table.num_rows:
-            suspect = table["mislabel_odds"].to_numpy() > config.removal.least_odds
+            suspect = table["mislabel_odds"].to_numpy() > config.removal.min_log_odds
             counts[1] += counted(table[PARTITION][0].as_py(), table[ROW].to_numpy()[suspect])
     relabelled = run.ledger.relabelled(run.ledger.rounds())
     for partition, rows in merged(
@@ -793,7 +793,7 @@ def _rolled_back(config: JobFile, *, quiet: bool) -> dict[str, Any]:
     job = _job(config)
     if not job.state().runs:
         raise InputError(f"{config.run.path}: the job has not run yet, so that there is no version to go back to")
-    with lock.held(job.folder, lease_s=config.job.lease_s, wait_s=config.job.wait_s) as held:
+    with lock.held(job.folder, lease_s=config.job.lock_lease_s, wait_s=config.job.lock_wait_s) as held:
         registry = _registry(config, job)
         done = _complete_rollback(job, registry, held)
         if done is None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from posttrain import rounds
-from posttrain.config import Data, RunFile, without_credentials
+from posttrain.config import Data, RunFile, without_credentials, yaml
 from posttrain.errors import ConfigError, DataError, StepError, TrackingError
 from posttrain.report.progress import StepLog
 from posttrain.report.summary import print_summary
@@ -58,7 +58,7 @@ def clean(config: RunFile, *, verbose: bool = False, quiet: bool = False) -> dic
 def limits(config: RunFile) -> rounds.Limits:
     """When the rounds of this run file end."""
     removal = config.removal
-    return rounds.Limits(removal.max_rounds, removal.minimum, removal.patience)
+    return rounds.Limits(removal.max_rounds, removal.min_share, removal.patience)
 
 
 def finished_already(ledger: Ledger, config: RunFile, progress: StepLog) -> dict[str, Any] | None:
@@ -425,8 +425,6 @@ def finish(run: CleaningRun, outcome: rounds.Outcome[Network], began: float) -> 
 
 def write_model(run: CleaningRun, model: Network) -> None:
     """`model.yaml`: the section `model` of a run file that takes the refined model."""
-    import yaml
-
     from posttrain.runs.steps import recipe
 
     spec = model.spec
@@ -439,9 +437,7 @@ def write_model(run: CleaningRun, model: Network) -> None:
         "std": list(spec.image.std),
     }
     text = "# Written by posttrain: this section of a run file takes the refined model.\n"
-    run.folder.write_bytes(
-        run.folder.path("model.yaml"), (text + yaml.safe_dump({"model": section}, sort_keys=False)).encode()
-    )
+    run.folder.write_bytes(run.folder.path("model.yaml"), (text + yaml.dump({"model": section})).encode())
 
 
 def check_counts(samples: int, kept: int, removed: int, quarantined: int, earlier: int = 0) -> None:

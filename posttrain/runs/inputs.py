@@ -77,7 +77,7 @@ def prepare(config: RunFile, *, only: Mapping[str, frozenset[str]] | None = None
         path = config.model.weights
         with tempfile.TemporaryDirectory() as folder:
             if path.startswith(("models:/", "runs:/")):
-                from posttrain.store.tracking import fetch_weights
+                from posttrain.store.mlflow_weights import fetch_weights
 
                 local = fetch_weights(path, config.tracking.uri, Path(folder))
             else:
@@ -115,7 +115,7 @@ def prepare(config: RunFile, *, only: Mapping[str, frozenset[str]] | None = None
             head,
             image,
             _kept(tried, head),
-            config.probe.width,
+            config.probe.max_features,
         ),
         tried,
         weights,
@@ -148,7 +148,9 @@ def for_recipe(inputs: Inputs, config: RunFile) -> Inputs:
     spec = inputs.spec
     model = models.build(spec.factory, classes=spec.classes, arguments=spec.arguments)
     tried = _layers(config.probe.layers, model, spec.head, _example(spec.image))
-    return replace(inputs, layers=tried, spec=replace(spec, layers=_kept(tried, spec.head), width=config.probe.width))
+    return replace(
+        inputs, layers=tried, spec=replace(spec, layers=_kept(tried, spec.head), width=config.probe.max_features)
+    )
 
 
 def _kept(tried: tuple[str, ...], head: str) -> tuple[str, ...]:

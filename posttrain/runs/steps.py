@@ -317,10 +317,10 @@ class CleaningRun:
             tell(selection.total, selection.total)
         figures: dict[str, bytes] = {}
         if self.tracking is not None:
-            from posttrain.store.tracking import score_histogram
+            from posttrain.report.figures import score_histogram
 
             lowest = pc.min(taken[settings.score]).as_py() if taken.num_rows else None
-            figures["scores.png"] = score_histogram(edges, kept, gone, score=settings.score, cut=lowest)
+            figures["scores.png"] = score_histogram(edges, kept, gone, score=settings.score, threshold=lowest)
         return Removal(
             selection,
             int(scored.class_counts.sum()),
@@ -344,7 +344,7 @@ class CleaningRun:
             relabelled,
             in_words(removal.noise),
             removal.exhausted,
-            None if self.config.removal.share == "estimated" else self.config.removal.share,
+            None if self.config.removal.max_share == "estimated" else self.config.removal.max_share,
         )
 
     def refine(self, state: State[Network], backbone: str, removal: Removal, drawn: Drawn) -> Network:
@@ -806,7 +806,7 @@ class CleaningRun:
             return self.splits["train"].rows
         # the validation labels stay as noisy as they are: a later, lower estimate is chance
         most = max([noise.most, *(done.metrics.get("noise_most", 0.0) for done in state.history)])
-        share = most if settings.share == "estimated" else settings.share
+        share = most if settings.max_share == "estimated" else settings.max_share
         removed_before = sum(len(rows) for rows in self.earlier.excluded.values())
         relabelled_before = self.before.support.num_rows - removed_before
         return policy.allowance(
@@ -821,7 +821,7 @@ class CleaningRun:
             scores = table[settings.score].to_numpy().copy()
             # a control takes as many as it is told, by its own score alone
             if settings.score != "random" and self.quota is None:
-                scores[table["mislabel_odds"].to_numpy() <= settings.least_odds] = -np.inf
+                scores[table["mislabel_odds"].to_numpy() <= settings.min_log_odds] = -np.inf
             # what has been relabelled once is let be: it would go back and forth
             if table.num_rows and (changed := self.relabelled.get(table[PARTITION][0].as_py())) is not None:
                 scores[np.isin(table[ROW].to_numpy(), changed[0])] = -np.inf

@@ -12,11 +12,10 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from pydantic import JsonValue
 from rich.console import Console
 
-from posttrain.config import RunFile, Search, Tracking, dump, without_credentials, without_marks, without_secrets
+from posttrain.config import RunFile, Search, Tracking, dump, without_credentials, without_marks, without_secrets, yaml
 from posttrain.errors import StepError
 from posttrain.report.progress import StepLog
 from posttrain.report.search import print_search
@@ -129,13 +128,13 @@ def _searched(
                 search.metric,
                 search.metric == "validation_accuracy",
                 search.grace_rounds,
-                search.reduction,
+                search.reduction_factor,
                 max(trial.config.removal.max_rounds for trial in trials),
                 frozenset({0}),
             ),
             cpus=cpus,
             gpus=gpus,
-            at_once=search.at_once,
+            at_once=search.max_concurrent_trials,
             folder=folder,
             on_report=on_report,
             on_end=on_end,
@@ -182,7 +181,8 @@ def _trials(config: RunFile, inputs: Inputs, values: Sequence[Mapping[str, JsonV
 def embedded_once(trials: Sequence[Trial], first: Network, driver: Callable[[], CleaningRun]) -> list[Trial]:
     """The trials with the features of the untouched backbone, which lie in the search's folder.
 
-    One pass over the images keeps every layer that any recipe tries. Only another `probe.width` makes other features.
+    One pass over the images keeps every layer that any recipe tries. Only another `probe.max_features` makes
+    other features.
     """
     stores = {}
     for width in dict.fromkeys(trial.inputs.spec.width for trial in trials):
@@ -340,7 +340,7 @@ def _write_best(
     )
     search = without_credentials(config.run.path)
     said = f"# Written by posttrain tune: the best recipe of {search}, trial {trial.number}.\n"
-    record = yaml.safe_load(dump(recipe))
+    record = yaml.load(dump(recipe), where="the recipe")
     del record["search"]
     if without_secrets(record) != record:
         record = without_marks(without_secrets(record))
@@ -353,5 +353,5 @@ def _write_best(
             best.start(recipe, fingerprint)
         best.folder.write_bytes(best.folder.path("pretrained", "model.safetensors"), first.weights)
     path = folder.path("best.yaml")
-    folder.write_bytes(path, (said + yaml.safe_dump(record, sort_keys=False, allow_unicode=True)).encode())
+    folder.write_bytes(path, (said + yaml.dump(record)).encode())
     return path

@@ -14,10 +14,9 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import yaml
 from pydantic import ValidationError
 
-from posttrain.config import RunFile, differences, dump, without_marks, without_secrets
+from posttrain.config import RunFile, differences, dump, without_marks, without_secrets, yaml
 from posttrain.errors import RunFolderError
 from posttrain.schema import (
     NO_SUPPORT,
@@ -47,14 +46,14 @@ _PACKAGES = (
 # what may differ when a run goes on: where it computes and where it tells of it, not what it computes
 _MAY_DIFFER = {
     "run": ("ray.", "tracking.", "run.path", "search."),
-    "search": ("ray.", "tracking.", "run.path", "search.at_once"),
+    "search": ("ray.", "tracking.", "run.path", "search.max_concurrent_trials"),
 }
 _MAY_NOT_DIFFER = ("ray.precision",)
 
 
 def settings(config: RunFile) -> dict[str, Any]:
     """The run file as it may be written down: without the users, passwords and keys in its URIs."""
-    return without_secrets(yaml.safe_load(dump(config)))
+    return without_secrets(yaml.load(dump(config), where="the run file"))
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Ledger:
     def started(self) -> dict[str, Any] | None:
         """`run.yaml` (`search.yaml`) as it was written; None for a new folder."""
         if self.folder.exists(self._record):
-            return yaml.safe_load(self.folder.read_bytes(self._record))
+            return yaml.load(self.folder.read_bytes(self._record), where=self._record)
         other, command = ("search", "tune") if self.kind == "run" else ("run", "clean")
         if self.folder.exists(self.folder.path(f"{other}.yaml")):
             raise RunFolderError(
@@ -101,7 +100,7 @@ class Ledger:
             "versions": {"python": platform.python_version(), **versions},
         }
         text = f"# Written by posttrain; the {self.kind} goes on only with these settings and these data.\n"
-        text += yaml.safe_dump(record, sort_keys=False)
+        text += yaml.dump(record)
         self.folder.write_bytes(self._record, text.encode())
 
     def is_begun(self) -> bool:

@@ -1,9 +1,9 @@
-"""What a run has to tell MLflow, kept in its folder until it has arrived.
+"""Calls to MLflow, kept in the run folder until MLflow has accepted them.
 
-Each message is written to `outbox/` before it is sent, and deleted once MLflow has taken it; they go in the order in
-which they were written. So a server that is away, slow or refuses holds up no round, and loses none: what it did not
-take goes with the next message, at the end of the run, or when the same command is started again. A message may be
-sent twice (its answer was lost, the run was killed); `tracking` sees to it that this changes nothing.
+Each call is written to `outbox/` as a message before it is sent, and deleted once MLflow has accepted it; messages are
+sent in the order in which they were written. So a server that is unreachable, slow or refuses delays no round, and
+loses none: what it did not accept is sent again with the next message, at the end of the run, or when the same command
+is started again. A message may be sent twice (its answer was lost, the run was killed): `Tracking` logs it once.
 """
 
 from __future__ import annotations
@@ -23,36 +23,37 @@ from pyarrow import fs
 from posttrain.config import without_credentials
 from posttrain.errors import StepError
 from posttrain.store.folder import RunFolder
-from posttrain.store.tracking import Status, Tracking, brief_requests, reason
+from posttrain.store.mlflow_client import brief_requests, reason
+from posttrain.store.tracking import Status, Tracking
 
 _ANSWER_S = 5
-"""How long an answer is waited for while there are rounds to do."""
+"""Timeout of one request between rounds."""
 _AT_A_TIME_S = 10.0
-"""No further message is sent then once a delivery has taken this long."""
+"""Between rounds, a delivery that has taken this long sends no further message."""
 _PAUSE = 10
-"""After a delivery that failed, or took too long, none is tried for this many times as long: so that a server that is
-away or slow costs a run a tenth of its time at most."""
+"""After a delivery that failed or took too long, the next one waits this many times its duration, so that a server that
+is unreachable or slow costs a run at most a tenth of its time."""
 _LAST_ANSWER_S, _AT_THE_END_S = 30, 60.0
-"""Both at the end of a run, when nothing waits for it."""
+"""The same two limits at the end of a run."""
 
 _CALLS = ("log_round", "log_metrics", "log_tags", "log_dataset", "log_artifact", "log_model", "finish")
 
 
 class Outbox:
-    """`Tracking` for a run that does not depend on it: the same calls, of which none fails because of MLflow.
+    """The calls of `Tracking`, none of which fails because of MLflow.
 
     Leaving it as a context manager ends the MLflow run with the right status.
     """
 
-    def __init__(self, queue: Queue, beneath: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, queue: Queue, nested_run: Mapping[str, Any] | None = None) -> None:
         self._queue = queue
-        self._beneath = beneath
+        self._nested_run = nested_run
         self._running = True
         self._finished = False
 
     @classmethod
     def of(cls, tracking: Tracking, folder: RunFolder, say: Callable[[str], None]) -> Outbox:
-        """The outbox of the run in `folder`, with what is in it from former starts; `say` is told of troubles."""
+        """The outbox of the run in `folder`, with the messages of previous starts; `say` prints a line for the user."""
         return cls(Queue(tracking, folder, say))
 
     def __enter__(self) -> Self:
@@ -67,7 +68,7 @@ class Outbox:
                 self.finish()
                 self.deliver(_AT_THE_END_S)
             else:
-                # not kept: the next start of the run sets it running again
+                # not kept in the outbox: the next start of the run sets its status to running again
                 self._queue.give_up("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
 
     @property
@@ -76,15 +77,15 @@ class Outbox:
         return self._queue.tracking.uri
 
     def undelivered(self) -> dict[str, Any] | None:
-        """{messages, server, why} of what MLflow has not taken; None where it has taken all."""
+        """{messages, server, why} of what MLflow has not accepted; None where it has accepted everything."""
         return self._queue.undelivered()
 
     def deliver(self, within_s: float = math.inf) -> None:
-        """Send what waits, now, and with more patience than between rounds."""
+        """Send all messages now, with more patience than between rounds."""
         self._queue.deliver(within_s, _LAST_ANSWER_S)
 
     def nested(self, name: str, *, params: Mapping[str, object], tags: Mapping[str, str]) -> Outbox:
-        """As `Tracking.nested`; the run is made with the first message to it."""
+        """As `Tracking.nested`; MLflow creates it with the first message to it."""
         return Outbox(self._queue, {"name": name, "params": params, "tags": tags})
 
     def log_round(
@@ -98,41 +99,46 @@ class Outbox:
     ) -> None:
         """As `Tracking.log_round`."""
         pictures = {name: base64.b64encode(png).decode() for name, png in figures.items()}
-        self._tell(
-            "log_round", round=round, params=params, metrics=metrics, figures=pictures, artifacts=self._named(artifacts)
+        self._add(
+            "log_round",
+            round=round,
+            params=params,
+            metrics=metrics,
+            figures=pictures,
+            artifacts=self._relative(artifacts),
         )
 
     def log_metrics(self, metrics: Mapping[str, float | None], step: int = 0) -> None:
         """As `Tracking.log_metrics`."""
-        self._tell("log_metrics", metrics=metrics, step=step)
+        self._add("log_metrics", metrics=metrics, step=step)
 
     def log_tags(self, tags: Mapping[str, str]) -> None:
         """As `Tracking.log_tags`."""
-        self._tell("log_tags", tags=tags)
+        self._add("log_tags", tags=tags)
 
     def log_dataset(self, name: str, digest: str, source: str, profile: Mapping[str, object]) -> None:
         """As `Tracking.log_dataset`."""
-        self._tell("log_dataset", name=name, digest=digest, source=source, profile=profile)
+        self._add("log_dataset", name=name, digest=digest, source=source, profile=profile)
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         """As `Tracking.log_artifact`."""
-        self._tell("log_artifact", artifacts=self._named([path]), folder=folder)
+        self._add("log_artifact", artifacts=self._relative([path]), folder=folder)
 
     def log_model(self, weights: Path, **recipe: Any) -> None:
         """As `Tracking.log_model`."""
-        self._tell("log_model", artifacts=self._named([weights]), **recipe)
+        self._add("log_model", artifacts=self._relative([weights]), **recipe)
 
     def finish(self, status: Status = "FINISHED") -> None:
-        """As `Tracking.finish`; a second time it does nothing."""
+        """As `Tracking.finish`; a second call does nothing."""
         if not self._finished:
             self._finished = True
-            self._tell("finish", status=status)
+            self._add("finish", status=status)
 
-    def _tell(self, call: str, **given: Any) -> None:
-        self._queue.add({"beneath": self._beneath, "call": call, "given": given})
+    def _add(self, call: str, **given: Any) -> None:
+        self._queue.add({"nested_run": self._nested_run, "call": call, "given": given})
 
-    def _named(self, paths: Sequence[Path]) -> list[str]:
-        """Files of the run folder as they are kept: as seen from there, for it may be moved."""
+    def _relative(self, paths: Sequence[Path]) -> list[str]:
+        """Paths relative to the run folder, which may be moved."""
         root = self._queue.folder.local
         return [path.absolute().relative_to(root).as_posix() for path in paths]
 
@@ -144,7 +150,7 @@ class _Message:
 
 
 class Queue:
-    """The messages of a run and of those beneath it, in one order."""
+    """The messages of a run and of its nested runs, in the order in which they are sent."""
 
     def __init__(self, tracking: Tracking, folder: RunFolder, say: Callable[[str], None]) -> None:
         self.tracking, self.folder = tracking, folder
@@ -157,28 +163,28 @@ class Queue:
         self._why = ""
 
     def add(self, content: Mapping[str, Any]) -> None:
-        """Keep a message, and send what waits, unless a delivery has just failed."""
-        # as it will come back: MLflow is told the same, whether at once or later
+        """Keep a message, and send what is waiting unless a delivery has just failed."""
+        # through JSON: MLflow gets the same now or later
         kept: dict[str, Any] = json.loads(json.dumps(content, default=str))
         if kept in [message.content for message in self._waiting]:
-            return  # a run that goes on tells of all its rounds
+            return  # a run that is continued logs all its rounds again
         self._number += 1
         message = _Message(self.folder.path("outbox", f"{self._number:08d}.json"), kept)
-        # not durable: a run that goes on after a power cut tells of all its rounds
+        # not durable: a run that is continued after a power cut logs all its rounds again
         with self.folder.writing(message.path, durable=False) as stream:
             stream.write(json.dumps(kept).encode())
         self._waiting.append(message)
         self.deliver_if_due()
 
     def deliver_if_due(self) -> None:
-        """Send what waits, for so long as a round may be held up."""
+        """Send what is waiting, for as long as a round may be delayed."""
         if time.monotonic() >= self._not_before:
             took = self.deliver(_AT_A_TIME_S, _ANSWER_S)
             if self._waiting or took > _AT_A_TIME_S:
                 self._not_before = time.monotonic() + _PAUSE * max(took, 1.0)
 
     def deliver(self, within_s: float, answer_s: int) -> float:
-        """Send what waits until all is told, it takes too long, or MLflow does not take it; how long it took."""
+        """Send messages until none is left, the time is up, or MLflow refuses one; returns the seconds that it took."""
         began, count = time.monotonic(), 0
         try:
             with brief_requests(answer_s):
@@ -190,18 +196,20 @@ class Queue:
             why = reason(error.__cause__ or error)
             if not self._why:
                 server = without_credentials(self.tracking.uri)
-                self._say(f"MLflow at {server} does not take what it is told ({why}): kept for later, the run goes on")
+                self._say(
+                    f"MLflow at {server} does not accept messages ({why}): they are kept for later, and the run goes on"
+                )
             self._why = why
         else:
             if self._waiting:
                 self._why = self._why or f"slower than {within_s:g} s"
             elif self._why:
-                self._say(f"MLflow has been told what was kept for it: {count} messages")
+                self._say(f"MLflow has accepted the messages kept for it: {count}")
                 self._why = ""
         return time.monotonic() - began
 
     def give_up(self, status: Status) -> None:
-        """Set MLflow's run to this status, if that is quickly done."""
+        """Set the status of the MLflow run, if MLflow answers quickly."""
         self.deliver_if_due()
         if self._waiting:
             return
@@ -222,15 +230,15 @@ class Queue:
 
     def _send(self, content: Mapping[str, Any]) -> None:
         to, given = self.tracking, dict(content["given"])
-        if (beneath := content["beneath"]) is not None:
-            name = beneath["name"]
+        if (nested_run := content["nested_run"]) is not None:
+            name = nested_run["name"]
             if name not in self._nested:
-                self._nested[name] = self.tracking.nested(**beneath)
+                self._nested[name] = self.tracking.nested(**nested_run)
             to = self._nested[name]
         if "figures" in given:
             given["figures"] = {name: base64.b64decode(png) for name, png in given["figures"].items()}
         if "artifacts" in given:
-            given["artifacts"] = self._there(given["artifacts"])
+            given["artifacts"] = self._existing(given["artifacts"])
         call = _CALLS[_CALLS.index(content["call"])]
         if call in ("log_artifact", "log_model"):
             for path in given.pop("artifacts"):
@@ -238,15 +246,15 @@ class Queue:
         elif call != "finish" or to.is_running:
             getattr(to, call)(**given)
 
-    def _there(self, names: Sequence[str]) -> list[Path]:
+    def _existing(self, names: Sequence[str]) -> list[Path]:
         paths = [self.folder.local / name for name in names]
         for path in paths:
             if not path.exists():
-                self._say(f"MLflow is not told of {path}: it is gone")
+                self._say(f"{path} is gone and cannot be logged to MLflow")
         return [path for path in paths if path.exists()]
 
 
 def waiting(folder: RunFolder) -> list[str]:
-    """Paths of the messages that MLflow has not taken yet, in their order."""
+    """Paths of the messages that MLflow has not accepted yet, in order."""
     selector = fs.FileSelector(folder.path("outbox"), allow_not_found=True)
     return sorted(info.path for info in folder.files.get_file_info(selector) if info.path.endswith(".json"))

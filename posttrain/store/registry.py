@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from posttrain.config import without_credentials
+from posttrain.config import without_credentials, yaml
 from posttrain.errors import PosttrainError, StepError
-from posttrain.store.tracking import connect, fetch_weights, reason
+from posttrain.store.mlflow_client import connect, reason
+from posttrain.store.mlflow_weights import fetch_weights
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -128,7 +127,8 @@ class Registry:
         """
         weights = fetch_weights(f"models:/{self.name}/{version.number}", self.uri, into)
         for described in sorted(into.rglob("MLmodel")):
-            flavor = (yaml.safe_load(described.read_text()).get("flavors") or {}).get("python_function") or {}
+            flavors = yaml.load(described.read_bytes(), where=str(described)).get("flavors") or {}
+            flavor = flavors.get("python_function") or {}
             recipe = flavor.get("config")
             if isinstance(recipe, dict) and {"factory", "arguments", "classes", "head"} <= recipe.keys():
                 return weights, recipe

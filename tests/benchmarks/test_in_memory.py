@@ -66,7 +66,7 @@ def test_the_accuracy_of_a_boundary_is_that_of_the_network_that_ends_in_it(begin
         network,
         "head",
         boundary.layers,
-        in_memory.PROBE.width,
+        in_memory.PROBE.max_features,
         weight,
         bias,
         factory=dataset.factory,

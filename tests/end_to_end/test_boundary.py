@@ -189,16 +189,16 @@ def test_layers_may_be_named(run: Run, resnet: Sections, tmp_path: Path) -> None
 
 
 def test_no_more_than_the_given_share_goes_in_all_rounds_together(run: Run, tmp_path: Path) -> None:
-    summary = run(tmp_path / "run", removal={"share": 0.03, "budget": 0.02, "max_rounds": 10})
+    summary = run(tmp_path / "run", removal={"max_share": 0.03, "budget": 0.02, "max_rounds": 10})
     assert [done["removed"] for done in rounds(tmp_path / "run")] == [0, 18, 9]
     assert summary["removed"] == len(removed_ids(tmp_path / "run")) == 27
-    assert summary["ended"].startswith("27 samples are dealt with, as many as removal.share = 0.03 allows")
+    assert summary["ended"].startswith("27 samples are dealt with, as many as removal.max_share = 0.03 allows")
 
 
 def test_where_removal_share_is_0_nothing_goes(run: Run, tmp_path: Path) -> None:
-    summary = run(tmp_path / "run", removal={"share": 0.0})
+    summary = run(tmp_path / "run", removal={"max_share": 0.0})
     assert (summary["removed"], summary["live"]) == (0, 900)
-    assert summary["ended"].startswith("no sample goes: removal.share = 0;")
+    assert summary["ended"].startswith("no sample goes: removal.max_share = 0;")
     assert summary["validation_accuracy_after"] >= summary["validation_accuracy_before"]
 
 
@@ -213,7 +213,7 @@ def test_where_removal_share_is_0_nothing_goes(run: Run, tmp_path: Path) -> None
 def test_where_nothing_goes_a_boundary_that_is_clearly_better_becomes_the_head(
     run: Run, resnet: Sections, tmp_path: Path, refine: dict[str, Any], committed: int
 ) -> None:
-    summary = run(tmp_path / "run", **resnet, removal={"share": 0.0}, refine=refine)
+    summary = run(tmp_path / "run", **resnet, removal={"max_share": 0.0}, refine=refine)
     assert (summary["removed"], summary["rounds"]) == (0, committed)
     gained = summary["test_accuracy_after"] - summary["test_accuracy_before"]
     assert gained > 0.1 if committed else gained == 0

@@ -333,7 +333,7 @@ def test_a_run_that_removes_nothing_leaves_all_columns(run: Run, undisturbed: Un
 
 
 def test_random_removal_is_blind_to_the_labels(run: Run, tmp_path: Path) -> None:
-    summary = run(tmp_path / "run", removal={"score": "random", "budget": 0.3, "share": 1.0, "max_rounds": 1})
+    summary = run(tmp_path / "run", removal={"score": "random", "budget": 0.3, "max_share": 1.0, "max_rounds": 1})
     assert summary["removed"] == 270
     # 20 % of the labels are wrong: three standard errors of 270 draws are 7 points
     assert summary["removal_precision"] == pytest.approx(0.2, abs=0.07)

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.ray
 Run = Callable[..., dict[str, Any]]
 
 # a share of one's own: three rounds, whatever is estimated
-RELABEL = {"action": "relabel", "relabel_above": 0.8, "share": 0.2, "max_rounds": 3}
+RELABEL = {"action": "relabel", "relabel_above": 0.8, "max_share": 0.2, "max_rounds": 3}
 
 
 @pytest.fixture(scope="session")

@@ -106,7 +106,7 @@ def test_what_is_not_taken_is_kept_in_order_and_told_once(
     assert_whole(told, range(5))
     assert told.curve("rounds") == [(4, 4.0)]
     assert told.parent.info.status == "FINISHED"
-    assert "kept for later" in said[0] and "has been told what was kept" in said[-1]
+    assert "kept for later" in said[0] and "has accepted the messages kept" in said[-1]
 
 
 def test_a_request_that_was_given_up_and_arrives_late_makes_no_second_run(
@@ -156,7 +156,7 @@ def test_a_message_of_another_kind_is_refused(between: Between, tmp_path: Path) 
     folder = RunFolder(str(tmp_path / "run"))
     outbox = opened(between.uri, folder, [])
     with pytest.raises(ValueError, match="not in tuple"):
-        outbox._tell("open", uri="x")
+        outbox._add("open", uri="x")
 
 
 @contextmanager
@@ -195,7 +195,7 @@ def test_a_run_whose_server_is_killed_goes_on_and_delivers_at_its_next_start(
     left = summary["undelivered"]
     assert left["server"] == uri and left["messages"] > 3
     assert len(waiting(RunFolder(str(tmp_path / "run")))) == left["messages"]
-    assert "kept for later, the run goes on" in " ".join(capsys.readouterr().err.split())
+    assert "kept for later, and the run goes on" in " ".join(capsys.readouterr().err.split())
 
     # still away: said again, and nothing is done
     assert run(tmp_path / "run", tracking=section)["undelivered"]["messages"] == left["messages"]

@@ -221,7 +221,12 @@ def test_a_search_that_is_killed_and_started_again_loses_and_repeats_nothing(
         folder,
         removal={"max_rounds": 4},
         refine={"augment": "crop"},
-        search={"trials": 4, "space": {"removal.budget": {"uniform": [0.02, 0.05]}}, "at_once": 1, "grace_rounds": 2},
+        search={
+            "trials": 4,
+            "space": {"removal.budget": {"uniform": [0.02, 0.05]}},
+            "max_concurrent_trials": 1,
+            "grace_rounds": 2,
+        },
         ray={"num_cpus": 2},
         tracking={"uri": None},
     )

@@ -210,7 +210,7 @@ def test_a_run_goes_on_whatever_is_searched_and_a_search_only_with_the_same_spac
     record = started(ledger)
     search = Ledger(ledger.folder, "search")
     for override, may_differ in (
-        ("search.at_once=3", True),
+        ("search.max_concurrent_trials=3", True),
         ("search.trials=3", False),
         ("search.space.removal.budget={choice: [0.1]}", False),
     ):
@@ -245,7 +245,7 @@ def test_no_credential_of_any_uri_is_written_down_and_none_is_a_difference(tmp_p
     other = config.data.model_copy(update={"train": ("s3://key:hunter1@bucket/c",)})
     with pytest.raises(RunFolderError) as caught:
         ledger.refuse_other_settings(started, config.model_copy(update={"data": other}))
-    assert "partition/c" in str(caught.value) and "hunter" not in str(caught.value)
+    assert "bucket/c" in str(caught.value) and "hunter" not in str(caught.value)
 
 
 def test_the_votes_of_a_round_come_back_to_the_bit(ledger: Ledger):

@@ -171,7 +171,7 @@ def test_a_run_that_removed_nothing_leaves_a_removed_parquet_without_rows(run: F
 
 @pytest.mark.parametrize("committed", [False, True])
 def test_what_the_round_selected_that_ended_the_run_is_not_removed(run: Finished, committed: bool):
-    # fewer candidates than removal.minimum: the selection comes to nothing
+    # fewer candidates than removal.min_share: the selection comes to nothing
     path = run.folder.round(3, "removed.parquet")
     write(run.folder, path, run.scored[3].head(2))
     if committed:

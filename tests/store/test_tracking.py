@@ -1,52 +1,24 @@
 from __future__ import annotations
 
-import io
 import os
-import shutil
 import socket
-import struct
-import sys
 import time
 from pathlib import Path
 
 import mlflow
-import numpy as np
-import pandas as pd
 import pytest
-import torch
 from mlflow import MlflowClient
-from PIL import Image
-from safetensors.torch import load_file, save_file
 
-from posttrain.errors import ModelError, StepError, TrackingError
-from posttrain.store.tracking import Tracking, fetch_weights, score_histogram
-from posttrain.vision.models import build, save_weights
+from posttrain.errors import StepError, TrackingError
+from posttrain.store.tracking import Tracking
 
 # SQLAlchemy's warning about MLflow's own tables
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
-
-IMAGE = {"channels": 1, "size": (8, 8), "mean": (0.5,), "std": (0.5,), "shape": None}
 
 
 def open_run(run_folder: Path, uri: str | None = None, **given) -> Tracking:
     asked = {"experiment": "posttrain", "run_name": "digits", "params": {}, "tags": {}, **given}
     return Tracking.open(uri, run_folder=run_folder, **asked)
-
-
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory) -> Path:
-    """A database with MLflow's tables, which take seconds to make."""
-    folder = tmp_path_factory.mktemp("tables")
-    MlflowClient(f"sqlite:///{folder}/mlflow.db").search_experiments()
-    return folder / "mlflow.db"
-
-
-@pytest.fixture
-def run_folder(tmp_path, empty_database) -> Path:
-    folder = tmp_path / "run #1"
-    folder.mkdir()
-    shutil.copy(empty_database, folder)
-    return folder
 
 
 def client_of(tracking: Tracking) -> MlflowClient:
@@ -78,7 +50,7 @@ def test_without_a_uri_everything_lies_in_the_run_folder(run_folder, tmp_path):
     assert (run.info.status, run.data.metrics) == ("FINISHED", {"test_accuracy": 0.5})
 
 
-def test_the_users_own_server_and_run_stay_as_they_were(run_folder):
+def test_the_users_own_server_and_run_stay_as_they_were(run_folder, log_network):
     before = mlflow.get_tracking_uri(), os.environ.get("MLFLOW_TRACKING_URI"), mlflow.active_run()
     with open_run(run_folder) as tracking:
         log_round(tracking, 1)
@@ -138,7 +110,7 @@ def test_a_run_that_goes_on_is_neither_doubled_nor_are_its_rounds(run_folder):
 
 def test_a_round_that_was_interrupted_while_it_was_told_is_completed(run_folder, tmp_path):
     missing = tmp_path / "scores.parquet"
-    refusal = pytest.raises(StepError, match=r"did not take round 1 .*start the same command again")
+    refusal = pytest.raises(StepError, match=r"did not accept round 1 .*start the same command again")
     with refusal, open_run(run_folder) as first:
         log_round(first, 1, params={"a": 1}, artifacts=[missing])
     missing.write_bytes(b"scores")
@@ -223,141 +195,6 @@ def test_a_deleted_experiment_is_named(run_folder):
     client_of(tracking).delete_experiment(tracking.experiment_id)
     with pytest.raises(TrackingError, match="experiment 'posttrain' has been deleted"):
         open_run(run_folder)
-
-
-def png_size(png: bytes) -> tuple[int, int]:
-    assert png.startswith(b"\x89PNG\r\n")
-    return struct.unpack(">II", png[16:24])
-
-
-def test_the_score_histogram_is_a_png_even_where_nothing_was_removed():
-    edges = np.linspace(-1, 1, 11)
-    width, height = png_size(score_histogram(edges, np.arange(10), np.zeros(10), score="loo_margin", cut=0.3))
-    assert width > height > 100
-    png_size(score_histogram(edges, np.zeros(10), np.zeros(10), score="loss", cut=float("inf")))
-
-
-def log_network(tracking: Tracking, folder: Path) -> tuple[str, torch.nn.Module]:
-    torch.manual_seed(0)
-    network = build("posttrain.vision.models:mlp", classes=3, arguments={"width": 16})
-    save_weights(network, folder / "refined.safetensors")
-    uri = tracking.log_model(
-        folder / "refined.safetensors",
-        factory="posttrain.vision.models:mlp",
-        arguments={"width": 16},
-        classes=3,
-        head="head",
-        image=IMAGE,
-    )
-    return uri, network
-
-
-def test_the_logged_model_predicts_what_the_network_does_and_holds_no_pickle(run_folder, tmp_path, monkeypatch):
-    with open_run(run_folder) as tracking:
-        uri, network = log_network(tracking, tmp_path)
-    assert not [p for p in run_folder.rglob("*") if p.suffix in (".pkl", ".pickle", ".pth", ".pt")]
-    outputs = client_of(tracking).get_run(tracking.run_id).outputs
-    assert outputs is not None
-    [output] = outputs.model_outputs
-    assert uri == f"models:/{output.model_id}"
-    assert client_of(tracking).get_logged_model(output.model_id).status == "READY"
-
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking.uri)
-    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
-    monkeypatch.setattr("sys.path", list(sys.path))
-    served = mlflow.pyfunc.load_model(uri)
-    pixels = np.random.default_rng(0).integers(0, 256, (5, 8, 8), dtype=np.uint8)
-    encoded = []
-    for image in pixels:
-        Image.fromarray(image).save(buffer := io.BytesIO(), "png")
-        encoded.append(buffer.getvalue())
-    with torch.no_grad():
-        expected = network((torch.from_numpy(pixels)[:, None] / 255 - 0.5) / 0.5).softmax(dim=1).numpy()
-    for given in (encoded, pixels, pd.DataFrame({"id": range(5), "image": encoded})):
-        np.testing.assert_allclose(served.predict(given), expected, rtol=1e-4)
-    with pytest.raises(ValueError, match="image 1 cannot be read"):
-        served.predict([encoded[0], b"no image"])
-
-
-@pytest.fixture
-def network() -> torch.nn.Module:
-    torch.manual_seed(1)
-    return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2)).eval()
-
-
-def test_weights_come_back_from_a_registered_version_an_alias_a_model_and_a_run(run_folder, tmp_path):
-    with open_run(run_folder) as tracking:
-        uri, network = log_network(tracking, tmp_path)
-        tracking.log_artifact(tmp_path / "refined.safetensors", "weights")
-    client = client_of(tracking)
-    client.create_registered_model("digits")
-    made = client.create_model_version(
-        "digits", client.get_logged_model(uri.removeprefix("models:/")).artifact_location
-    )
-    client.set_registered_model_alias("digits", "champion", made.version)
-    uris = [uri, "models:/digits/1", "models:/digits@champion", f"runs:/{tracking.run_id}/weights"]
-    uris += [f"{uri}/artifacts", f"runs:/{tracking.run_id}/model"]
-    for i, source in enumerate([*uris, f"runs:/{tracking.run_id}/weights/refined.safetensors"]):
-        path = fetch_weights(source, tracking.uri, tmp_path / str(i))
-        fetched = load_file(path)
-        assert all((fetched[name] == tensor).all() for name, tensor in network.state_dict().items())
-
-
-def test_weights_come_out_of_an_exported_model_without_unpickling(run_folder, tmp_path, network, monkeypatch):
-    exported = torch.export.export(network, (torch.zeros(2, 4),))
-    torch.export.save(exported, tmp_path / "model.pt2")
-    with open_run(run_folder) as tracking:
-        tracking.log_artifact(tmp_path / "model.pt2", "exported")
-    monkeypatch.setattr("pickle.loads", None)
-    monkeypatch.setattr("torch.load", None)
-    fetched = load_file(fetch_weights(f"runs:/{tracking.run_id}/exported", tracking.uri, tmp_path / "into"))
-    assert fetched.keys() == network.state_dict().keys()
-    for name, tensor in network.state_dict().items():
-        assert fetched[name].dtype == tensor.dtype
-        assert torch.equal(fetched[name], tensor)
-
-
-def test_a_state_dict_is_taken_and_a_pickled_model_is_refused(run_folder, tmp_path, network):
-    torch.save(network.state_dict(), tmp_path / "state.pt")
-    torch.save(network, tmp_path / "model.pth")
-    torch.save([1, 2], tmp_path / "list.pt")
-    (tmp_path / "note.txt").write_text("no weights")
-    with open_run(run_folder) as tracking:
-        for name in ("state.pt", "model.pth", "list.pt", "note.txt"):
-            tracking.log_artifact(tmp_path / name, name.partition(".")[0])
-
-    def fetch(folder: str) -> Path:
-        return fetch_weights(f"runs:/{tracking.run_id}/{folder}", tracking.uri, tmp_path / "into")
-
-    assert fetch("state").name == "state.pt"
-    with pytest.raises(ModelError, match=r'pickled model \(model.pth\).*serialization_format="pt2"'):
-        fetch("model")
-    with pytest.raises(ModelError, match="holds a list"):
-        fetch("list")
-    with pytest.raises(ModelError, match=r"holds no weights file .* only note\.txt"):
-        fetch("note")
-    with pytest.raises(ModelError, match=r"cannot be fetched from MLflow .*check model\.weights"):
-        fetch("absent")
-
-
-def test_several_weights_files_are_named_unless_one_is_the_models(run_folder, tmp_path):
-    for name in ("first", "second"):
-        save_file({"w": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
-    with open_run(run_folder) as tracking:
-        tracking.log_artifact(tmp_path / "first.safetensors", "w")
-        tracking.log_artifact(tmp_path / "second.safetensors", "w")
-        with pytest.raises(ModelError, match=r"several weights files \(first.safetensors, second.safetensors\)"):
-            fetch_weights(f"runs:/{tracking.run_id}/w", tracking.uri, tmp_path / "a")
-        (tmp_path / "first.safetensors").rename(tmp_path / "model.safetensors")
-        tracking.log_artifact(tmp_path / "model.safetensors", "w")
-    assert fetch_weights(f"runs:/{tracking.run_id}/w", tracking.uri, tmp_path / "b").name == "model.safetensors"
-
-
-def test_weights_in_mlflow_need_a_server_to_be_named(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with pytest.raises(ModelError, match=r"set tracking\.uri or MLFLOW_TRACKING_URI"):
-        fetch_weights("models:/digits/1", None, tmp_path / "into")
 
 
 def test_the_artifacts_of_a_database_that_is_named_lie_beside_it(tmp_path, monkeypatch):

@@ -1,0 +1,104 @@
+"""The sections `model`, `pretrain` and `refine` of a run file: the network, and how it is trained."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, JsonValue, field_validator, model_validator
+
+from posttrain.config.section import Section, Text
+
+
+class Model(Section):
+    """The trained model: how to build it, its weights, and the images that it expects."""
+
+    factory: Text = "posttrain.vision.models:mlp"
+    """Name of a torchvision model (resnet18), or your own function (package.module:function). It is called with
+    classes=<number of classes> and the arguments below, and returns the module."""
+    arguments: dict[str, JsonValue] = Field(default={})
+    """Further keyword arguments of the factory."""
+    weights: Text | None = None
+    """A state_dict (.pt, .pth), a safetensors file, or an MLflow model (models:/..., runs:/...). null:
+    posttrain trains the model first."""
+    head: Text | None = None
+    """Dotted name of the last Linear module. null: found automatically."""
+    channels: Literal[1, 3] = 1
+    """Channels that the model expects: 1 (grey) or 3 (RGB)."""
+    image_size: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = 8
+    """Pixels that the model expects: one number for squares, or height and width."""
+    mean: tuple[float, ...] = (0.5,)
+    """Subtracted from pixels scaled to 0..1: one number, or one per channel."""
+    std: tuple[Annotated[float, Field(gt=0)], ...] = (0.5,)
+    """Then pixels are divided by this: one number, or one per channel."""
+
+    @field_validator("weights")
+    @classmethod
+    def _weights_of_a_known_kind(cls, weights: str | None) -> str | None:
+        known = weights is None or re.search(r"^(models|runs):/|\.(pt|pth|safetensors)$", weights)
+        if not known:
+            raise ValueError("should be a .pt, .pth or .safetensors file or an MLflow URI (models:/..., runs:/...)")
+        return weights
+
+    @model_validator(mode="after")
+    def _one_mean_per_channel(self) -> Self:
+        for key in ("mean", "std"):
+            given = len(getattr(self, key))
+            if given not in (1, self.channels):
+                raise ValueError(
+                    f"model.{key} has {given} values, and model.channels is {self.channels}: give one value"
+                    + (" per channel, or one for all" if self.channels > 1 else "")
+                )
+        return self
+
+
+Augment = Literal["none", "crop_flip", "crop"]
+
+
+class Training(Section):
+    """How a network is trained; the sections pretrain and refine share these keys."""
+
+    epochs: int = Field(default=1, ge=1)
+    """Passes over the training data."""
+    batch_size: int = Field(default=128, ge=1)
+    """Samples per step, over all workers."""
+    learning_rate: float = Field(default=0.01, gt=0)
+    """Learning rate at the start."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Momentum of sgd; adamw ignores it."""
+    weight_decay: float = Field(default=5e-4, ge=0)
+    """Weight decay of the optimizer."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """sgd (with Nesterov momentum where momentum is above 0) or adamw."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate over time. constant, or cosine: it falls to 0 over all steps."""
+
+
+class Pretrain(Training):
+    """Training the model from scratch, where no weights are given."""
+
+    epochs: int = Field(default=200, ge=1)
+    """Largest number of passes over the training data."""
+    batch_size: int = Field(default=64, ge=1)
+    """Samples per step, over all workers."""
+    learning_rate: float = Field(default=3e-3, gt=0)
+    """Learning rate at the start."""
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    """sgd (with Nesterov momentum where momentum is above 0) or adamw."""
+    augment: Augment = "none"
+    """Augmentation of the training images: none, crop (random shifts), crop_flip (random shifts and mirroring)."""
+    until_train_accuracy: float | None = Field(default=0.995, gt=0, le=1)
+    """Stop after the epoch that reaches this accuracy on the given labels. null: train all epochs."""
+
+
+class Refine(Training):
+    """Refining the model after each removal."""
+
+    scope: Literal["head", "network", "both"] = "head"
+    """What is retrained on the samples that are left. head: the decision boundary fitted to them becomes the new head;
+    the other keys of this section have no effect. network: the whole network is trained. both: the whole network is
+    trained in every round, and at the end the boundary becomes its new head, unless it does worse on validation labels.
+    If nothing was removed, head and both change the head only if that is clearly better."""
+    augment: Augment | None = None
+    """Augmentation of the training images: none, crop (random shifts), crop_flip (random shifts and mirroring). null:
+    as in pretrain, where posttrain trains the model itself; else crop_flip."""
