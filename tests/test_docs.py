@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shlex
 import subprocess
@@ -185,6 +186,17 @@ def test_python_that_is_not_run_is_python_and_names_what_there_is():
         compile(block, "block", "exec")
         for name in re.findall(r"\bposttrain\.(\w+)\(", block):
             assert hasattr(posttrain, name)
+
+
+def test_the_notebook_runs(monkeypatch):
+    import nbclient
+    import nbformat
+
+    # the kernel is a process of its own
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY), prepend=os.pathsep)
+    notebook = nbformat.read(PAGES / "notebook.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
+    assert len(notebook.cells) > 10
 
 
 def test_the_model_of_ones_own_is_one_that_posttrain_builds(tmp_path, monkeypatch):
