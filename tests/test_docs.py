@@ -48,7 +48,9 @@ class Page:
 
     @cached_property
     def anchors(self) -> set[str]:
-        return {anchor(heading) for heading in re.findall(r"^#+ (.+)$", self.prose, re.MULTILINE)}
+        headings = {anchor(heading) for heading in re.findall(r"^#+ (.+)$", self.prose, re.MULTILINE)}
+        # mkdocstrings' directives
+        return headings | set(re.findall(r"^::: (\S+)$", self.prose, re.MULTILINE))
 
     @property
     def commands(self) -> list[str]:
@@ -228,6 +230,13 @@ def test_the_tables_of_results_are_what_was_measured():
     for path in results.PAGES:
         text = path.read_text(encoding="utf-8")
         assert text == results.filled(text), "run `python docs/results.py`"
+
+
+def test_a_table_gives_the_mean_over_cases_and_the_spread_over_seeds():
+    results = script("results")
+    rows = [{"seed": seed, "test_accuracy": value} for seed, value in [(0, 0.6), (0, 0.8), (1, 0.7), (1, 0.9)]]
+    # the seeds' means are 70 and 80
+    assert results.spread(results.by_seed(rows, "test_accuracy")) == "75.0 ± 7.1"
 
 
 def test_pictures_are_small():
