@@ -45,7 +45,7 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as in removal.budget=0.03; repeatable."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object and nothing else.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Ray's own messages, and tracebacks of errors.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Ray's messages, and tracebacks of errors.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -60,7 +60,7 @@ def posttrain(
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
     ] = False,
 ) -> None:
-    """Find the wrong labels of a data set with the model trained on it, remove them, refine the model."""
+    """Find wrong labels in a data set with the model trained on it, remove them, and refine the model."""
 
 
 @app.command()
@@ -69,7 +69,7 @@ def clean(
 ) -> None:
     """Clean a data set and refine its model, round by round.
 
-    The same command again goes on after the last finished round.
+    The same command again continues after the last finished round.
     """
 
     def work(config: RunFile) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def clean(
 def pretrain(
     runfile: Runfile = None, overrides: Overrides = None, as_json: Json = False, verbose: Verbose = False
 ) -> None:
-    """Train the run file's model on the given labels and save its weights, for `clean` to start from."""
+    """Train the run file's model on the given labels and save its weights, from which `clean` starts."""
 
     def work(config: RunFile) -> dict[str, Any]:
         from posttrain.runs.pretrain import pretrain
@@ -96,9 +96,9 @@ def pretrain(
 
 @app.command()
 def tune(runfile: Runfile = None, overrides: Overrides = None, as_json: Json = False, verbose: Verbose = False) -> None:
-    """Try many recipes of cleaning, side by side, and write the best one as a run file for `clean`.
+    """Try several settings of a run file in parallel, and write the best ones as a run file for `clean`.
 
-    The run file's section `search` says what is tried. The same command again goes on with what is unfinished.
+    The section `search` of the run file says what is tried. The same command again continues with unfinished trials.
     """
 
     def work(config: RunFile) -> dict[str, Any]:
@@ -113,17 +113,15 @@ def tune(runfile: Runfile = None, overrides: Overrides = None, as_json: Json = F
 def retrain(
     jobfile: Jobfile,
     overrides: Overrides = None,
-    accept: Annotated[
-        bool, typer.Option("--accept", help="Let the files in that an earlier alarm has held back.")
-    ] = False,
+    accept: Annotated[bool, typer.Option("--accept", help="Accept the files that a previous alarm held back.")] = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Bring a registered model up to date with what is new in its data set; to be started by a scheduler.
+    """Update a registered model with the new samples of its data set; to be started by a scheduler.
 
-    Cleans what is new, refines the champion, and promotes the result if it passes the gate. Exit codes: 0 promoted or
-    nothing new, 10 not promoted (gate), 11 alarm (new samples look wrong, and their files are held back), 2 the input
-    has to change, 1 failed, also where another start of the job is at work. The same command again goes on.
+    Cleans the new samples, refines the champion, and promotes the result if it passes the gate. Exit codes: 0 promoted
+    or nothing new, 10 not promoted (gate), 11 alarm (new labels look wrong, and their files are held back), 2 the input
+    has to change, 1 failed, or another run of the job is at work. The same command again continues.
     """
 
     def work(config: JobFile) -> dict[str, Any]:
@@ -136,7 +134,7 @@ def retrain(
 
 @app.command()
 def rollback(jobfile: Jobfile, overrides: Overrides = None, as_json: Json = False, verbose: Verbose = False) -> None:
-    """Make the version that was champion before the champion again."""
+    """Make the previous champion the champion again."""
 
     def work(config: JobFile) -> dict[str, Any]:
         from posttrain.jobs.retrain import rollback
@@ -148,9 +146,9 @@ def rollback(jobfile: Jobfile, overrides: Overrides = None, as_json: Json = Fals
 
 @app.command()
 def schema(
-    of_job: Annotated[bool, typer.Option("--job", help="Of a job file, which `retrain` takes.")] = False,
+    of_job: Annotated[bool, typer.Option("--job", help="Print that of a job file, for `retrain`.")] = False,
 ) -> None:
-    """Print the JSON schema of a run file."""
+    """Print the JSON schema of the run file: every key with its meaning, bounds and default."""
     from posttrain import config
 
     typer.echo(json.dumps(config.schema(config.JobFile if of_job else config.RunFile), indent=2))
@@ -161,7 +159,7 @@ def main() -> None:
     try:
         app(prog_name="posttrain")
     finally:
-        # what native libraries still say while the process ends does not belong to the results
+        # what native libraries print while the process ends does not belong to the results
         with contextlib.suppress(OSError, AttributeError):  # either may have been closed by the caller
             sys.stdout.flush()
             os.dup2(2, 1)
@@ -192,7 +190,7 @@ def _carry_out(
     verbose: bool,
     load: Callable[[Path | None, list[str] | tuple[()]], File] = _load,
 ) -> None:
-    """Load the run file, do the work, print its summary if asked to; errors become one line and a code."""
+    """Load the run file, do the work, print its summary if asked to; an error becomes one line and an exit code."""
     terminated = threading.Event()
     try:
         with _terminable(terminated), _nothing_on_stdout() if as_json else contextlib.nullcontext():
@@ -203,33 +201,33 @@ def _carry_out(
         if verbose:
             for line in traceback.format_exc().splitlines():
                 typer.echo(visible(line), err=True)
-        told, code = visible(f"error: {' '.join(str(error).split())}"), 1
+        message, code = visible(f"error: {' '.join(str(error).split())}"), 1
         if isinstance(error, PosttrainError):
             code = error.exit_code
-        else:  # of a disk or an object store; the rest of posttrain names what it was doing there
-            told += "; mend it and start the same command again"
-        typer.echo(told, err=True)
+        else:  # of a disk or an object store; others of our errors end with a way out
+            message += "; fix the cause and start the same command again"
+        typer.echo(message, err=True)
         raise typer.Exit(code) from None
     except KeyboardInterrupt:
         if verbose:
             traceback.print_exc()
         what, code = ("terminated", 143) if terminated.is_set() else ("interrupted", 130)
-        typer.echo(f"{what}; start the same command again to go on", err=True)
+        typer.echo(f"{what}; start the same command again to continue", err=True)
         raise typer.Exit(code) from None
     if as_json:
-        # JSON has no NaN: a figure that is not known is null
+        # JSON has no NaN: an unknown figure is null
         typer.echo(json.dumps(json.loads(json.dumps(summary), parse_constant=lambda _: None)))
     if code := summary.get("exit_code", 0):
         raise typer.Exit(code)
 
 
 @contextlib.contextmanager
-def _terminable(told: threading.Event) -> Iterator[None]:
-    """Within, SIGTERM ends the work as an interrupt does, Ray shut down and MLflow told, and sets `told`."""
+def _terminable(terminated: threading.Event) -> Iterator[None]:
+    """Within, SIGTERM ends the work as an interrupt does (Ray is shut down, MLflow informed), and sets `terminated`."""
 
     def end(number: int, frame: FrameType | None) -> NoReturn:
         # not an exception of its own: while Ray waits, it makes a KeyboardInterrupt of any
-        told.set()
+        terminated.set()
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():

@@ -1,18 +1,18 @@
-"""What can go wrong, named by what the caller can do about it.
+"""The errors that posttrain raises, by what the caller can do about them.
 
-`InputError` and below: the user's input has to change; nothing was done (exit code 2).
-Everything else that posttrain raises on purpose: the work was begun and failed (exit code 1).
+`InputError` and its subclasses: the input has to change; nothing was done (exit code 2). All others: the work had begun
+and failed (exit code 1).
 """
 
 
 class PosttrainError(Exception):
-    """A failure that posttrain explains in one sentence: what, where, and the way out."""
+    """A failure explained in one sentence: what, where, and the way out."""
 
     exit_code = 1
 
 
 class InputError(PosttrainError):
-    """Something that the user gave cannot be worked with."""
+    """The input cannot be used."""
 
     exit_code = 2
 
@@ -30,7 +30,7 @@ class LabelRangeError(DataError):
 
 
 class DuplicateIdError(DataError):
-    """The same sample id occurs more than once, or in two sets that must not share samples."""
+    """A sample id occurs more than once, or in two sets that must not share samples."""
 
 
 class ModelError(InputError):
@@ -38,11 +38,11 @@ class ModelError(InputError):
 
 
 class RunFolderError(InputError):
-    """The run folder holds a run that was made with other settings or other data."""
+    """The run folder cannot be used, or holds a run with other settings or other data."""
 
 
 class TrackingError(InputError):
-    """The tracking server cannot be reached or refuses."""
+    """The tracking server cannot be used."""
 
 
 class SingularCurvatureError(PosttrainError):
@@ -50,12 +50,12 @@ class SingularCurvatureError(PosttrainError):
 
 
 class StepError(PosttrainError):
-    """A step of a round failed after work had begun; starting the same command again goes on."""
+    """A step of a round failed after work had begun; the same command again continues."""
 
 
 class RecipeError(StepError):
-    """With these settings the step cannot be done, however often it is tried."""
+    """The step cannot succeed with these settings, however often it is tried."""
 
 
-class HeldError(PosttrainError):
-    """Another job holds the lease; nothing was done."""
+class LockedError(PosttrainError):
+    """Another process holds the lock on the folder; nothing was done."""

@@ -143,7 +143,7 @@ def test_a_store_that_fails_is_one_line_and_an_exit_code_too(pipeline, option):
     assert ("Traceback" in result.stderr) == bool(option)
     assert result.stderr.endswith(
         "error: When reading key 'a' in bucket 'b': AWS Error UNKNOWN (HTTP status 503) at s3://***@b/a; "
-        "mend it and start the same command again\n"
+        "fix the cause and start the same command again\n"
     )
 
 
@@ -163,7 +163,7 @@ def test_verbose_shows_where_an_error_came_from(pipeline):
 def test_an_interrupted_command_says_how_to_go_on(pipeline):
     result = pipeline("clean", raising(KeyboardInterrupt()))
     assert result.exit_code == 130
-    assert result.stderr == "interrupted; start the same command again to go on\n"
+    assert result.stderr == "interrupted; start the same command again to continue\n"
 
 
 def test_a_command_that_is_told_to_end_says_how_to_go_on_and_leaves_the_callers_handler(pipeline):
@@ -174,7 +174,7 @@ def test_a_command_that_is_told_to_end_says_how_to_go_on_and_leaves_the_callers_
     before = signal.getsignal(signal.SIGTERM)
     result = pipeline("clean", told_to_end)
     assert result.exit_code == 143
-    assert result.stderr == "terminated; start the same command again to go on\n"
+    assert result.stderr == "terminated; start the same command again to continue\n"
     assert signal.getsignal(signal.SIGTERM) is before
 
 

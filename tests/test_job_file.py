@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from posttrain.cli import app
 from posttrain.config import JobFile, Run, load, load_job, schema
-from posttrain.errors import ConfigError, DataError, HeldError
+from posttrain.errors import ConfigError, DataError, LockedError
 
 Write = Callable[[str], Path]
 
@@ -107,7 +107,7 @@ def test_the_exit_code_says_what_became_of_the_run(command: Callable[..., Any], 
     assert (result.exit_code, json.loads(result.stdout)) == (code, summary)
 
 
-@pytest.mark.parametrize(("error", "code"), [(DataError("no file"), 2), (HeldError("another is at work"), 1)])
+@pytest.mark.parametrize(("error", "code"), [(DataError("no file"), 2), (LockedError("another is at work"), 1)])
 @pytest.mark.parametrize("name", ["retrain", "rollback"])
 def test_errors_of_a_job_are_one_line_and_a_code(
     command: Callable[..., Any], name: str, error: Exception, code: int

@@ -61,10 +61,10 @@ from posttrain.schema import (
     uniform,
 )
 from posttrain.store.features import (
-    FormerFeatures,
+    PreviousFeatures,
     Shard,
     ShardSummary,
-    former_features,
+    previous_features,
     image_digests,
     read_shard,
     summarise_shard,
@@ -234,7 +234,7 @@ class _Worker:
         folder: RunFolder,
         path: str,
         skip: np.ndarray,
-        former: FormerFeatures | None = None,
+        former: PreviousFeatures | None = None,
         partitions: int = 0,
         fatal: Sequence[Fatal] = (),
     ) -> ShardSummary:
@@ -430,7 +430,7 @@ def _embed_alone(network: Network, block: pa.Table, device: torch.device) -> Non
 
 
 def known_rows(
-    block: pa.Table, skip: np.ndarray, layer_names: Sequence[str], former: FormerFeatures | None
+    block: pa.Table, skip: np.ndarray, layer_names: Sequence[str], former: PreviousFeatures | None
 ) -> Shard | None:
     """The rows of a partition but `skip` that a former run embedded from the same image, with their present labels."""
     if former is None:
@@ -603,7 +603,7 @@ class Workers:
         live = {b.index: b.rows - len(excluded.get(b.index, nothing)) for b in todo}
         total = sum(live.values())
         reference = ray.put(network)
-        candidates = (former_features(run, backbone, split) for run in former if todo)
+        candidates = (previous_features(run, backbone, split) for run in former if todo)
         taken_up = next((found for found in candidates if found is not None), None)
 
         def call(partition: Partition, fatal: Sequence[Fatal] = ()) -> Callable[[Any], Any]:

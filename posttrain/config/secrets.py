@@ -1,4 +1,4 @@
-"""Texts and records without the user names, passwords and keys that URIs in them may hold."""
+"""Removes the user names, passwords and keys of URIs from texts and records."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@
   files/<digest>.parquet   the files that have been seen, with what tells whether one has changed
   base/<key>.safetensors, <key>.json   networks whose features the probes of the champions sit on
   runs/<name>/       run folders
-  lease/             claims to the lease
+  lock/              lock files
 ```
 """
 

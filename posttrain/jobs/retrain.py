@@ -1,6 +1,6 @@
 """`posttrain retrain`: one start of a job that keeps a model up to date, and `posttrain rollback`.
 
-Read from top to bottom: what is new? If anything is: take the lease, clean everything from the champion's network on
+Read from top to bottom: what is new? If anything is: take the lock, clean everything from the champion's network on
 with what former runs found out, compare the result with the champion, and promote it, leave it, or raise the alarm.
 Whatever is done twice, after an interruption, ends as if it had been done once.
 """
@@ -29,7 +29,7 @@ from posttrain.report.visible import visible
 from posttrain.store import lock
 from posttrain.store.folder import RunFolder, resolve
 from posttrain.store.ledger import Ledger, settings
-from posttrain.store.lock import Lease
+from posttrain.store.lock import Lock
 
 if TYPE_CHECKING:
     from posttrain.cluster.workers import Network
@@ -71,7 +71,7 @@ def _retrained(config: JobFile, *, accept: bool, verbose: bool, quiet: bool) -> 
     job = _job(config)
     stock = _stock(config, job)
     if stock.new or (accept and stock.state.held_back) or job.folder.exists(_intent(job)):
-        with lock.held(job.folder, lease_s=config.job.lock_lease_s, wait_s=config.job.lock_wait_s) as held:
+        with lock.job_lock(job.folder, lease_s=config.job.lock_lease_s, wait_s=config.job.lock_wait_s) as held:
             summary = _with_the_lease(config, job, held, progress, accept=accept, verbose=verbose)
     else:
         summary = _nothing_new(config, stock)
@@ -82,7 +82,7 @@ def _retrained(config: JobFile, *, accept: bool, verbose: bool, quiet: bool) -> 
 
 
 def _with_the_lease(
-    config: JobFile, job: JobFolder, held: Lease, progress: StepLog, *, accept: bool, verbose: bool
+    config: JobFile, job: JobFolder, held: Lock, progress: StepLog, *, accept: bool, verbose: bool
 ) -> dict[str, Any]:
     # again: another start of the job may just have done it
     state = job.state()
@@ -273,7 +273,7 @@ def _made(
     registry: Registry,
     stock: _Stock,
     attempt: _Attempt,
-    held: Lease,
+    held: Lock,
     progress: StepLog,
     *,
     verbose: bool,
@@ -613,7 +613,7 @@ def _metrics(record: dict[str, Any]) -> dict[str, float | None]:
 
 
 def _concluded(
-    config: JobFile, job: JobFolder, registry: Registry, stock: _Stock, attempt: _Attempt, held: Lease
+    config: JobFile, job: JobFolder, registry: Registry, stock: _Stock, attempt: _Attempt, held: Lock
 ) -> dict[str, Any]:
     from posttrain.store.registry import CHALLENGER, CHAMPION, PREVIOUS
 
@@ -793,7 +793,7 @@ def _rolled_back(config: JobFile, *, quiet: bool) -> dict[str, Any]:
     job = _job(config)
     if not job.state().runs:
         raise InputError(f"{config.run.path}: the job has not run yet, so that there is no version to go back to")
-    with lock.held(job.folder, lease_s=config.job.lock_lease_s, wait_s=config.job.lock_wait_s) as held:
+    with lock.job_lock(job.folder, lease_s=config.job.lock_lease_s, wait_s=config.job.lock_wait_s) as held:
         registry = _registry(config, job)
         done = _complete_rollback(job, registry, held)
         if done is None:
@@ -820,7 +820,7 @@ def _intent(job: JobFolder) -> str:
     return job.folder.path("rollback.json")
 
 
-def _complete_rollback(job: JobFolder, registry: Registry, held: Lease) -> dict[str, str] | None:
+def _complete_rollback(job: JobFolder, registry: Registry, held: Lock) -> dict[str, str] | None:
     """Carry out the rollback that was begun, if one was; which version is champion and which previous then."""
     from posttrain.store.registry import CHAMPION, PREVIOUS
 

@@ -16,7 +16,7 @@ from posttrain.report.visible import visible
 _LOG_EVERY_S = 30.0
 
 _WORTH_A_LINE_S = 0.1
-"""A step that had nothing to do, such as embedding what is embedded already, gets no line."""
+"""A shorter step without samples had nothing to do (all is embedded already), and gets no line."""
 
 
 class _Count(ProgressColumn):
@@ -33,9 +33,9 @@ class _Rate(ProgressColumn):
 
 
 class StepLog:
-    """Draws the steps on a console, and keeps how long each took.
+    """Shows the steps on a console, and keeps how long each took.
 
-    On a terminal the running step is a bar with the remaining time; a finished one is one line, everywhere.
+    On a terminal, the running step is a bar with the remaining time. A finished step is one line, everywhere.
     """
 
     def __init__(self, console: Console) -> None:
@@ -45,20 +45,21 @@ class StepLog:
         self._round: int | None = None
 
     def begin_round(self, number: int) -> None:
-        """The steps that follow belong to this round."""
+        """From now on, steps belong to this round."""
         self._round = number
         self._of_round = {}
 
     def seconds_of_round(self) -> dict[str, float]:
+        """Seconds of each step of the current round."""
         return {name: round(value, 3) for name, value in self._of_round.items()}
 
     def say(self, text: str) -> None:
-        """A line that stays; brackets in it are text, and so is what would steer a terminal."""
+        """Print a line; brackets and control characters in it are shown as text."""
         self.console.print(visible(text), markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def step(self, name: str) -> Iterator[Callable[[int, int], None]]:
-        """Times a step and shows it; yields the function to tell it (done, total), both in samples."""
+        """Time a step and show it; yields a function to call with (done, total), both in samples."""
         label = name if self._round is None else f"round {self._round}  {name}"
         started = time.perf_counter()
         counted = [0, 0]
@@ -70,11 +71,11 @@ class StepLog:
             _Rate(),
             TimeRemainingColumn(compact=True),
         )
-        # a log file or a pipe gets lines: one when the step ends, before it one every now and then
+        # a log file or a pipe gets lines instead: one every 30 s, and one when the step ends
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
             task = bar.add_task(label, total=None)
 
-            def tell(done: int, total: int) -> None:
+            def advance(done: int, total: int) -> None:
                 nonlocal said
                 counted[:] = done, total
                 bar.update(task, completed=done, total=total)
@@ -85,7 +86,7 @@ class StepLog:
                     left = datetime.timedelta(seconds=round((total - done) / rate))
                     self.say(f"  {label:<20} {done:>9,}/{total:,} samples {rate:>9,.0f}/s, {left} left")
 
-            yield tell
+            yield advance
         took = time.perf_counter() - started
         self.seconds[name] = self.seconds.get(name, 0.0) + took
         self._of_round[name] = self._of_round.get(name, 0.0) + took

@@ -15,7 +15,7 @@ from posttrain.report.visible import visible
 
 
 def print_search(console: Console, summary: Mapping[str, Any]) -> None:
-    """Every trial with its values, and what it came to; the best one is marked."""
+    """Print every trial with its values and its result; the best one is marked."""
     table = Table(title=Text(visible(f"posttrain tune  {summary['search']}")), title_justify="left", box=None)
     trials = summary["trials"]
     keys = list(trials[0]["values"])
@@ -48,7 +48,7 @@ def print_search(console: Console, summary: Mapping[str, Any]) -> None:
     for line in (
         f"trial {summary['best']} is the best: {summary['metric'].replace('_', ' ')} "
         f"{_metric(summary['metric'], found)}{compared}",
-        f"its run file         {summary['files']['best run file']}",
+        f"run file of the best {summary['files']['best run file']}",
         f"next                 posttrain clean {summary['files']['best run file']}",
     ):
         console.print(visible(f"  {line}"), markup=False, highlight=False, soft_wrap=True)

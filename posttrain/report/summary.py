@@ -13,14 +13,14 @@ from posttrain.report.visible import visible
 
 
 def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
-    """What the run came to; figures that are not known are left out."""
+    """Print the result of a run; figures that are not known are left out."""
     table = Table(
         title=Text(visible(f"posttrain  {summary['run']}")), title_justify="left", show_header=False, box=None
     )
     table.add_column(style="bold")
     table.add_column(justify="right")
     table.add_column(style="dim")
-    taken = "removed or relabelled" if summary["relabelled"] else "removed"
+    selected = "removed or relabelled" if summary["relabelled"] else "removed"
     rows: list[tuple[str, str | None, str]] = [
         ("rounds", f"{summary['rounds']}", ""),
         ("live", f"{summary['live']:,}", "samples kept: the clean data set"),
@@ -31,14 +31,15 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
         (
             "validation accuracy",
             _change(summary["validation_accuracy_before"], summary["validation_accuracy_after"]),
-            "labels as given, so noisy labels lower it",
+            "on the given labels: wrong ones among them lower it",
         ),
-        ("test accuracy", _change(summary["test_accuracy_before"], summary["test_accuracy_after"]), _refit(summary)),
-        ("removal precision", _percent(summary["removal_precision"]), f"of the {taken}, how many were wrong"),
-        ("removal recall", _percent(summary["removal_recall"]), f"of the wrong, how many were {taken}"),
-        ("relabel accuracy", _percent(summary["relabel_accuracy"]), "of the relabelled, how many are right now"),
+        ("test accuracy", _change(summary["test_accuracy_before"], summary["test_accuracy_after"]), "before and after"),
+        *_controls(summary),
+        ("removal precision", _percent(summary["removal_precision"]), f"share of the {selected} whose label was wrong"),
+        ("removal recall", _percent(summary["removal_recall"]), f"share of the wrong labels that were {selected}"),
+        ("relabel accuracy", _percent(summary["relabel_accuracy"]), "share of the relabelled whose label is right now"),
         ("wrong labels", *_noise(summary)),
-        ("boundary", *_boundary(summary)),
+        ("decision boundary", *_boundary(summary)),
         ("seconds", f"{summary['seconds']:.1f}", _longest(summary["steps"])),
     ]
     for name, value, remark in rows:
@@ -55,11 +56,11 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
 
 
 def print_undelivered(console: Console, summary: Mapping[str, Any]) -> None:
-    """A line on what MLflow was not told, where there is such."""
+    """Print a line about what MLflow has not accepted, if there is any."""
     if left := summary["undelivered"]:
         console.print(
-            f"  MLflow at {left['server']} has not taken {left['messages']} messages ({left['why']}); they are kept in "
-            "the run folder's outbox/: start the same command again to deliver them",
+            f"  MLflow at {left['server']} has not accepted {left['messages']} messages ({left['why']}); they are kept "
+            "in the run folder's outbox/: start the same command again to deliver them",
             markup=False,
             highlight=False,
             soft_wrap=True,
@@ -70,15 +71,24 @@ def _leakage(summary: Mapping[str, Any]) -> tuple[str | None, str]:
     found = summary["leakage"]
     if not found:
         return None, ""
-    each = ", ".join(f"{name} {of['samples']:,} ({of['identical']:,} the very same)" for name, of in found.items())
-    return f"{sum(of['samples'] for of in found.values()):,}", f"held-out images that are trained on: {each}"
+    each = ", ".join(f"{name} {of['samples']:,} ({of['identical']:,} identical)" for name, of in found.items())
+    return (
+        f"{sum(of['samples'] for of in found.values()):,}",
+        f"validation or test images that are also in the training set: {each}",
+    )
 
 
-def _refit(summary: Mapping[str, Any]) -> str:
-    refit, boundary = summary["test_accuracy_refit"], summary["test_accuracy_boundary"]
-    if refit is None or boundary is None:
-        return ""
-    return f"nothing removed: new head {100 * refit:.1f} %, chosen boundary {100 * boundary:.1f} %"
+def _controls(summary: Mapping[str, Any]) -> list[tuple[str, str | None, str]]:
+    """The same change of test accuracy with nothing removed: what the removal has to be compared with."""
+    before, after = summary["test_accuracy_before"], summary["test_accuracy_after"]
+    boundary, head = summary["test_accuracy_boundary"], summary["test_accuracy_refit"]
+    if after is None or boundary is None:
+        return []
+    gain = f"control: same boundary, all samples kept; the removal itself: {100 * (after - boundary):+.1f} points"
+    return [
+        ("  nothing removed", _change(before, boundary), gain),
+        ("  new head alone", _change(before, head), "control: only the head refitted, all samples kept"),
+    ]
 
 
 def _noise(summary: Mapping[str, Any]) -> tuple[str | None, str]:
@@ -86,12 +96,12 @@ def _noise(summary: Mapping[str, Any]) -> tuple[str | None, str]:
     if noise is None:
         return None, ""
     if not noise.get("known", True):
-        return "not known", "nothing can be said by these validation labels"
+        return "not known", "these validation labels allow no estimate"
     if not noise["found"]:
-        return "no sign", f"at most {100 * noise['high']:.0f} % where the others are surest"
+        return "no sign", f"at most {100 * noise['high']:.0f} % among the most confident predictions"
     return (
         f"{100 * noise['rate']:.0f} %",
-        f"estimated; between {100 * noise['low']:.0f} and {100 * noise['high']:.0f} %",
+        f"estimated: between {100 * noise['low']:.0f} and {100 * noise['high']:.0f} %",
     )
 
 
@@ -102,7 +112,7 @@ def _boundary(summary: Mapping[str, Any]) -> tuple[str | None, str]:
     members = boundary["members"]
     tried = len({row["layer"] for row in boundary["tried"]})
     named = ", ".join(f"{member['layer']} ({member['l2']:g})" for member in members)
-    return f"{len(members)} of {tried} layers", f"layer (l2): {named}"
+    return f"{len(members)} of {tried} layers", f"layer (L2 penalty): {named}"
 
 
 def _percent(value: float | None) -> str | None:
@@ -122,4 +132,4 @@ def _share(summary: Mapping[str, Any]) -> str:
 
 def _longest(steps: Mapping[str, float]) -> str:
     longest = sorted(steps.items(), key=lambda item: -item[1])[:4]
-    return ", ".join(f"{name} {seconds:.1f}" for name, seconds in longest)
+    return "longest steps: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in longest)

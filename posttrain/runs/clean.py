@@ -91,7 +91,7 @@ def opened(config: RunFile, progress: StepLog, *, verbose: bool) -> Iterator[Cle
     """The run with its data read and its tracking open, alone in its folder; closes what it opened."""
     folder = RunFolder(config.run.path)
     with ExitStack() as stack:
-        held = stack.enter_context(lock.alone(folder))
+        held = stack.enter_context(lock.run_lock(folder))
         with progress.step("check the inputs"):
             from posttrain.runs.inputs import prepare
 
@@ -281,7 +281,7 @@ def deliver_rest(config: RunFile, folder: RunFolder, progress: StepLog) -> dict[
     left = waiting(folder)
     if not left:
         return None
-    with lock.alone(folder), progress.step("open MLflow"):
+    with lock.run_lock(folder), progress.step("open MLflow"):
         try:
             outbox = Outbox.of(open_tracking(config, folder), folder, progress.say)
         except TrackingError as error:
@@ -333,7 +333,7 @@ def finish(run: CleaningRun, outcome: rounds.Outcome[Network], began: float) -> 
     """Write what the run leaves behind; return its summary, which is written last."""
     from posttrain.store import results
     from posttrain.store.outbox import Outbox
-    from posttrain.store.scores import forget_scores
+    from posttrain.store.scores import delete_score_shards
 
     folder, state, classes = run.folder, outcome.state, run.inputs.classes
     numbers = [r.number for r in state.history if r.removed or r.relabelled]
@@ -414,7 +414,7 @@ def finish(run: CleaningRun, outcome: rounds.Outcome[Network], began: float) -> 
         "files": files,
     }
     # those of the last look, which was no round
-    forget_scores(folder, scored)
+    delete_score_shards(folder, scored)
     folder.clear_half_written()
     if isinstance(run.tracking, Outbox):
         # before the summary: a run that has one is gone on with by nobody

@@ -52,7 +52,7 @@ from posttrain.store.features import ShardSummary, quarantine_table, read_shard
 from posttrain.store.folder import RunFolder
 from posttrain.store.ledger import Ledger
 from posttrain.store.results import reason
-from posttrain.store.scores import ScoreShards, forget_scores
+from posttrain.store.scores import ScoreShards, delete_score_shards
 from posttrain.vision import layers, models
 
 if TYPE_CHECKING:
@@ -398,7 +398,7 @@ class CleaningRun:
         done = replace(done, metrics=metrics, seconds=self.progress.seconds_of_round())
         self.assert_held()
         self.ledger.commit(done)
-        forget_scores(self.folder, done.number)
+        delete_score_shards(self.folder, done.number)
         # the next round's features are those of the new backbone: the old ones are not asked for again
         self.folder.keep_only_features(self._backbone(model).backbone)
         self.tell_round(done, removal.figures)

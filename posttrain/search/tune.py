@@ -56,7 +56,7 @@ def _searched(
 ) -> tuple[dict[str, Any], Outbox]:
     """The summary, and what MLflow is told through."""
     folder, search = ledger.folder, config.search
-    held = stack.enter_context(lock.alone(folder))
+    held = stack.enter_context(lock.run_lock(folder))
     with progress.step("check the inputs"):
         from posttrain.runs.inputs import prepare
 

@@ -1,9 +1,9 @@
 """The feature store: one Parquet shard per partition, float16, written whole or not at all.
 
-A shard holds `row` (position in the bucket), `sample_id`, `label`, a digest of the image and one column of features
-per layer of the samples that could be read, and in its metadata the rows that could not, with the reason, how many
-images went through the backbone for it, and how many partitions its split has. By these a later run, whose samples lie
-in other partitions, finds again what has been embedded already.
+A shard holds, for each sample that could be read, `row` (its position in the partition), `sample_id`, `label`, a digest
+of the image and one column of features per layer. Its metadata holds the rows that could not be read, with the reason,
+the number of images that went through the backbone for it, and the number of partitions of its split. With these, a
+later run finds the features of samples embedded already, although its samples lie in other partitions.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ _PARTITIONS = b"posttrain.partitions"
 
 @dataclass(frozen=True)
 class Shard:
-    """What a shard holds; `features` are float16 [rows, dim] of each layer."""
+    """Content of a shard; `features` holds float16 [rows, dim] by layer."""
 
     rows: np.ndarray
     sample_ids: pa.Array
     labels: np.ndarray
     features: dict[str, np.ndarray]
     digests: np.ndarray | None = None
-    """uint64 [rows], of the images (`image_digests`); None: not known, and no later run can take the features up."""
+    """uint64 [rows], of the images (`image_digests`); None: unknown, so that no later run can use the features."""
 
 
 def write_shard(
@@ -62,9 +62,9 @@ def write_shard(
     embedded: int = 0,
     partitions: int = 0,
 ) -> None:
-    """Write a shard; `quarantined` holds {row, sample_id, file, reason} of what could not be embedded.
+    """Write a shard; `quarantined` holds {row, sample_id, file, reason} of samples that could not be embedded.
 
-    `embedded`: images that went through the backbone for it; `partitions`: of its split.
+    `embedded`: number of images that went through the backbone for it; `partitions`: number of those of its split.
     """
     columns = {
         ROW: pa.array(shard.rows, pa.int32()),
@@ -85,7 +85,7 @@ def write_shard(
             _PARTITIONS: str(partitions).encode(),
         }
     )
-    # not durable: what a power cut takes is embedded again
+    # not durable: after a power cut it is embedded again
     with folder.writing(path, durable=False) as stream:
         # float16 activations hardly compress: lz4 costs nothing and helps where many are zero
         pq.write_table(table, stream, compression="lz4", use_dictionary=False, write_statistics=False)
@@ -100,7 +100,7 @@ def _column(layer: str) -> str:
 
 
 def read_shard(folder: RunFolder, path: str, layers: Sequence[str]) -> Shard:
-    """A shard with the features of these layers; no others are read."""
+    """A shard with the features of these layers only."""
     columns = [ROW, SAMPLE_ID, LABEL, *(_column(layer) for layer in layers)]
     table = folder.read_table(path, columns).combine_chunks()
     ids = table[SAMPLE_ID]
@@ -121,13 +121,13 @@ def _matrix(column: pa.ChunkedArray, rows: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ShardSummary:
-    """What the driver knows of a shard."""
+    """What the driver keeps of a shard."""
 
     partition: int
     count: int
     quarantined: list[dict[str, object]]
     embedded: int = 0
-    """Images that went through the backbone; the others' features are those of a former run."""
+    """Images that went through the backbone; the features of the others are those of a previous run."""
 
 
 def summarise_shard(folder: RunFolder, path: str, partition: int) -> ShardSummary | None:
@@ -143,11 +143,11 @@ def summarise_shard(folder: RunFolder, path: str, partition: int) -> ShardSummar
         return None
 
 
-# what a former run embedded --------------------------------------------------------------------------------
+# what a previous run embedded --------------------------------------------------------------------------------
 
 
 def image_digests(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
-    """uint64 [rows]: eight bytes of a BLAKE2b of every image cell as it is stored."""
+    """uint64 [rows]: eight bytes of the BLAKE2b digest of each image cell as it is stored."""
     cells = (cell.as_py() for cell in column)
     return np.array([int.from_bytes(_digest(cell), "big") for cell in cells], np.uint64)
 
@@ -161,8 +161,8 @@ def _digest(cell: object) -> bytes:
 
 
 @dataclass(frozen=True)
-class FormerFeatures:
-    """One split's shards of a former run for the same backbone. Picklable: workers read for themselves."""
+class PreviousFeatures:
+    """The shards of one split by a previous run with the same backbone. Picklable: workers read for themselves."""
 
     folder: RunFolder
     backbone: str
@@ -170,9 +170,9 @@ class FormerFeatures:
     partitions: int
 
     def of(self, ids: pa.Array, digests: np.ndarray, layers: Sequence[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Positions (sorted) of the samples that are there with the same image, and their features by layer.
+        """Sorted positions of the samples that have features for the same image, and these features by layer.
 
-        `ids` are those of one bucket: the hash ranges of its samples name the shards in which they can lie.
+        `ids` are those of one partition: their hashes give the shards in which they can lie.
         """
         positions: list[np.ndarray] = []
         parts: dict[str, list[np.ndarray]] = {layer: [] for layer in layers}
@@ -203,12 +203,12 @@ class FormerFeatures:
             digests = self.folder.read_table(path, [DIGEST])[DIGEST].to_numpy()
             return replace(read_shard(self.folder, path, layers), digests=digests)
         except (pa.ArrowInvalid, KeyError, OSError):
-            # cut short, of another version, or deleted: then its samples are embedded anew
+            # truncated, of another version, or deleted: its samples are embedded again
             return None
 
 
-def former_features(folder: RunFolder, backbone: str, split: str) -> FormerFeatures | None:
-    """What a run embedded of a split by this backbone; None where there is nothing."""
+def previous_features(folder: RunFolder, backbone: str, split: str) -> PreviousFeatures | None:
+    """The features that a run has of a split by this backbone; None where there are none."""
     there = folder.features(backbone, split, 0).rpartition("/")[0]
     for info in folder.files.get_file_info(fs.FileSelector(there, allow_not_found=True)):
         if not info.path.endswith(".parquet"):
@@ -220,17 +220,17 @@ def former_features(folder: RunFolder, backbone: str, split: str) -> FormerFeatu
         except (pa.ArrowInvalid, OSError, ValueError):
             continue
         if partitions:
-            return FormerFeatures(folder, backbone, split, partitions)
+            return PreviousFeatures(folder, backbone, split, partitions)
     return None
 
 
 def quarantine_table(summaries: list[ShardSummary]) -> pa.Table:
-    """{partition, row, sample_id, file, reason} of all that could not be embedded."""
+    """{partition, row, sample_id, file, reason} of all samples that could not be embedded."""
     return _table_of([{PARTITION: s.partition, **row} for s in summaries for row in s.quarantined])
 
 
 def quarantined_rows(rows: Sequence[tuple[str, int, dict[str, object]]]) -> pa.Table:
-    """The same, with the split behind, of (split, partition, row with its reason)."""
+    """The same with a last column `split`, from (split, partition, row with its reason)."""
     table = _table_of([{PARTITION: partition, **row} for _, partition, row in rows])
     return table.append_column("split", pa.array([split for split, _, _ in rows], pa.string()))
 

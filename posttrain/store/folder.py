@@ -25,8 +25,8 @@ _T = TypeVar("_T")
 _TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.tmp$")
 
 
-def _make_last(path: str | Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
+def _sync(path: str | Path) -> None:
+    """Wait until the content of a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -51,10 +51,10 @@ def resolve(location: str) -> tuple[fs.FileSystem, str]:
 
 
 def with_retries(read: Callable[[], _T]) -> _T:
-    """What `read` gives; it is asked again where an object store refused and the file system did not ask again itself.
+    """The result of `read`, repeated after a refusal of an object store that the AWS SDK does not repeat itself.
 
-    That is where it wanted fewer bytes than the refusal has: the AWS SDK then has no room for the refusal's text, and
-    takes this for a failure of its own, which it does not repeat (seen with pyarrow 25).
+    It does not where the read asked for fewer bytes than the text of the refusal has: it has no room for that text, and
+    takes this for an error of its own (seen with pyarrow 25).
     """
     for wait in (0.1, 0.4, 1.6, 6.4):
         try:
@@ -72,8 +72,8 @@ class RunFolder:
 
     location: str
     shared_features: str | None = None
-    """Path, in the same file system, of the features of one backbone that other runs read, too: `features/<backbone>`
-    of their common search. Nothing in it is ever deleted from here."""
+    """Path, in the same file system, of features that several runs share: `features/<backbone>` of their search.
+    Nothing in it is deleted."""
 
     def path(self, *parts: str) -> str:
         return "/".join((resolve(self.location)[1], *parts))
@@ -93,11 +93,11 @@ class RunFolder:
 
     @property
     def absolute(self) -> RunFolder:
-        """The same folder for processes that work elsewhere."""
+        """The same folder with an absolute path, for processes with another working directory."""
         return replace(self, location=self.path()) if self.is_local else self
 
     def beneath(self, *parts: str) -> RunFolder:
-        """A folder in this one; in a URI, the options behind its `?` stay behind."""
+        """A folder in this one; the options after the `?` of a URI stay at the end."""
         is_uri = "://" in self.location
         path, mark, options = self.location.partition("?") if is_uri else (self.location, "", "")
         return RunFolder("/".join((path.rstrip("/"), *parts)) + mark + options)
@@ -105,7 +105,7 @@ class RunFolder:
     # -- the paths -------------------------------------------------------------------------------------
 
     def features(self, backbone: str, split: str, partition: int) -> str:
-        """The shard of a partition: in `shared_features` where these are the backbone's, else in this folder."""
+        """Path of a partition's shard: in `shared_features` if these are of this backbone, else in this folder."""
         shared = self.shared_features
         of_backbone = shared if shared and shared.endswith(f"/{backbone}") else self.path("features", backbone)
         return f"{of_backbone}/{split}/{partition:05d}.parquet"
@@ -128,12 +128,12 @@ class RunFolder:
             self.files.delete_file(path)
 
     def clear_half_written(self) -> None:
-        """Delete what writers of a killed process left behind; to be called where no other is at work here."""
+        """Delete the temporary files of a killed process; call it only while holding the folder's lock."""
         if not self.is_local:
-            return  # there, what is half written is nowhere to be seen
+            return  # an object store shows no half-written objects
         for path in self.local.rglob("*.tmp"):
-            # but not beneath a lease: those who ask for it write there at any time
-            if _TEMPORARY.search(path.name) and not path.parent.name.endswith("lease"):
+            # but no lock files: other processes write theirs at any time
+            if _TEMPORARY.search(path.name) and not path.parent.name.endswith("lock"):
                 path.unlink(missing_ok=True)
 
     # -- reading and writing ---------------------------------------------------------------------------
@@ -142,7 +142,7 @@ class RunFolder:
         return self.files.get_file_info(path).type == fs.FileType.File
 
     def refuse_unwritable(self) -> None:
-        """Raises RunFolderError where a local folder cannot be made or written to."""
+        """Raises RunFolderError where a local folder cannot be created or written to."""
         if not self.is_local:
             return
         existing = next(path for path in (self.local, *self.local.parents) if path.exists())
@@ -172,13 +172,13 @@ class RunFolder:
 
     @contextmanager
     def writing(self, path: str, *, durable: bool = True) -> Iterator[pa.NativeFile]:
-        """A stream whose content appears at `path` whole, or not at all.
+        """A stream whose content appears at `path` completely, or not at all.
 
-        On a local disk by a rename. An object store shows what its stream has got when that is closed, and pyarrow
-        closes it even after an error: there the content is staged in a local file, and sent when it is whole.
+        On a local disk, a temporary file is renamed. An object store shows what a stream has received once it is
+        closed, and pyarrow closes it even after an error: so the content is first written to a local file, and then sent.
 
-        `durable`: it is on the disk when this ends, and so is its name, so that what is written later, and vouches for
-        it, never outlives it in a power cut. Raises StepError where it cannot be written.
+        `durable`: content and name are on the disk when this ends, so that a file written later, which relies on this
+        one, never survives a power cut without it. Raises StepError where it cannot be written.
         """
         try:
             if self.is_local:
@@ -190,24 +190,26 @@ class RunFolder:
         except OSError as error:
             # pyarrow's own text names the temporary file
             why = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
-            raise StepError(f"{path} cannot be written ({why}); mend it and start the same command again") from error
+            raise StepError(
+                f"{path} cannot be written ({why}); fix the cause and start the same command again"
+            ) from error
 
     @contextmanager
     def _renamed(self, path: str, durable: bool) -> Iterator[pa.NativeFile]:
         files, folder = self.files, Path(path).parent
         temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
-        # a folder that is new is known to the one above it, which has to last as well
+        # the name of a new folder is stored in its parent, which has to be synced as well
         changed = {folder, *(above.parent for above in (folder, *folder.parents) if not above.exists())}
         files.create_dir(str(folder), recursive=True)
         try:
             with files.open_output_stream(temporary) as stream:
                 yield stream
             if durable:
-                _make_last(temporary)
+                _sync(temporary)
             os.replace(temporary, path)
             if durable:
                 for each in changed:
-                    _make_last(each)
+                    _sync(each)
         finally:
             if os.path.exists(temporary):
                 os.unlink(temporary)
@@ -234,7 +236,7 @@ class RunFolder:
             pq.write_table(table, stream, compression="zstd")
 
     def write_row_groups(self, path: str, tables: Iterable[pa.Table], *, of_none: pa.Table | None = None) -> int:
-        """Each table becomes a row group of one Parquet file: never all of them in memory; the number of rows.
+        """Write each table as a row group of one Parquet file, without all of them in memory; the number of rows.
 
         `of_none`: what is written where there is no table.
         """
@@ -252,7 +254,7 @@ class RunFolder:
                     pq.write_table(of_none, stream)
             finally:
                 if writer is not None:
-                    # else it would write its end when it is collected, to a stream that has failed or is closed
+                    # or it would write its footer when garbage-collected, to a stream that has failed or is closed
                     writer.is_open = False
         return rows
 

@@ -1,21 +1,25 @@
-"""A lock with a lease in the folder of a job or run: one process at a time, on a disk and in an object store alike.
+"""An exclusive lock on the folder of a job or run, for processes on any machine, on a disk or in an object store.
 
-An object store has no lock, and pyarrow no conditional write. What both have: a file that was written is seen by
-every listing that begins afterwards. So each job **writes a claim of its own first, and lists the claims then**; it
-holds the lease only if that listing shows no other living claim, and else withdraws its own or waits.
+Kept instead of a library: file locks (`filelock`) are not reliable between hosts of a shared file system and do not
+exist in object stores. A conditional write (`obstore`) would bring a second object-store client with its own
+credentials, and renewal, takeover and `assert_held` would still have to be written around it.
 
-Two can never hold it: let A and B both have listed after their own writes, and let A's listing be the earlier one.
-If B's claim had been written before A's listing, A would have seen it. So it was written after it, hence after A's
-claim, and B's own listing, later still, shows A's claim. At most one of them saw none.
+pyarrow has neither locks nor conditional writes. What every store has: a file that was written is in every listing
+that begins afterwards. So each process **first writes a lock file of its own, and then lists all lock files**. It holds
+the lock only if the listing shows no other valid one; otherwise it withdraws its own, or waits.
 
-Of several that meet while none holds the lease, the one that came first stays and waits for the others to withdraw,
-so that one of them gets it.
+Two processes never hold the lock: let A and B both have listed after their own writes, A first. If B's file had been
+written before A's listing, A would have seen it. So B wrote after A's listing, hence after A's write, and B's listing,
+later still, shows A's file. At most one of them saw no other.
 
-A claim is renewed by a thread and runs out without it: a holder that died or hangs is succeeded. A holder that was
-only slow finds out before it makes anything last (`assert_held`): its claim was cleared away, or has a successor.
-Where neither is so (the machine slept, and nobody else came), it takes its claim up again as it made it: by writing
-first and listing then. Clocks of different machines may differ by `_SKEW_S`. What remains is the moment between
-`assert_held` and the write that follows: no lease can close it without the help of what is written to.
+Of several processes that meet while none holds the lock, the one that asked first stays and waits until the others have
+withdrawn, so that one of them gets it.
+
+A thread renews the lock file; without renewal it expires, so that the lock of a process that died or hangs is taken
+over. A process that was only slow notices before it makes anything permanent (`assert_held`): its file was deleted, or
+there is a newer holder. If neither is so (the machine slept, and nobody else came), it renews its file: it writes first
+and then lists, as before. Clocks of different machines may differ by `_SKEW_S`. What remains is the moment between
+`assert_held` and the write that follows: no expiring lock can protect it without help from the store written to.
 """
 
 from __future__ import annotations
@@ -37,51 +41,51 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import fs
 
-from posttrain.errors import HeldError, PosttrainError, StepError
+from posttrain.errors import LockedError, PosttrainError, StepError
 from posttrain.store.folder import RunFolder
 
 _SKEW_S = 5.0
 _RENEWALS = 4
-"""Renewals within the length of a lease."""
+"""Renewals before a lock file would expire."""
 _RUN_LEASE_S = 120.0
-_GIVEN_BACK: set[str] = set()
-"""Tokens of this process's claims that are over, also where their files could not be deleted."""
-PLACE = "lease"
-"""Where the claims to a job's folder lie."""
-_OF_RUN = ".lease"
-"""Where the claims to a run folder lie: hidden, since a folder that holds nothing else is empty."""
+_RELEASED: set[str] = set()
+"""Tokens of this process's lock files that are released, even if they could not be deleted."""
+_JOB_LOCK = "lock"
+"""Folder of the lock files in a job's folder."""
+_RUN_LOCK = ".lock"
+"""Folder of the lock files in a run folder: hidden, so that a run folder with nothing else in it counts as empty."""
 
 
 @dataclass(frozen=True)
 class Process:
-    """A process, so that others on its machine can tell whether it still lives."""
+    """Identity of a process, by which others on its machine can tell whether it is still alive."""
 
     host: str
-    space: str
-    """Boot and process namespace: within it, process ids mean the same."""
+    namespace: str
+    """Boot and process namespace, within which a process id is unique."""
     pid: int
-    born: str
-    """Tells a process from a later one with the same id."""
+    started: str
+    """Start time: tells a process from a later one with the same id."""
 
     def is_dead(self, me: Process) -> bool:
-        """Whether it is known to have ended; False where it cannot be known from here."""
-        return (self.host, self.space) == (me.host, me.space) and _born(self.pid) != self.born
+        """Whether it is known to have ended; False where `me` cannot know."""
+        return (self.host, self.namespace) == (me.host, me.namespace) and _start_time(self.pid) != self.started
 
 
 def this_process() -> Process:
-    """The process that asks."""
-    space = ""
+    """The current process."""
+    namespace = ""
     with contextlib.suppress(OSError):
-        space = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
-    return Process(socket.gethostname(), space, os.getpid(), _born(os.getpid()))
+        namespace = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    return Process(socket.gethostname(), namespace, os.getpid(), _start_time(os.getpid()))
 
 
-def _born(pid: int) -> str:
-    """When the process started, in ticks since boot; empty where there is none (or no /proc to tell)."""
+def _start_time(pid: int) -> str:
+    """When the process started, in ticks since boot; "gone" where it has ended, empty where there is no /proc."""
     try:
-        # behind the name, which may hold anything, also brackets
+        # the fields after the name, which may itself hold brackets
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        # a process that has ended stays in the table until its parent asks for it
+        # a process that has ended stays in the table until its parent waits for it
         return "gone" if fields[0] in ("Z", "X") else fields[19]
     except (OSError, IndexError):
         pass
@@ -95,123 +99,123 @@ def _born(pid: int) -> str:
 
 
 @dataclass(frozen=True)
-class Claim:
-    """One job's claim to the lease, as it stands in its file."""
+class LockFile:
+    """The content of one process's lock file; times are in seconds since 1970."""
 
     token: str
     process: Process
-    asked: float
-    """Seconds since 1970, as all times here."""
-    expires: float
+    requested_at: float
+    expires_at: float
     held_since: float | None
     generation: int
-    """Higher than that of every claim that was there when this one was made."""
+    """Higher than that of every lock file that existed when this one was made."""
 
-    def in_words(self) -> str:
-        at = datetime.fromtimestamp(self.held_since or self.asked, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    def owner(self) -> str:
+        """The process that wrote it, in words."""
+        at = datetime.fromtimestamp(self.held_since or self.requested_at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
         return f"process {self.process.pid} on {self.process.host}, since {at}"
 
 
-class Lease:
-    """The lease while it is held: renewed in the background, given back by `release`."""
+class Lock:
+    """A lock that is held: renewed by a thread until `release`."""
 
-    def __init__(self, claims: _Claims, claim: Claim, lease_s: float) -> None:
-        self._claims, self._lease_s = claims, lease_s
-        self._claim = claim
+    def __init__(self, lock_files: _LockFiles, lock_file: LockFile, lease_s: float) -> None:
+        self._files, self._lease_s = lock_files, lease_s
+        self._mine = lock_file
         self._lost = ""
         self._ended = threading.Event()
-        self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self._mutex = threading.Lock()
+        self._thread = threading.Thread(target=self._renew, name="lock", daemon=True)
         self._thread.start()
 
     def assert_held(self) -> None:
-        """Raises StepError where the lease is lost; to be called before each step that makes something last."""
-        with self._lock:
-            mine = self._claim
-            if not self._lost and time.time() >= mine.expires and not self._taken_up_again():
-                self._lost = f"it ran out after {self._lease_s:g} s without being renewed"
+        """Raises StepError where the lock is lost; to be called before every write that is to last."""
+        with self._mutex:
+            mine = self._mine
+            if not self._lost and time.time() >= mine.expires_at and not self._renewed_late():
+                self._lost = f"it expired after {self._lease_s:g} s without renewal"
         if not self._lost:
-            others = self._claims.living()
-            if mine.token not in {claim.token for claim in others}:
-                self._lost = "its claim is gone"
+            others = self._files.valid()
+            if mine.token not in {other.token for other in others}:
+                self._lost = "its lock file is gone"
             for other in others:
                 if other.held_since and other.generation > mine.generation:
-                    self._lost = f"{other.in_words()}, has taken it over"
+                    self._lost = f"{other.owner()}, has taken it over"
         if self._lost:
             raise StepError(
-                f"this job has lost its lease on {self._claims.folder.location} ({self._lost}), so that another job "
-                "may be at work there; nothing further is written: start the same command again"
+                f"this process has lost its lock on {self._files.folder.location} ({self._lost}), so that another one "
+                "may be at work there; nothing more is written: start the same command again"
             )
 
     def release(self) -> None:
-        """Give the lease back."""
+        """Give the lock back."""
         self._ended.set()
         self._thread.join()
-        _GIVEN_BACK.add(self._claim.token)
-        # where the storage has failed, the claim stays, and counts no longer
+        _RELEASED.add(self._mine.token)
+        # if the store fails, the file stays, but counts no longer
         with contextlib.suppress(OSError, pa.ArrowException):
-            self._claims.remove(self._claim)
+            self._files.remove(self._mine)
 
-    def _taken_up_again(self) -> bool:
-        """Whether a claim that ran out could be renewed, as it has had no successor."""
+    def _renewed_late(self) -> bool:
+        """Renew an expired lock file, if no other process has held the lock since; whether that succeeded."""
         try:
-            # a successor clears it away before it holds the lease
-            if self._claim.token not in {claim.token for claim in self._claims.all()}:
+            # a later holder deletes expired files before it holds the lock
+            if self._mine.token not in {file.token for file in self._files.all()}:
                 return False
-            renewed = replace(self._claim, expires=time.time() + self._lease_s)
-            self._claims.write(renewed)
-            # the listing after the write: see the module's text
-            if any(claim.token != renewed.token for claim in self._claims.living()):
-                self._claims.remove(renewed)
+            renewed = replace(self._mine, expires_at=time.time() + self._lease_s)
+            self._files.write(renewed)
+            # list after the write: see the module docstring
+            if any(file.token != renewed.token for file in self._files.valid()):
+                self._files.remove(renewed)
                 return False
         except (OSError, pa.ArrowException, PosttrainError):
             return False
-        self._claim = renewed
+        self._mine = renewed
         return True
 
     def _renew(self) -> None:
         while not self._ended.wait(self._lease_s / _RENEWALS):
-            with self._lock:
+            with self._mutex:
                 now = time.time()
-                if self._lost or (now >= self._claim.expires and not self._taken_up_again()):
+                if self._lost or (now >= self._mine.expires_at and not self._renewed_late()):
                     return
-                renewed = replace(self._claim, expires=now + self._lease_s)
-                # it runs out where the storage stays away for too long
+                renewed = replace(self._mine, expires_at=now + self._lease_s)
+                # if the store stays unreachable for too long, the lock expires
                 with contextlib.suppress(OSError, pa.ArrowException, PosttrainError):
-                    self._claims.write(renewed)
-                    self._claim = renewed
+                    self._files.write(renewed)
+                    self._mine = renewed
 
 
 @contextmanager
-def held(folder: RunFolder, *, lease_s: float, wait_s: float, skew_s: float = _SKEW_S) -> Iterator[Lease]:
-    """The lease on a job's folder, held while the context lasts.
+def job_lock(folder: RunFolder, *, lease_s: float, wait_s: float, skew_s: float = _SKEW_S) -> Iterator[Lock]:
+    """The lock on a job's folder, held within the context.
 
-    Waits for at most `wait_s` where another job holds it; then raises HeldError, which says who and since when.
-    A claim that was not renewed for `lease_s` (and `skew_s` more), or whose process has ended on this machine, counts
-    no longer.
+    Waits for at most `wait_s` while another process holds it; then raises LockedError, which says who and since when.
+    A lock file that was not renewed for `lease_s` (plus `skew_s`), or whose process has ended on this machine, does
+    not count.
     """
-    lease = acquire(folder, lease_s=lease_s, wait_s=wait_s, skew_s=skew_s)
+    lock = acquire(folder, lease_s=lease_s, wait_s=wait_s, skew_s=skew_s)
     try:
-        yield lease
+        yield lock
     finally:
-        lease.release()
+        lock.release()
 
 
 @contextmanager
-def alone(folder: RunFolder) -> Iterator[Lease]:
-    """The lease on a run folder; raises HeldError at once where another process is at work there.
+def run_lock(folder: RunFolder) -> Iterator[Lock]:
+    """The lock on a run folder, held within the context; raises LockedError at once where another process holds it.
 
-    What a killed one left half-written is cleared away. A folder that nothing was written to is gone again afterwards.
+    Deletes what a killed process left half-written. Folders that are still empty afterwards are removed.
     """
     made = [path for path in (folder.local, *folder.local.parents) if not path.exists()] if folder.is_local else []
     way_out = "wait for it to end, or name another run.path"
-    lease = acquire(folder, lease_s=_RUN_LEASE_S, wait_s=0, place=_OF_RUN, way_out=way_out)
+    lock = acquire(folder, lease_s=_RUN_LEASE_S, wait_s=0, place=_RUN_LOCK, way_out=way_out)
     try:
         folder.clear_half_written()
-        yield lease
+        yield lock
     finally:
-        lease.release()
-        for path in (folder.local / _OF_RUN, *made) if folder.is_local else ():
+        lock.release()
+        for path in (folder.local / _RUN_LOCK, *made) if folder.is_local else ():
             with contextlib.suppress(OSError):  # there is something in it
                 path.rmdir()
 
@@ -222,83 +226,83 @@ def acquire(
     lease_s: float,
     wait_s: float,
     skew_s: float = _SKEW_S,
-    place: str = PLACE,
-    way_out: str = "wait for it to end, or set job.wait_s",
-) -> Lease:
-    """As `held`, for a caller that gives it back by itself; `place`: the folder of the claims."""
-    claims = _Claims(folder, skew_s, place)
-    process, token, asked = this_process(), uuid.uuid4().hex, time.time()
+    place: str = _JOB_LOCK,
+    way_out: str = "wait for it to end, or set job.lock_wait_s",
+) -> Lock:
+    """As `job_lock`, for a caller that releases it itself; `place`: the folder of the lock files."""
+    lock_files = _LockFiles(folder, skew_s, place)
+    process, token, requested_at = this_process(), uuid.uuid4().hex, time.time()
     deadline = time.monotonic() + wait_s
     pause = 0.02
-    mine: Claim | None = None
+    mine: LockFile | None = None
     try:
         while True:
             now = time.time()
-            if mine is None or now >= mine.expires - lease_s / 2:
+            if mine is None or now >= mine.expires_at - lease_s / 2:
                 if mine is None:
-                    generation = 1 + max((claim.generation for claim in claims.all()), default=0)
-                    mine = Claim(token, process, asked, now + lease_s, None, generation)
-                mine = replace(mine, expires=now + lease_s)
-                claims.write(mine)
-            # the listing after the write: see the module's text
-            others = [claim for claim in claims.living() if claim.token != token]
+                    generation = 1 + max((file.generation for file in lock_files.all()), default=0)
+                    mine = LockFile(token, process, requested_at, now + lease_s, None, generation)
+                mine = replace(mine, expires_at=now + lease_s)
+                lock_files.write(mine)
+            # list after the write: see the module docstring
+            others = [file for file in lock_files.valid() if file.token != token]
             if not others:
-                if time.time() >= mine.expires:
-                    continue  # the listing took longer than the claim lasts: it may have been passed over
-                claims.clear_dead()
-                taken = replace(mine, held_since=time.time())
-                claims.write(taken)
-                return Lease(claims, taken, lease_s)
-            rival = max(others, key=lambda claim: (claim.held_since is not None, -claim.asked))
-            first = rival.held_since is None and all((asked, token) < (c.asked, c.token) for c in others)
+                if time.time() >= mine.expires_at:
+                    continue  # the listing took longer than the file is valid: others may have ignored it
+                lock_files.delete_invalid()
+                held = replace(mine, held_since=time.time())
+                lock_files.write(held)
+                return Lock(lock_files, held, lease_s)
+            holder = max(others, key=lambda file: (file.held_since is not None, -file.requested_at))
+            first = holder.held_since is None and all((requested_at, token) < (c.requested_at, c.token) for c in others)
             if not first:
-                claims.remove(mine)
+                lock_files.remove(mine)
                 mine = None
                 if time.monotonic() >= deadline:
-                    raise HeldError(
-                        f"{folder.location}: another {'job' if place == PLACE else 'run'} is at work there "
-                        f"({rival.in_words()}); {way_out}"
+                    raise LockedError(
+                        f"{folder.location}: another {'job' if place == _JOB_LOCK else 'run'} is at work there "
+                        f"({holder.owner()}); {way_out}"
                     )
             pause = min(1.0, 1.5 * pause)
             time.sleep(pause * (0.5 + random.random()))
     except BaseException:
         if mine is not None:
             with contextlib.suppress(OSError, pa.ArrowException):
-                claims.remove(mine)
+                lock_files.remove(mine)
         raise
 
 
 @dataclass(frozen=True)
-class _Claims:
-    """The claims in a job's folder, one file each."""
+class _LockFiles:
+    """The lock files in a folder."""
 
     folder: RunFolder
     skew_s: float
-    place: str = PLACE
+    place: str = _JOB_LOCK
 
-    def write(self, claim: Claim) -> None:
-        # not durable: after a power cut nobody is at work
-        with self.folder.writing(self._path(claim), durable=False) as stream:
-            stream.write(json.dumps(asdict(claim)).encode())
+    def write(self, lock_file: LockFile) -> None:
+        # not durable: after a power cut no process is left to hold it
+        with self.folder.writing(self._path(lock_file), durable=False) as stream:
+            stream.write(json.dumps(asdict(lock_file)).encode())
 
-    def remove(self, claim: Claim) -> None:
+    def remove(self, lock_file: LockFile) -> None:
         with contextlib.suppress(FileNotFoundError):
-            self.folder.files.delete_file(self._path(claim))
+            self.folder.files.delete_file(self._path(lock_file))
 
-    def all(self) -> list[Claim]:
-        found: list[Claim] = []
+    def all(self) -> list[LockFile]:
+        found: list[LockFile] = []
         for info in self._listed():
             if not info.path.endswith(".json"):
                 continue
             try:
                 record = self.folder.read_json(info.path)
-                found.append(Claim(**{**record, "process": Process(**record["process"])}))
+                found.append(LockFile(**{**record, "process": Process(**record["process"])}))
             except FileNotFoundError:
                 continue  # withdrawn between the listing and the reading
             except (ValueError, KeyError, TypeError):
-                raise HeldError(
-                    f"{info.path} is a claim that this version of posttrain cannot read: make sure that no other job "
-                    "is at work there, and delete it"
+                raise LockedError(
+                    f"{info.path} is a lock file that this version of posttrain cannot read: make sure that no other "
+                    "process is at work there, and delete it"
                 ) from None
         return found
 
@@ -307,21 +311,21 @@ class _Claims:
         try:
             return self.folder.files.get_file_info(selector)
         except FileNotFoundError:
-            # pyarrow looks twice: it found no folder to list, and then one that another process had made meanwhile
+            # pyarrow asks twice: first there was no folder, then another process had made it
             return self.folder.files.get_file_info(selector)
 
-    def living(self) -> list[Claim]:
-        return [claim for claim in self.all() if not self._is_dead(claim)]
+    def valid(self) -> list[LockFile]:
+        return [file for file in self.all() if not self._is_invalid(file)]
 
-    def clear_dead(self) -> None:
-        for claim in self.all():
-            if self._is_dead(claim):
-                self.remove(claim)
+    def delete_invalid(self) -> None:
+        for lock_file in self.all():
+            if self._is_invalid(lock_file):
+                self.remove(lock_file)
 
-    def _is_dead(self, claim: Claim) -> bool:
-        if claim.token in _GIVEN_BACK or time.time() > claim.expires + self.skew_s:
+    def _is_invalid(self, lock_file: LockFile) -> bool:
+        if lock_file.token in _RELEASED or time.time() > lock_file.expires_at + self.skew_s:
             return True
-        return claim.process.is_dead(this_process())
+        return lock_file.process.is_dead(this_process())
 
-    def _path(self, claim: Claim) -> str:
-        return self.folder.path(self.place, f"{claim.token}.json")
+    def _path(self, lock_file: LockFile) -> str:
+        return self.folder.path(self.place, f"{lock_file.token}.json")

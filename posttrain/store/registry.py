@@ -1,6 +1,7 @@
-"""The model registry of MLflow: versions, their aliases and tags; each call may be made again without harm.
+"""The model registry of MLflow: versions, their aliases and tags. Every call can be repeated without harm.
 
-Aliases: `champion` is the version that serves, `previous` the one before it, `challenger` the last that did not pass.
+Aliases: `champion` is the version in use, `previous` the champion before it, `challenger` the last version that did not
+pass the gate.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 
 RUN = "posttrain.run"
-"""Tag: which run made the version; no run makes two."""
+"""Tag with the run that made the version; a run makes at most one."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,12 @@ class Registry:
 
     @classmethod
     def open(cls, uri: str | None, *, home: Path, name: str) -> Registry:
-        """The registry at `uri`; None: that of the database in the folder `home`."""
+        """The registry at `uri`; None: of the SQLite database in the folder `home`."""
         client, uri = connect(uri, home)
         return cls(client, uri, name)
 
     def version(self, alias: str) -> Version | None:
-        """The version of that alias; None where there is none."""
+        """The version with this alias; None where there is none."""
         from mlflow.exceptions import MlflowException
 
         with self._asking(f"for the version with the alias {alias}"):
@@ -62,7 +63,7 @@ class Registry:
                 raise
 
     def by_number(self, number: str) -> Version | None:
-        """The version with that number; None where there is none (any more)."""
+        """The version with this number; None where there is none (any more)."""
         from mlflow.exceptions import MlflowException
 
         with self._asking(f"for version {number}"):
@@ -74,13 +75,13 @@ class Registry:
                 raise
 
     def of_run(self, run: str) -> Version | None:
-        """The version that this run made, by its tag."""
+        """The version that this run made, found by its tag; None where there is none."""
         with self._asking("for the versions"):
             found = self._client.search_model_versions(f"name = '{self.name}' and tags.`{RUN}` = '{run}'")
             return _version(found[0]) if found else None
 
     def register(self, model_uri: str, *, run: str, run_id: str, tags: Mapping[str, str]) -> Version:
-        """The version that `run` makes of a logged model (models:/m-...); the one that it has made already."""
+        """Register a logged model (models:/m-...) as the version of `run`, unless that run has one already."""
         known = self.of_run(run)
         if known is not None:
             return known
@@ -95,10 +96,10 @@ class Registry:
             model_id = model_uri.removeprefix("models:/")
             made = self._client.create_model_version(
                 self.name,
-                # MLflow by itself would look a models:/ URI up on the server that the process is set to
+                # MLflow would look a models:/ URI up on the server that the process is set to
                 self._client.get_logged_model(model_id).artifact_location,
                 run_id=run_id,
-                # with the version: there is none without its tags, whenever the job is killed
+                # in the same request: a killed job leaves no version without its tags
                 tags={**tags, RUN: run},
                 await_creation_for=60,
                 model_id=model_id,
@@ -106,12 +107,12 @@ class Registry:
             return _version(made)
 
     def promote(self, version: Version) -> None:
-        """Make a version the champion, and the champion `previous`."""
+        """Make a version the champion, and the current champion `previous`."""
         champion = self.version(CHAMPION)
         if champion is not None and champion.number == version.number:
             return
         if champion is not None:
-            # first: killed in between, the champion is still the champion, and the same call ends the same
+            # first: if killed in between, the champion is unchanged, and repeating the call completes it
             self.point(PREVIOUS, champion.number)
         self.point(CHAMPION, version.number)
 
@@ -121,9 +122,9 @@ class Registry:
             self._client.set_registered_model_alias(self.name, alias, number)
 
     def fetch(self, version: Version, into: Path) -> tuple[Path, dict[str, Any] | None]:
-        """The version's weights, downloaded into a folder, and what builds the network, where posttrain logged it.
+        """The version's weights, downloaded into a folder, and the recipe that builds the network (None if unknown).
 
-        Raises ModelError where it holds no weights that load without unpickling.
+        posttrain logs that recipe (`log_model`). Raises ModelError where no weights load without unpickling.
         """
         weights = fetch_weights(f"models:/{self.name}/{version.number}", self.uri, into)
         for described in sorted(into.rglob("MLmodel")):
@@ -136,6 +137,7 @@ class Registry:
 
     @contextmanager
     def _asking(self, what: str) -> Iterator[None]:
+        """Within, an error of MLflow becomes a StepError that says what was asked for."""
         try:
             yield
         except PosttrainError:
@@ -143,7 +145,7 @@ class Registry:
         except Exception as error:  # whatever the backend's driver raises
             raise StepError(
                 f"the MLflow registry at {without_credentials(self.uri)} did not answer when asked {what} "
-                f"({reason(error)}); start the same command again to go on"
+                f"({reason(error)}); start the same command again to continue"
             ) from error
 
 

@@ -1,7 +1,7 @@
-"""The scores of a round while they are being made: one Parquet shard per partition, until the round is committed.
+"""The scores of a round before it is committed: one Parquet shard per partition.
 
-A run that is killed while it scores goes on with the partitions that are missing. Shards are found again by all that
-decides their content, so that those of another boundary are never taken up.
+A run that is killed while it scores continues with the missing partitions. The path of a shard holds a digest of
+everything that determines its content, so that shards of another decision boundary are never used.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ class ScoreShards:
 
     folder: RunFolder
     number: int
-    """Of the round."""
-    key: str
-    """Tells what decides the scores from anything else, as `content_digest` does."""
+    """Number of the round."""
+    digest: str
+    """`content_digest` of everything that determines the scores."""
 
     def partitions(self) -> set[int]:
-        """Those whose scores are there."""
-        there = fs.FileSelector(self._place, allow_not_found=True)
-        names = (info.base_name for info in self.folder.files.get_file_info(there))
+        """The partitions whose shards exist."""
+        shards = fs.FileSelector(self._place, allow_not_found=True)
+        names = (info.base_name for info in self.folder.files.get_file_info(shards))
         return {int(name.removesuffix(".parquet")) for name in names if name.endswith(".parquet")}
 
     def write(self, partition: int, table: pa.Table) -> None:
-        # kept for minutes, and made again where a power cut takes it; lz4 costs next to nothing
+        # kept for minutes, and computed again after a power cut; lz4 costs next to nothing
         with self.folder.writing(self._path(partition), durable=False) as stream:
             pq.write_table(table, stream, compression="lz4")
 
     def read(self, partition: int) -> pa.Table | None:
-        """The scores of a partition; None where they cannot be read."""
+        """The scores of a partition; None where there is no readable shard."""
         try:
             return self.folder.read_table(self._path(partition))
         except (pa.ArrowInvalid, OSError):
@@ -53,17 +53,17 @@ class ScoreShards:
 
     @property
     def _place(self) -> str:
-        return self.folder.round(self.number, "scoring", self.key)
+        return self.folder.round(self.number, "scoring", self.digest)
 
 
-def forget_scores(folder: RunFolder, number: int) -> None:
-    """Delete the shards of a round: its `scores.parquet` holds them all."""
+def delete_score_shards(folder: RunFolder, number: int) -> None:
+    """Delete the shards of a round, whose `scores.parquet` holds all scores."""
     with contextlib.suppress(FileNotFoundError):
         folder.files.delete_dir(folder.round(number, "scoring"))
 
 
 def content_digest(*things: object) -> str:
-    """16 hexadecimal digits of numbers, texts, arrays, tensors, and containers and dataclasses of these."""
+    """16 hexadecimal digits that identify numbers, texts, arrays, tensors, and containers and dataclasses of these."""
     digest = hashlib.sha256()
     for part in _parts(things):
         digest.update(part)

@@ -1,6 +1,6 @@
-"""The refined model as MLflow serves it: MLflow runs a copy of this file when the logged model is loaded.
+"""The refined model as MLflow serves it: MLflow runs a copy of this file to load the logged model.
 
-The model is rebuilt from its factory, and its weights come from a safetensors file: nothing is unpickled.
+The model is built by its factory, and its weights come from a safetensors file: nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class PosttrainModel(PythonModel):
     """Class probabilities for images."""
 
     def load_context(self, context: Any) -> None:
-        """Rebuilds the model from the logged recipe (`Tracking.log_model`) and weights."""
-        # Here, not above: MLflow runs this file once more to log the model, and needs no torch for that
+        """Build the model from the logged recipe and weights (`logged_model.log_model`)."""
+        # here, not above: MLflow also runs this file to log the model, which needs no torch
         from posttrain.vision.models import build, load_weights
 
         self.recipe: dict[str, Any] = context.model_config
@@ -30,13 +30,13 @@ class PosttrainModel(PythonModel):
         load_weights(self.model, Path(context.artifacts["weights"]))
         self.model.eval()
 
-    # This type MLflow does not enforce: a list or an array may come, too. Without one it warns.
+    # MLflow does not enforce this type: a list or an array is accepted, too. Without a type it warns.
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:
         """[n, classes] float32 probabilities.
 
-        model_input: a data frame (its column `image`, else its first), a list or an array of n images; each
-        is encoded (bytes, or base64 as a string, for JSON) or a uint8 array. Raises ValueError naming the
-        row of an unreadable one.
+        model_input: n images in a data frame (its column `image`, else its first), a list or an array; each image is
+        encoded (bytes, or a base64 string for JSON) or a uint8 array. Raises ValueError naming the row of an unreadable
+        image.
         """
         import torch
 

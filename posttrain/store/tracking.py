@@ -285,7 +285,7 @@ class Tracking:
             raise StepError(
                 f"the MLflow tracking server at {without_credentials(self.uri)} did not accept {what} "
                 f"({reason(error)}); "
-                "start the same command again to go on"
+                "start the same command again to continue"
             ) from error
 
 

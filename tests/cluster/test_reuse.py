@@ -27,7 +27,7 @@ from posttrain.schema import (
     partition_boundaries,
     partition_count,
 )
-from posttrain.store.features import FormerFeatures, Shard, former_features, read_shard, write_shard
+from posttrain.store.features import PreviousFeatures, Shard, previous_features, read_shard, write_shard
 from posttrain.store.folder import RunFolder
 from posttrain.vision import models
 
@@ -68,7 +68,9 @@ def built(spec: ModelSpec) -> torch.nn.Module:
     return models.build(spec.factory, classes=10, arguments=spec.arguments).eval()
 
 
-def embedded(spec: ModelSpec, blocks: list[pa.Table], former: FormerFeatures | None = None) -> tuple[list[Shard], int]:
+def embedded(
+    spec: ModelSpec, blocks: list[pa.Table], former: PreviousFeatures | None = None
+) -> tuple[list[Shard], int]:
     """The shards as a worker makes them, and how many images went through the network."""
     model, shards, count = built(spec), [], 0
     for block in blocks:
@@ -79,10 +81,10 @@ def embedded(spec: ModelSpec, blocks: list[pa.Table], former: FormerFeatures | N
     return shards, count
 
 
-def stored(folder: RunFolder, shards: list[Shard]) -> FormerFeatures:
+def stored(folder: RunFolder, shards: list[Shard]) -> PreviousFeatures:
     for partition, shard in enumerate(shards):
         write_shard(folder, folder.features("b", "train", partition), shard, [], partitions=len(shards))
-    former = former_features(folder, "b", "train")
+    former = previous_features(folder, "b", "train")
     assert former is not None
     return former
 

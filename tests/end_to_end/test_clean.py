@@ -467,7 +467,7 @@ def test_a_process_that_is_ended_and_started_again_ends_the_same(
         process.send_signal(how)
     code, said = process.wait(timeout=60), (tmp_path / "said").read_text()
     if how == signal.SIGTERM:
-        assert code == 143 and said.endswith("terminated; start the same command again to go on\n")
+        assert code == 143 and said.endswith("terminated; start the same command again to continue\n")
         assert "***" not in said and "Traceback" not in said
     assert not (killed / "summary.json").exists()
     assert start(killed).wait(timeout=600) == 0

@@ -16,7 +16,7 @@ from pyarrow import fs
 from servers import Between, Server, serving, standing_before
 from small_data import assert_same_result
 
-from posttrain.errors import DataError, HeldError, PosttrainError
+from posttrain.errors import DataError, LockedError, PosttrainError
 from posttrain.runs.steps import CleaningRun
 from posttrain.store import lock
 from posttrain.store.folder import RunFolder, resolve
@@ -169,5 +169,5 @@ def test_a_store_that_does_not_answer_is_named_before_any_work(in_store: Run, fr
 
 
 def test_a_second_run_on_the_folder_is_refused_at_once(in_store: Run, front: Between) -> None:
-    with lock.alone(RunFolder(uri(front, "held"))), pytest.raises(HeldError, match="another run is at work there"):
+    with lock.run_lock(RunFolder(uri(front, "held"))), pytest.raises(LockedError, match="another run is at work there"):
         in_store("held")

@@ -20,7 +20,7 @@ from servers import mlflow_server, serving
 from small_data import BOTH, Digits, accuracy, as_built, assert_same_result, relabelled, removed_ids
 
 from posttrain.config import JobFile
-from posttrain.errors import HeldError
+from posttrain.errors import LockedError
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -216,12 +216,12 @@ def test_a_week_in_the_life(
 
     # day 5: while one is at work, a second start refuses
     while True:
-        claims = [json.loads(path.read_text()) for path in (job / "lease").glob("*.json")]
+        claims = [json.loads(path.read_text()) for path in (job / "lock").glob("*.json")]
         if any(claim["process"]["pid"] == process.pid and claim["held_since"] for claim in claims):
             break
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    with pytest.raises(HeldError, match=f"process {process.pid} on "):
+    with pytest.raises(LockedError, match=f"process {process.pid} on "):
         retrain(**server)
     out, _ = process.communicate(timeout=600)
     day = json.loads(out)

@@ -16,7 +16,7 @@ import pytest
 from small_data import Digits, assert_same_result, interrupted_after, png, rounds
 
 import posttrain.runs.inputs
-from posttrain.errors import DataError, HeldError, PosttrainError, RunFolderError, StepError
+from posttrain.errors import DataError, LockedError, PosttrainError, RunFolderError, StepError
 from posttrain.runs.steps import CleaningRun
 from posttrain.store import lock
 from posttrain.store.folder import RunFolder
@@ -46,7 +46,9 @@ def remount(disk: Path, options: str) -> None:
 def test_a_full_disk_ends_a_run_with_its_path_and_with_room_it_goes_on(
     run: Run, undisturbed: Undisturbed, disk: Path
 ) -> None:
-    what = rf"{disk}/run/.* cannot be written \(No space left on device\); mend it and start the same command again"
+    what = (
+        rf"{disk}/run/.* cannot be written \(No space left on device\); fix the cause and start the same command again"
+    )
     for size in ("64k", "600k"):
         remount(disk, f"size={size}")
         with pytest.raises(StepError, match=what):
@@ -167,12 +169,12 @@ def test_a_file_that_is_cut_short_between_two_starts_is_refused(run: Run, digits
 
 
 def test_a_second_process_on_a_run_folder_at_work_is_refused_at_once(run: Run, tmp_path: Path) -> None:
-    with lock.alone(RunFolder(str(tmp_path / "run"))):
+    with lock.run_lock(RunFolder(str(tmp_path / "run"))):
         with pytest.raises(
-            HeldError, match=rf"{tmp_path}/run: another run is at work there \(process {os.getpid()} on"
+            LockedError, match=rf"{tmp_path}/run: another run is at work there \(process {os.getpid()} on"
         ):
             run(tmp_path / "run")
-        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lease"]
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 def test_what_a_committed_round_vouches_for_is_on_the_disk_before_it(
@@ -197,7 +199,7 @@ def test_what_a_committed_round_vouches_for_is_on_the_disk_before_it(
             beside = [p for p in Path(target).parent.rglob("*") if not p.name.endswith((".tmp", ".db"))]
             # nobody vouches for what is made again where it is gone
             mine = [p for p in beside if not {"features", "scoring"} & set(p.parts)]
-            mine = [p for p in mine if p.parent.name not in (".lease", "outbox")]
+            mine = [p for p in mine if p.parent.name not in (".lock", "outbox")]
             assert all(lasts(path) for path in mine if path.is_file()), [p for p in mine if not lasts(p)]
             kept.extend(path.name for path in mine)
             committed.append(Path(target).parent.name)

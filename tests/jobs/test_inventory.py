@@ -36,7 +36,7 @@ from posttrain.jobs.retrain import (
     rollback,
 )
 from posttrain.store.folder import RunFolder
-from posttrain.store.lock import Lease
+from posttrain.store.lock import Lock
 from posttrain.store.registry import CHALLENGER, CHAMPION, PREVIOUS, Registry
 from posttrain.vision import models
 
@@ -96,11 +96,11 @@ class Job:
         attempt = _Attempt("attempt", self.folder.run("attempt"), None)
         self.decided(attempt, verdict, **more)
         stock = _stock(self.config, self.folder)
-        _concluded(self.config, self.folder, cast(Registry, _Nothing()), stock, attempt, cast(Lease, _Nothing()))
+        _concluded(self.config, self.folder, cast(Registry, _Nothing()), stock, attempt, cast(Lock, _Nothing()))
 
 
 class _Nothing:
-    """A registry without versions, and a lease that is held."""
+    """A registry without versions, and a lock that is held."""
 
     name = "m"
 

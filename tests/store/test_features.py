@@ -9,11 +9,11 @@ import pytest
 
 from posttrain.schema import order_key, partition_boundaries, partition_count
 from posttrain.store.features import (
-    FormerFeatures,
+    PreviousFeatures,
     Shard,
     ShardSummary,
-    former_features,
     image_digests,
+    previous_features,
     quarantine_table,
     read_shard,
     summarise_shard,
@@ -194,7 +194,7 @@ def test_features_are_found_again_whatever_partitions_the_samples_lie_in(
     features["fc"] = features["fc"].astype(np.float16)
     digests = draw.integers(0, 2**63, before).astype(np.uint64)
     embedded_store(folder, np.arange(before), digests, features, text=text)
-    former = former_features(folder, "b", "train")
+    former = previous_features(folder, "b", "train")
     assert former is not None and former.partitions == partition_count(before)
     # some images have changed, and many ids are new
     present = np.concatenate([digests, draw.integers(0, 2**63, max(0, now - before)).astype(np.uint64)])[:now]
@@ -220,10 +220,10 @@ def test_features_are_found_again_whatever_partitions_the_samples_lie_in(
 def test_only_the_shards_in_whose_hash_range_samples_lie_are_read(folder: RunFolder, monkeypatch: pytest.MonkeyPatch):
     ids = np.arange(20_000)
     embedded_store(folder, ids, ids.astype(np.uint64), {"fc": np.zeros((len(ids), 1), np.float16)})
-    former = former_features(folder, "b", "train")
+    former = previous_features(folder, "b", "train")
     assert former is not None and former.partitions == 10
     read: list[int] = []
-    monkeypatch.setattr(FormerFeatures, "_read", lambda self, partition, layers: read.append(partition))
+    monkeypatch.setattr(PreviousFeatures, "_read", lambda self, partition, layers: read.append(partition))
     partition_of = np.searchsorted(partition_boundaries(4), order_key(ids), side="right")
     mine = ids[partition_of == 1]
     former.of(pa.array(mine), mine.astype(np.uint64), ["fc"])
@@ -234,7 +234,7 @@ def test_only_the_shards_in_whose_hash_range_samples_lie_are_read(folder: RunFol
 def test_a_damaged_or_missing_shard_of_a_former_run_only_means_that_its_samples_are_embedded_anew(folder: RunFolder):
     ids = np.arange(400)
     embedded_store(folder, ids, ids.astype(np.uint64), {"fc": np.zeros((400, 1), np.float16)})
-    former = former_features(folder, "b", "train")
+    former = previous_features(folder, "b", "train")
     assert former is not None
     (Path(folder.location) / "features/b/train/00001.parquet").unlink()
     folder.write_bytes(folder.features("b", "train", 2), b"PAR1")
@@ -244,10 +244,10 @@ def test_a_damaged_or_missing_shard_of_a_former_run_only_means_that_its_samples_
 
 
 def test_a_run_without_these_features_has_nothing_to_take_up(folder: RunFolder):
-    assert former_features(folder, "b", "train") is None
+    assert previous_features(folder, "b", "train") is None
     write_shard(folder, folder.features("b", "train", 0), a_shard(3), [])  # of an older version: no digests
-    assert former_features(folder, "b", "train") is None
-    assert former_features(folder, "c", "train") is None
+    assert previous_features(folder, "b", "train") is None
+    assert previous_features(folder, "c", "train") is None
 
 
 def test_a_digest_tells_the_bytes_of_an_image_and_nothing_of_how_they_are_stored():

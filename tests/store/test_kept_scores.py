@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from posttrain.store.folder import RunFolder
-from posttrain.store.scores import ScoreShards, content_digest, forget_scores
+from posttrain.store.scores import ScoreShards, content_digest, delete_score_shards
 
 
 @pytest.fixture
@@ -50,17 +50,17 @@ def test_the_file_of_a_round_is_the_same_to_the_byte_whether_its_tables_were_kep
     assert as_one_file([table for table in found if table is not None]) == as_one_file(tables)
 
 
-def test_shards_of_another_key_or_round_are_not_taken_up_and_go_with_their_round(folder: RunFolder) -> None:
+def test_shards_of_another_digest_or_round_are_not_used_and_go_with_their_round(folder: RunFolder) -> None:
     kept = ScoreShards(folder, 2, "key")
     kept.write(7, scores(7))
     assert kept.partitions() == {7}
-    for other in (replace(kept, key="other"), replace(kept, number=3)):
+    for other in (replace(kept, digest="other"), replace(kept, number=3)):
         assert other.partitions() == set()
         other.write(1, scores(1))
-    forget_scores(folder, 2)
+    delete_score_shards(folder, 2)
     assert kept.partitions() == set()
     assert replace(kept, number=3).partitions() == {1}
-    forget_scores(folder, 2)  # nothing is there any more
+    delete_score_shards(folder, 2)  # nothing is there any more
 
 
 def test_a_shard_that_was_cut_short_counts_as_missing(folder: RunFolder) -> None:

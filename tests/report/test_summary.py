@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from rich.console import Console
+
+from posttrain.report.summary import print_summary
+
+SUMMARY: dict[str, Any] = {
+    "run": "runs/digits",
+    "rounds": 3,
+    "live": 900,
+    "removed": 100,
+    "relabelled": 0,
+    "quarantined": 0,
+    "leakage": {},
+    "validation_accuracy_before": 0.7,
+    "validation_accuracy_after": 0.75,
+    "test_accuracy_before": 0.8,
+    "test_accuracy_after": 0.95,
+    "test_accuracy_refit": 0.9,
+    "test_accuracy_boundary": 0.93,
+    "removal_precision": None,
+    "removal_recall": None,
+    "relabel_accuracy": None,
+    "noise": None,
+    "boundary": None,
+    "seconds": 3.0,
+    "steps": {"score": 1.0},
+    "ended": "what is left no longer looks wrong",
+    "undelivered": None,
+    "files": {},
+}
+
+
+def printed(summary: dict[str, Any]) -> list[str]:
+    stream = io.StringIO()
+    print_summary(Console(file=stream), summary)
+    return stream.getvalue().splitlines()
+
+
+def test_the_removal_is_shown_beside_its_controls() -> None:
+    lines = printed(SUMMARY)
+    at = next(number for number, line in enumerate(lines) if "test accuracy" in line)
+    for line, figures in zip(lines[at : at + 3], ("95.0 %", "93.0 %", "90.0 %"), strict=True):
+        assert f"80.0 % -> {figures}" in line
+    assert "nothing removed" in lines[at + 1] and lines[at + 1].rstrip().endswith("the removal itself: +2.0 points")
+    assert "new head alone" in lines[at + 2]
+
+
+def test_without_test_labels_there_is_no_control() -> None:
+    unknown = {key: None for key in SUMMARY if key.startswith("test_accuracy")}
+    assert not any("test accuracy" in line or "control" in line for line in printed({**SUMMARY, **unknown}))
