@@ -266,6 +266,14 @@ def test_every_file_that_is_named_exists(page, path):
     assert (REPOSITORY / path).exists()
 
 
+def test_every_name_that_is_said_to_be_in_a_file_is_there():
+    named = [found for page in ALL for found in re.findall(r"`(\w+)` in `(posttrain/[\w/]+\.py)`", page.prose)]
+    assert len(named) >= 2
+    for name, path in named:
+        code = (REPOSITORY / path).read_text(encoding="utf-8")
+        assert re.search(rf"^(?:def |class )?{name}\b", code, re.MULTILINE), f"{name} in {path}"
+
+
 @pytest.mark.parametrize(("page", "test"), targets(r"`(tests/[\w./-]+::\w+)`"))
 def test_every_test_that_is_named_exists(page, test):
     path, _, name = test.partition("::")
@@ -299,6 +307,16 @@ def test_every_file_and_column_of_the_run_folder_is_one_that_the_code_writes():
     named_by_table = {"removed.parquet", "relabelled.parquet"}  # f"{name}.parquet"
     missing = [name for name in {*files, *names} - named_by_table if name not in code]
     assert missing == []
+
+
+def test_the_tutorial_explains_every_line_of_the_summary():
+    [table] = re.findall(
+        r"^\| line \| meaning \|\n(.*?)\n\n", Page(PAGES / "tutorial.md").prose, re.MULTILINE | re.DOTALL
+    )
+    explained = set(re.findall(r"^\| ([\w ]+) \|", table, re.MULTILINE)) - {"ended because"}
+    code = (REPOSITORY / "posttrain/report/summary.py").read_text(encoding="utf-8")
+    printed = {name.strip() for name in re.findall(r"^ +\(?\"( *[a-z ]+)\",", code, re.MULTILINE)}
+    assert explained == printed
 
 
 def test_mkdocs_lists_every_page():
