@@ -37,7 +37,6 @@ def parser(
     found.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the networks are trained")
     found.add_argument("--processes", type=_positive, default=1, help="so many cases are measured at a time")
     found.add_argument("--report", action="store_true", help="measure nothing, write the tables of what is there")
-    found.add_argument("--readme", action="store_true", help="measure nothing, print the README's table")
     return found
 
 
@@ -49,7 +48,6 @@ def run(
     measure: Callable[[Case], object],
     kept: Callable[[Case], F | None],
     report: Callable[[Sequence[F], str], str],
-    short: Callable[[Sequence[F]], str],
     table: Callable[[Sequence[F]], pa.Table],
     flags: Sequence[str] = (),
 ) -> None:
@@ -59,7 +57,7 @@ def run(
     that are set. Exits with an error where nothing is kept, or the device is not there.
     """
     chosen = list(cases.cases(options.datasets, options.noises, options.networks, options.seeds))
-    if not (options.report or options.readme):
+    if not options.report:
         try:
             cases.train_on(options.device)
             for dataset in set(options.datasets) - {"digits"}:
@@ -71,9 +69,6 @@ def run(
     findings = [found for case in chosen if (found := kept(case)) is not None]
     if not findings:
         parser.error(f"{options.folder} holds nothing of these {len(chosen)} cases; measure them first")
-    if options.readme:
-        print(short(findings))
-        return
     options.out.mkdir(parents=True, exist_ok=True)
     pq.write_table(table(findings), options.out / f"{name}.parquet")
     text = report(findings, _line(name, parser, options, flags))

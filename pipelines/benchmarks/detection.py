@@ -3,8 +3,7 @@
 `python -m pipelines.benchmarks.detection --seeds 0 1 2` takes every case of `cases`, trains its network, ranks its
 training samples by every score of posttrain and by every peer of `baselines`, one after the other in one process, and
 compares the ranks with the true labels, which no method sees. What is finished stays in `--folder`, one file
-for each case: started again, it goes on with what is missing. `--report` only writes the tables of what is there,
-`--readme` prints the short one.
+for each case: started again, it goes on with what is missing. `--report` only writes the tables of what is there.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from pipelines.benchmarks.detection_findings import (
     removed,
     table,
 )
-from pipelines.benchmarks.detection_report import report, short
+from pipelines.benchmarks.detection_report import report
 from pipelines.benchmarks.ours import Ours, ours
 from posttrain.vision import models
 
@@ -145,7 +144,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         measure=partial(measure, folder=options.folder, folds=folds),
         kept=lambda case: kept(case, options.folder),
         report=report,
-        short=short,
         table=table,
         flags=("without-cleanlab", "only-kept"),
     )

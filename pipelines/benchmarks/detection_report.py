@@ -10,7 +10,7 @@ from operator import attrgetter
 
 from pipelines.benchmarks import cases
 from pipelines.benchmarks.baselines import PEERS
-from pipelines.benchmarks.cases import NETWORKS, NOISES
+from pipelines.benchmarks.cases import NOISES
 from pipelines.benchmarks.detection_findings import AFTER_FOLDS, BINS, DEFAULT, Finding, Kind, Ranking, Tried
 from pipelines.benchmarks.tables import document, fewer, grouped, head, markdown, with_spread
 
@@ -95,16 +95,6 @@ def report(findings: Sequence[Finding], command: str) -> str:
         _suggestions(findings),
     ]
     return document(sections)
-
-
-def short(findings: Sequence[Finding]) -> str:
-    """The README's table."""
-    lines = ["| | " + "".join(f"{network} | " for network in NETWORKS) + "seconds |", "|---|" + "---|" * 3]
-    noisy = _noisy(findings)
-    for method in _methods(findings):
-        cells = [_percent([f for f in noisy if f.case.network == n], _ranked_as(method)) for n in NETWORKS]
-        lines.append(f"| {shown(method)} | {' | '.join(cells)} | {_seconds(_of(findings, method))} |")
-    return "\n".join(lines)
 
 
 def _head(findings: Sequence[Finding], command: str) -> list[str]:

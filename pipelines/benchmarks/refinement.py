@@ -4,7 +4,7 @@
 same trained network: posttrain's rounds by the loop of a real run (`posttrain.rounds.clean`), with each `refine.scope`,
 as many gradient steps without its removal, and training from scratch on what was kept. What is finished stays in
 `--folder`, one file for each case: started again, it goes on with what is missing. `--report` only writes the tables
-of what is there, `--readme` prints the short one.
+of what is there.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from pipelines.benchmarks.refinement_findings import (
     settings,
     table,
 )
-from pipelines.benchmarks.refinement_report import report, short
+from pipelines.benchmarks.refinement_report import report
 from pipelines.benchmarks.training import Average, refining, round_seed, steps_of_epoch, trained_on
 from posttrain import rounds
 from posttrain.influence import ensemble
@@ -288,7 +288,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         measure=partial(measure, folder=options.folder, cleanlab=options.cleanlab, scratch=not options.without_scratch),
         kept=lambda case: kept(case, options.folder),
         report=report,
-        short=short,
         table=table,
         flags=("cleanlab", "without-scratch"),
     )

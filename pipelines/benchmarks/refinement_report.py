@@ -102,14 +102,6 @@ def report(findings: Sequence[Finding], command: str) -> str:
     return document(sections)
 
 
-def short(findings: Sequence[Finding]) -> str:
-    """The README's table: test accuracy, mean over the noisy cases."""
-    groups: dict[str, list[Finding]] = {}
-    for (dataset, _, network), group in _by_setting(_noisy(findings)).items():
-        groups.setdefault(f"{dataset}, {network}", []).extend(group)
-    return "\n".join(markdown(["", *groups], _accuracy_rows(list(groups.values()))))
-
-
 def _head(findings: Sequence[Finding], command: str) -> list[str]:
     with_cleanlab = sum(f.row(CLEANLAB) is not None for f in findings)
     return [

@@ -157,31 +157,6 @@ def report(found: Sequence[Found], command: str) -> str:
     return document([lines])
 
 
-def short(found: Sequence[Found]) -> str:
-    """The README's table: one line per data set and kind of labels, from the lowest to the highest of its runs."""
-    lines = ["| data set, labels | wrong | sign | estimate | removed | precision |", "|---|---|---|---|---|---|"]
-    for key in dict.fromkeys((one.dataset, one.noise) for one in found):
-        mine = [one for one in found if (one.dataset, one.noise) == key]
-        seen = [one for one in mine if one.found]
-        cells = [
-            ", ".join(key),
-            _between(one.truth for one in mine),
-            f"{len(seen)} of {len(mine)}",
-            _between(one.rate for one in seen),
-            _between(one.removed / one.samples for one in mine),
-            _between(one.removed_wrong / one.removed for one in mine if one.removed),
-        ]
-        lines.append(row(cells))
-    return "\n".join(lines)
-
-
-def _between(shares: Iterable[float]) -> str:
-    """From the lowest to the highest, each once; empty where there is none."""
-    found = sorted(shares)
-    ends = dict.fromkeys(percent(share) for share in (*found[:1], *found[-1:]))
-    return " to ".join(ends).replace(" % to", " to")
-
-
 def table(found: Iterable[Found]) -> pa.Table:
     """One row for each case."""
     return pa.Table.from_pylist([asdict(one) for one in found])
@@ -202,7 +177,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         measure=partial(measured, folder=options.folder),
         kept=lambda case: kept(case, options.folder),
         report=report,
-        short=short,
         table=table,
     )
 

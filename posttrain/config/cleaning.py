@@ -52,7 +52,7 @@ class Removal(Section):
         "mislabel_odds"
     )
     """What samples are ranked by. mislabel_odds: odds that the given label is wrong, from the leave-one-out prediction
-    and the estimated label noise. loo_margin: leave-one-out margin, negative where a boundary fitted without the sample
+    and the estimated label noise. loo_margin: leave-one-out margin, positive where a boundary fitted without the sample
     contradicts its label. parameter: influence on the probe's weights. data: influence on the other samples'
     predictions. loss, margin, gradient_norm: of the given label, with the sample in the fit. random: the control."""
     threshold: float = Field(default=0.5, ge=0, le=1)

@@ -29,7 +29,10 @@ class Job(Section):
 
 
 class Gate(Section):
-    """What a new model, the challenger, must achieve on validation labels to replace the champion."""
+    """What a new model, the challenger, must achieve to replace the champion.
+
+    Both are measured on the test set or, without one, on the validation set.
+    """
 
     margin: float = Field(default=0.0, ge=-1, le=1)
     """Accuracy that the challenger must gain over the champion, as a share (0.01 is one percentage point). Negative:

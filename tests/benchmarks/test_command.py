@@ -33,7 +33,6 @@ def run(tmp_path: Path) -> Callable[..., list[Case]]:
             measure=asked.append,
             kept=lambda case: None if case.noise == "pair 20" else case,
             report=lambda found, line: f"{line}: {len(found)}",
-            short=lambda found: f"short: {len(found)}",
             table=lambda found: pa.table({"noise": [case.noise for case in found]}),
             flags=("some-flag",),
         )
@@ -71,14 +70,6 @@ def test_the_command_is_told_without_what_is_usual_and_without_folders(
     assert capsys.readouterr().out.startswith(f"python -m pipelines.benchmarks.any {line}: ")
 
 
-def test_the_short_table_is_printed_and_nothing_is_written(
-    run: Callable[..., list[Case]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    assert run("--readme", "--datasets", "digits") == []
-    assert capsys.readouterr().out == "short: 2\n"
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("main", MAINS)
 def test_a_report_of_nothing_is_refused(
     main: Callable[[Sequence[str]], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -105,7 +96,6 @@ def in_processes(folder: Path, *arguments: str) -> None:
         measure=partial(noted, folder=folder),
         kept=lambda case: case if (folder / case.key).exists() else None,
         report=lambda found, line: str(len(found)),
-        short=lambda found: "",
         table=lambda found: pa.table({"noise": [case.noise for case in found]}),
     )
 

@@ -26,7 +26,7 @@ from pipelines.benchmarks.refinement_findings import (
     Finding,
     Row,
 )
-from pipelines.benchmarks.refinement_report import compared, report, short
+from pipelines.benchmarks.refinement_report import compared, report
 
 
 def finding(
@@ -145,17 +145,3 @@ def test_a_row_that_was_not_measured_in_every_seed_says_so():
     assert f"| {CLEANLAB} | 60.0 (1) |" in text
     assert SCRATCH_CLEANLAB not in text
     assert "cleanlab's removal was measured on 1" in text
-
-
-def test_the_short_table_is_the_mean_over_the_noisy_cases_and_its_spread_that_over_seeds():
-    findings = [
-        finding("pair 40", 0, head=0.6),
-        finding("symmetric 40", 0, head=0.8),
-        finding("pair 40", 1, head=0.7),
-        finding("symmetric 40", 1, head=0.9),
-        finding("clean", 0, head=0.1),
-    ]
-    text = short(findings)
-    assert text.splitlines()[0] == "|  | digits, memorised |"
-    # the seeds' means are 70 and 80
-    assert "| posttrain, head | 75.0 ± 7.1 |" in text

@@ -66,14 +66,6 @@ def test_the_table_has_shares_of_what_they_are_shares_of():
     assert "no sign" in clean.splitlines()[-1]
 
 
-def test_the_short_table_goes_from_the_lowest_to_the_highest_run_and_leaves_out_what_there_is_not():
-    other = replace(FOUND, seed=1, removed=0, removed_wrong=0, found=False, rate=0.5)
-    [*_, row] = safety.short([FOUND, other]).splitlines()
-    assert row == "| digits, symmetric 20 | 20.0 % | 1 of 2 | 18.0 % | 0.0 to 15.0 % | 96.0 % |"
-    [*_, row] = safety.short([other]).splitlines()
-    assert row == "| digits, symmetric 20 | 20.0 % | 0 of 1 |  | 0.0 % |  |"
-
-
 def test_the_report_is_made_of_what_is_there(tmp_path: Path):
     (tmp_path / "safety").mkdir()
     case = Case("digits", "symmetric 20", "memorised", 0)
