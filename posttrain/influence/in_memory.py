@@ -57,10 +57,13 @@ class InMemory:
         return InMemoryPass(tuple(found), None if self.relabelled is None else self.relabelled.split(self.blocks))
 
     def rows(self, mask: Tensor) -> InMemory:
-        """The samples in a mask [samples], in blocks of the same size."""
-        assert isinstance(self.blocks, int), "blocks of given sizes hold these samples alone"
+        """The samples in a mask [samples]; each block keeps those of its own that are in it."""
+        sizes = [self.blocks] * (len(mask) // self.blocks + 1) if isinstance(self.blocks, int) else self.blocks
+        ends = np.minimum(np.cumsum(sizes), len(mask))
+        kept = np.diff(np.concatenate([[0], mask.cumsum(0).numpy()])[np.concatenate([[0], ends])])
         return replace(
             self,
+            blocks=[int(size) for size in kept if size],
             features={name: own[mask] for name, own in self.features.items()},
             labels=self.labels[mask],
             ids=None if self.ids is None else self.ids[mask.numpy()],

@@ -1,0 +1,234 @@
+"""`find_label_issues` and `find_label_issues_with`: what they find, what they refuse, what they do not import."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse
+import torch
+from sklearn.datasets import load_breast_cancer, load_digits, load_wine
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score
+from sklearn.model_selection import cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+import posttrain
+from posttrain.errors import ConfigError, DataError, LabelRangeError, ModelError
+
+
+def flipped(labels: np.ndarray, rate: float, seed: int = 0) -> np.ndarray:
+    generator, classes = np.random.default_rng(seed), int(labels.max()) + 1
+    wrong = generator.choice(len(labels), round(rate * len(labels)), replace=False)
+    given = labels.copy()
+    given[wrong] = (labels[wrong] + generator.integers(1, classes, len(wrong))) % classes
+    return given
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(features, true labels, given labels): the first 900 digits, a fifth of the labels flipped."""
+    features, labels = (part[:900] for part in load_digits(return_X_y=True))
+    return features, labels, flipped(labels, 0.2)
+
+
+@pytest.fixture(scope="module")
+def issues(digits: tuple[np.ndarray, ...]) -> posttrain.LabelIssues:
+    features, _, given = digits
+    return posttrain.find_label_issues(features, given, progress=False)
+
+
+@pytest.mark.parametrize("load", [load_breast_cancer, load_wine])
+def test_wrong_labels_of_a_table_rank_as_high_as_cross_validated_regression_has_them_or_higher(load: Any):
+    features, labels = load(return_X_y=True)
+    own, of_regression = [], []
+    for seed in range(3):
+        given = flipped(labels, 0.2, seed)
+        found = posttrain.find_label_issues(features, given, progress=False)
+        own.append(average_precision_score(given != labels, -found.label_quality))
+        model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+        probabilities = cross_val_predict(model, features, given, cv=5, method="predict_proba")
+        quality = probabilities[np.arange(len(given)), given]
+        of_regression.append(average_precision_score(given != labels, -quality))
+    # three seeds differ by about 0.01
+    assert np.mean(own) > np.mean(of_regression) - 0.01 and np.mean(own) > 0.85
+
+
+def test_what_is_removed_is_mostly_wrong_and_the_rate_is_in_its_interval(
+    digits: tuple[np.ndarray, ...], issues: posttrain.LabelIssues
+):
+    _, labels, given = digits
+    wrong = given != labels
+    assert wrong[issues.is_issue].mean() > 0.85
+    assert issues.is_issue[wrong].mean() > 0.85
+    assert issues.noise.found and issues.noise.low is not None and issues.noise.high is not None
+    assert issues.noise.low < wrong.mean() < issues.noise.high
+    assert "out-of-fold" in str(issues.noise)
+
+
+def test_the_probe_on_what_is_left_is_better_than_one_on_all(digits: tuple[np.ndarray, ...]):
+    features, labels, _ = digits
+    given = np.where(np.random.default_rng(0).random(900) < 0.3, (labels + 1) % 10, labels)
+    x_new, y_new = (part[900:] for part in load_digits(return_X_y=True))
+    found = posttrain.find_label_issues(features, given, progress=False)
+    nothing_removed = posttrain.find_label_issues(features, given, max_share=0.0, progress=False)
+    assert not nothing_removed.is_issue.any()
+    assert found.probe.score(x_new, y_new) > nothing_removed.probe.score(x_new, y_new) + 0.03
+    probabilities = found.probe.predict_proba(x_new)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1)
+    np.testing.assert_array_equal(found.probe.classes_[probabilities.argmax(axis=1)], found.probe.predict(x_new))
+
+
+def test_of_clean_labels_next_to_nothing_is_removed():
+    features, labels = load_digits(return_X_y=True)
+    found = posttrain.find_label_issues(features[:900], labels[:900], progress=False)
+    assert found.is_issue.mean() <= 0.01 and not found.noise.found
+
+
+def test_a_validation_set_serves_in_place_of_folds(digits: tuple[np.ndarray, ...]):
+    features, labels, given = digits
+    x, y = (part[900:1500] for part in load_digits(return_X_y=True))
+    found = posttrain.find_label_issues(features, given, validation=(x, flipped(y, 0.2)), progress=False)
+    assert (given != labels)[found.is_issue].mean() > 0.85 and "validation set" in str(found.noise)
+
+
+def test_labels_may_be_text_and_features_of_any_kind(digits: tuple[np.ndarray, ...], issues: posttrain.LabelIssues):
+    features, _, given = digits
+    names = np.array([f"digit {label}" for label in given])
+    frame = pd.DataFrame(features, index=[f"row {at}" for at in range(len(given))])
+    for same in (frame, torch.from_numpy(features).float(), scipy.sparse.csr_matrix(features), {"pixels": features}):
+        found = posttrain.find_label_issues(same, names, progress=False)
+        np.testing.assert_array_equal(found.is_issue, issues.is_issue)
+    table = posttrain.find_label_issues(frame, pd.Series(names), progress=False).to_frame()
+    assert list(table.index[:2]) == ["row 0", "row 1"] and set(table["given_label"]) == set(names)
+    assert {"is_label_issue", "label_quality", "given_label", "predicted_label"} <= set(table.columns)
+
+
+def test_the_scale_of_a_column_does_not_matter(digits: tuple[np.ndarray, ...], issues: posttrain.LabelIssues):
+    features, _, given = digits
+    found = posttrain.find_label_issues(1e4 + 1e-3 * features, given, progress=False)
+    np.testing.assert_array_equal(found.is_issue, issues.is_issue)
+
+
+def test_ranked_has_the_removed_first_and_why_names_both_labels(issues: posttrain.LabelIssues):
+    ranked = issues.ranked
+    assert sorted(ranked) == list(range(len(issues)))
+    assert issues.is_issue[ranked[: issues.is_issue.sum()]].all()
+    worst = ranked[0]
+    assert str(issues.suggested[worst]) in issues.why(worst) and "wrong" in issues.why(worst)
+
+
+BAD: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
+    "lengths": (np.ones((5, 2)), [0, 1, 0], {}, DataError, "features has 5 rows and labels has 3"),
+    "one class": (np.eye(4), [1, 1, 1, 1], {}, DataError, "at least two"),
+    "no variance": (np.ones((4, 2)), [0, 1, 0, 1], {}, DataError, "same features"),
+    "not finite": ([[1.0, 2.0], [np.nan, 1.0]], [0, 1], {}, DataError, "first in row 1"),
+    "three dimensions": (np.ones((4, 2, 2)), [0, 1, 0, 1], {}, DataError, "reshape"),
+    "text": ([["a"], ["b"]], [0, 1], {}, DataError, "no matrix of numbers"),
+    "fractions": (np.eye(2), [0.5, 1.0], {}, DataError, r"labels\[0\] is 0.5"),
+    "missing label": (np.eye(2), [None, "a"], {}, DataError, r"labels\[0\] is None"),
+    "one-hot": (np.eye(2), np.eye(2), {}, DataError, "argmax"),
+    "budget": (np.eye(2), [0, 1], {"budget": 2.0}, ConfigError, "budget"),
+    "score": (np.eye(2), [0, 1], {"score": "best"}, ConfigError, "score"),
+    "validation": (np.eye(2), [0, 1], {"validation": (np.eye(3), [0, 1, 0])}, DataError, "3 columns"),
+    "other class": (
+        np.eye(2),
+        [0, 1],
+        {"validation": (np.eye(2), [0, 7])},
+        DataError,
+        "a class that no training label",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_clear_sentence(name: str):
+    features, labels, options, kind, says = BAD[name]
+    with pytest.raises(kind, match=says):
+        posttrain.find_label_issues(features, labels, **options, progress=False)
+
+
+def test_neither_ray_nor_mlflow_is_imported_and_importing_is_light():
+    code = """
+import sys, time
+began = time.perf_counter()
+import posttrain
+seconds = time.perf_counter() - began
+assert "torch" not in sys.modules and "numpy" not in sys.modules
+import numpy as np
+posttrain.find_label_issues(np.random.default_rng(0).normal(size=(200, 3)), np.arange(200) % 2, progress=False)
+assert not {"ray", "mlflow"} & set(sys.modules), "heavy"
+print(seconds)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 0.3
+
+
+class Pictures(torch.utils.data.Dataset[Any]):
+    """Digits as pairs, or as the dicts of a Hugging Face data set."""
+
+    def __init__(self, features: np.ndarray, labels: np.ndarray, *, as_dicts: bool = False) -> None:
+        self.images = torch.from_numpy(features / 16).float().reshape(-1, 1, 8, 8)
+        self.labels, self.as_dicts = labels, as_dicts
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, at: int) -> Any:
+        image, label = self.images[at], int(self.labels[at])
+        return {"image": image, "label": label} if self.as_dicts else (image, label)
+
+
+def trained(features: np.ndarray, labels: np.ndarray) -> torch.nn.Module:
+    """A network that has memorised these labels."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, int(labels.max()) + 1)
+    )
+    images, targets = torch.from_numpy(features / 16).float(), torch.from_numpy(labels)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(200):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(images), targets).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def test_a_torch_module_is_cleaned_by_its_own_layers_and_gets_a_better_head(tmp_path: Any):
+    features, labels = load_digits(return_X_y=True)
+    given = np.where(np.random.default_rng(0).random(len(labels)) < 0.3, (labels + 1) % 10, labels)
+    model = trained(features[:900], given[:900])
+    train = Pictures(features[:900], given[:900], as_dicts=True)
+    validation = Pictures(features[900:1300], given[900:1300])
+    issues = posttrain.find_label_issues_with(model, train, validation=validation, progress=False)
+    assert (given != labels)[:900][issues.is_issue].mean() > 0.8
+    result = posttrain.clean(model=model, train=train, validation=validation, path=tmp_path / "out", progress=False)
+    assert result.issues is not None
+    np.testing.assert_array_equal(result.issues.is_issue, issues.is_issue)
+    assert len(result.removed) == issues.is_issue.sum() == result.summary["removed"]
+    images, test = torch.from_numpy(features[1300:] / 16).float().reshape(-1, 1, 8, 8), labels[1300:]
+    with torch.no_grad():
+        before, after = ((own(images).argmax(dim=1).numpy() == test).mean() for own in (model, result.model))
+    assert after > before + 0.05
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"removed.csv", "model.safetensors"}
+
+
+def test_data_sets_that_do_not_fit_the_model_are_refused_in_one_sentence():
+    features, labels = (part[:60] for part in load_digits(return_X_y=True))
+    model = trained(features, labels)
+    whole = Pictures(features, labels)
+    with pytest.raises(DataError, match="has no length or no items"):
+        posttrain.find_label_issues_with(model, iter(whole), progress=False)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(LabelRangeError, match=r"10 outputs \(0..9\), and no training label is 9"):
+        posttrain.find_label_issues_with(model, Pictures(features[labels < 9], labels[labels < 9]), progress=False)
+    with pytest.raises(ModelError, match="cannot take a sample"):
+        posttrain.find_label_issues_with(torch.nn.Linear(3, 10), whole, progress=False)
+    with pytest.raises(DataError, match="give clean either"):
+        posttrain.clean()
+    with pytest.raises(DataError, match="needs train= and validation="):
+        posttrain.clean(model=model, train=whole)
