@@ -101,7 +101,7 @@ def test_any_argument_of_the_factory_survives_writing_and_reading(tmp_path_facto
 
 
 def test_digits_are_noisy_unless_the_user_says_otherwise(write):
-    assert RunFile().data.noise == Noise(rate=0.2)
+    assert RunFile().data.noise == Noise(kind="pair", rate=0.3)
     assert load(None, ["data.noise.rate=0.4"]).data.noise == Noise(rate=0.4)
     assert load(None, ["data.noise=null"]).data.noise is None
     assert load(write("data: {noise: null}")).data.noise is None
@@ -372,7 +372,7 @@ def test_differences_name_the_keys_with_old_and_new_value():
     old = load(None, ["model.arguments={width: 16}"])
     new = load(None, ["removal.budget=0.1", "data.noise=null", "model.arguments={depth: 2, width: 32}"])
     assert differences(old, new) == [
-        'data.noise: {"kind": "symmetric", "rate": 0.2, "seed": 0, "matrix": n... -> null',
+        'data.noise: {"kind": "pair", "rate": 0.3, "seed": 0, "matrix": null} -> null',
         "model.arguments.width: 16 -> 32",
         "model.arguments.depth: (not set) -> 2",
         "removal.budget: 0.05 -> 0.1",

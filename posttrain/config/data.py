@@ -123,7 +123,7 @@ class Data(Section):
     validation and test. exclude_training: both kinds are left out of training. report: both kinds are only reported.
     off: no check."""
     noise: Noise | None = None
-    """Labels flipped on purpose, for measuring. By default, source digits has noise at rate 0.2, and the other sources
+    """Labels flipped on purpose, for measuring. By default, source digits has pair noise at rate 0.3, and the other sources
     have none; null: none."""
 
     @model_validator(mode="before")
@@ -131,7 +131,7 @@ class Data(Section):
     def _digits_are_noisy(cls, given: object) -> object:
         # digits themselves are clean: without flipped labels the embedded run would have nothing to show
         if isinstance(given, Mapping) and "noise" not in given and given.get("source", "digits") == "digits":
-            return {**given, "noise": {}}
+            return {**given, "noise": {"kind": "pair", "rate": 0.3}}
         return given
 
     @model_validator(mode="after")
