@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,18 @@ os.environ["PYTHONPATH"] = python_path()
 os.environ.setdefault("PYTEST_TIMEOUT", "900")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--share", metavar="I/N", help="run the I-th of N shares of the tests, by a hash of their names, from 0 on"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if (share := config.getoption("--share")) is not None:
+        own, count = map(int, share.split("/"))
+        of_others = [item for item in items if zlib.crc32(item.nodeid.encode()) % count != own]
+        config.hook.pytest_deselected(items=of_others)
+        items[:] = [item for item in items if zlib.crc32(item.nodeid.encode()) % count == own]
     needing = [item for item in items if item.get_closest_marker("gpu")]
     if not needing:
         return
