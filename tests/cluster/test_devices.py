@@ -239,6 +239,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_when_one_rank_runs_out_of_memory_all_halve_and_the_result_is_the_same(tmp_path: Path) -> None:
     script = tmp_path / "rank.py"
