@@ -160,8 +160,16 @@ def alpha_alone(digits: Digits, folder: Path, kind: str) -> dict[str, Any]:
     return {"source": kind, **found, "test": None, **({} if kind == "parquet" else {"true_label": None})}
 
 
-@pytest.mark.parametrize("kind", ["parquet", "folder"])
-@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "small"),
+    [
+        ("parquet", True),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (("parquet", False), ("folder", True), ("folder", False))
+        ),
+    ],
+)
 def test_images_that_all_look_the_same(
     runfile: Make,
     shared_workers: None,
@@ -187,6 +195,7 @@ def test_images_that_all_look_the_same(
         assert not list((tmp_path / "run").rglob("removed.parquet")) and not (tmp_path / "run" / "cleaned").exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("small", [True, False])
 def test_shapes_in_the_alpha_channel_alone_are_cleaned_as_any_others(
     run: Callable[..., dict[str, Any]],
