@@ -284,9 +284,11 @@ def test_a_folder_that_holds_something_else(runfile: Make, tmp_path: Path) -> No
     assert (tmp_path / "run" / "thesis.tex").read_text() == "mine"
 
 
-def test_a_label_column_that_holds_images(runfile: Make, tmp_path: Path) -> None:
-    said = refused(runfile(tmp_path / "run", data={"label": "image"}), tmp_path)
-    assert "column 'image' is binary; labels have to be integers or class names" in said
+def test_a_label_column_that_holds_images(runfile: Make, digits: Digits, tmp_path: Path) -> None:
+    table = digits.table("train")
+    train = written(table.set_column(2, "label", table["image"]), tmp_path / "train")
+    said = refused(runfile(tmp_path / "run", data={"train": train}), tmp_path)
+    assert "column 'label' is binary; labels have to be integers or class names" in said
 
 
 def test_a_run_path_beneath_a_file(runfile: Make, tmp_path: Path) -> None:
