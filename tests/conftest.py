@@ -1,9 +1,10 @@
-"""What every test may count on: one thread per process, shapes and types checked, skips that say why."""
+"""What every test may count on: one thread per process, one Ray, shapes and types checked, skips that say why."""
 
 from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not torch.cuda.is_available():
         for item in needing:
             item.add_marker(pytest.mark.skip(reason="needs a GPU, torch.cuda sees none"))
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One Ray for all tests of a process."""
+    from posttrain.cluster.session import session
+
+    with session(num_cpus=2, object_store_gb=0.5):
+        yield
 
 
 @pytest.fixture(scope="session")
