@@ -205,6 +205,7 @@ def test_the_model_of_ones_own_is_one_that_posttrain_builds(tmp_path, monkeypatc
     import torch
 
     from posttrain.vision import models
+    from posttrain.vision.embedding import features_and_logits
 
     Page(PAGES / "your-model.md").write_files(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -213,7 +214,7 @@ def test_the_model_of_ones_own_is_one_that_posttrain_builds(tmp_path, monkeypatc
     assert models.find_head(network, classes=5, name=settings.head) == "classifier"
     assert isinstance(settings.image_size, int)
     side = settings.image_size
-    features, logits = models.embed(network, "classifier", torch.zeros(2, settings.channels, side, side))
+    features, logits = features_and_logits(network, "classifier", torch.zeros(2, settings.channels, side, side))
     assert features.shape == (2, 128) and logits.shape == (2, 5)
 
 

@@ -240,7 +240,7 @@ def ekfac_self_influence(
             "ekfac",
             dataset,
             per_device_train_batch_size=BATCH,
-            score_args=arguments.ScoreArguments(l2_factor=l2),
+            score_args=arguments.ScoreArguments(damping_factor=l2),
         )
         return analyzer.load_self_scores("self")["all_modules"].double().numpy()
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
@@ -56,6 +56,7 @@ class ScoringPlan:
         return leave_one_out(self.evidence(features, labels, uniform))
 
 
+@runtime_checkable
 class LeaveOneOutPass(Protocol[Table]):
     """The leave-one-out logits of all live samples under one plan; they are computed at most once where memory
     suffices."""
@@ -69,6 +70,7 @@ class LeaveOneOutPass(Protocol[Table]):
         ...
 
 
+@runtime_checkable
 class LiveSamples(Samples, Protocol[Table]):
     """The live samples of a round, with the features of several layers."""
 

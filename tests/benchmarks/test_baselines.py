@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -52,6 +50,7 @@ def memorised(tmp_path_factory: pytest.TempPathFactory) -> Context:
 # -- all of them -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in PEERS if name != "random"])
 def test_every_peer_finds_flipped_digits_in_a_memorised_network(memorised: Context, name: str):
@@ -65,6 +64,7 @@ def test_every_peer_finds_flipped_digits_in_a_memorised_network(memorised: Conte
     assert roc_auc_score(train.given != train.true, measured.scores) > 0.75
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_control_finds_nothing_and_draws_the_same_again(memorised: Context):
     train = memorised.data.train
@@ -74,47 +74,6 @@ def test_the_control_finds_nothing_and_draws_the_same_again(memorised: Context):
     few, many = wrong.sum(), (~wrong).sum()
     assert abs(roc_auc_score(wrong, scores) - 0.5) < 3 * np.sqrt((few + many + 1) / (12 * few * many))
     np.testing.assert_array_equal(scores, PEERS["random"](memorised).scores)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["tracin", "ekfac", "knn"])
-def test_passes_are_the_forward_passes_that_the_network_made(
-    memorised: Context, name: str, monkeypatch: pytest.MonkeyPatch
-):
-    if name in NEEDED:
-        needs(NEEDED[name])
-    seen: list[int] = []
-    loaded = cases.loaded
-
-    def counted(case: Case, weights: bytes) -> nn.Module:
-        model = loaded(case, weights)
-        model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
-        return model
-
-    monkeypatch.setattr(cases, "loaded", counted)
-    assert PEERS[name](memorised).passes == sum(seen) / len(memorised.data.train)
-
-
-@pytest.mark.slow
-def test_ekfac_draws_the_same_labels_again(memorised: Context):
-    needs("kronfluence")
-    before = torch.get_rng_state()
-    np.testing.assert_array_equal(baselines.by_ekfac(memorised).scores, baselines.by_ekfac(memorised).scores)
-    assert torch.equal(before, torch.get_rng_state())
-
-
-@pytest.mark.slow
-def test_confident_learning_pays_for_the_training_of_the_folds(memorised: Context):
-    needs("cleanlab")
-    measured = PEERS["confident_learning"](memorised)
-    assert measured.seconds > memorised.out_of_sample.seconds
-    # five networks on four fifths each, and every sample predicted once
-    assert measured.passes == 3 * 5 * 0.8 * memorised.trained.epochs + 1
-
-
-def test_an_absent_package_is_named_with_what_to_install():
-    with pytest.raises(ModuleNotFoundError, match=r"no_such_package.*pip install 'posttrain\[benchmark\]'"):
-        baselines.package("no_such_package.inner")
 
 
 # -- cleanlab ----------------------------------------------------------------------------------------------
@@ -278,17 +237,3 @@ def test_a_sample_is_not_its_own_neighbour():
     labels = np.arange(12)
     np.testing.assert_allclose(baselines.neighbour_disagreement(features, labels, neighbours=1), 1.0)
     np.testing.assert_allclose(baselines.neighbour_disagreement(features, labels // 2, neighbours=1), 0.0)
-
-
-def test_features_without_a_direction_count_their_neighbours_alike():
-    features = np.zeros((5, 3), np.float32)
-    labels = np.array([0, 0, 0, 1, 1])
-    np.testing.assert_allclose(
-        baselines.neighbour_disagreement(features, labels, neighbours=4), [0.5, 0.5, 0.5, 0.75, 0.75]
-    )
-
-
-@pytest.mark.slow
-def test_aum_is_refused_where_the_training_was_not_watched(memorised: Context):
-    with pytest.raises(ValueError, match="watch=True"):
-        baselines.by_aum(replace(memorised, trained=replace(memorised.trained, aum=None)))

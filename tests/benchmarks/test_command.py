@@ -100,6 +100,7 @@ def in_processes(folder: Path, *arguments: str) -> None:
     )
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_several_processes_measure_every_case_with_their_threads(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -120,14 +121,6 @@ def test_a_case_that_fails_in_a_process_of_its_own_ends_the_benchmark(tmp_path: 
         )
     # of twelve cases those that ran beside it, and none that would have come later
     assert len(list(tmp_path.iterdir())) <= 2
-
-
-@pytest.mark.parametrize("option", ["--threads", "--processes"])
-@pytest.mark.parametrize("value", ["0", "-1", "two"])
-def test_threads_and_processes_are_at_least_one(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        safety.main([option, value])
-    assert f"argument {option}: " in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

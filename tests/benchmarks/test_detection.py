@@ -14,7 +14,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from pipelines.benchmarks import cases, detection
 from pipelines.benchmarks.baselines import PEERS, Context, Measured
 from pipelines.benchmarks.cases import Case, Data
-from pipelines.benchmarks.detection_findings import AFTER_FOLDS, DEFAULT, Finding, Removed, removed, table
+from pipelines.benchmarks.detection_findings import AFTER_FOLDS, DEFAULT, Removed, removed, table
 from pipelines.benchmarks.detection_report import report
 from pipelines.benchmarks.ours import Ours
 from posttrain.influence.calibration import NoiseEstimate
@@ -121,12 +121,6 @@ def test_a_clean_case_has_no_precision_but_says_what_would_be_removed(quick: dic
     assert "| digits | clean | memorised | 0.0 | 15." in report([found], "command")
 
 
-def test_what_is_kept_is_what_was_measured(quick: dict[str, int], tmp_path: Path):
-    assert detection.kept(NOISY, tmp_path) is None
-    found = detection.measure(NOISY, tmp_path)
-    assert detection.kept(NOISY, tmp_path) == found
-
-
 # -- going on ----------------------------------------------------------------------------------------------
 
 
@@ -163,36 +157,10 @@ def test_a_stopped_run_goes_on_without_doing_anything_again(
     assert str(tmp_path) not in text
 
 
-def test_cleanlab_can_be_added_to_what_was_measured_without_it(quick: dict[str, int], tmp_path: Path):
-    without = detection.measure(NOISY, tmp_path, "none")
-    assert without.cleanlab_removed is without.cleanlab_suggested_accuracy is None
-    # its predictions are not in the folder
-    assert detection.measure(NOISY, tmp_path, "kept") == without
-    quick.clear()
-    cases.out_of_sample(NOISY, cases.load(NOISY), tmp_path)
-    found = detection.measure(NOISY, tmp_path, "kept")
-    assert quick == {"confident_learning": 1, "self_confidence": 1}
-    assert found.rankings[:-2] == without.rankings
-    assert found.cleanlab_removed is not None and found.cleanlab_suggested_accuracy is not None
-
-
-def test_seconds_count_as_alongside_where_all_of_them_were_spent_in_the_run(quick: dict[str, int], tmp_path: Path):
-    def before(found: Finding) -> set[str]:
-        return {r.method for r in found.rankings if not r.alongside}
-
-    assert not before(detection.measure(NOISY, tmp_path))
-    # the networks are there already
-    tmp_path.joinpath("detection", f"{NOISY.key}.json").unlink()
-    assert before(detection.measure(NOISY, tmp_path)) == {"confident_learning", "self_confidence"}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delitem(detection.PEERS, "knn")
-        detection.measure(CLEAN, tmp_path, "none")
-    assert before(detection.measure(CLEAN, tmp_path)) == {"confident_learning", "self_confidence", "knn"}
-
-
 # -- everything as it is -----------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_posttrain_finds_the_flipped_digits_that_a_network_has_memorised(tmp_path: Path):
     for package in ("captum", "kronfluence"):

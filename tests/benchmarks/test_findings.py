@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
 from pipelines.benchmarks import findings
 from pipelines.benchmarks.cases import Case
 
@@ -34,18 +32,3 @@ def test_what_is_kept_comes_back_as_it_was(tmp_path: Path):
     findings.keep(MEASURED, path)
     assert findings.kept(Measured, path) == MEASURED
     assert list(path.parent.iterdir()) == [path]
-
-
-def test_a_number_that_is_not_finite_leaves_the_last_finding_as_it_is(tmp_path: Path):
-    path = tmp_path / "found.json"
-    findings.keep(MEASURED, path)
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        findings.keep(Measured(CASE, (Share("wrong", float("nan")),)), path)
-    assert findings.kept(Measured, path) == MEASURED
-
-
-def test_a_file_that_lacks_something_is_refused(tmp_path: Path):
-    path = tmp_path / "found.json"
-    path.write_text('{"shares": []}')
-    with pytest.raises(ValueError, match="case"):
-        findings.kept(Measured, path)

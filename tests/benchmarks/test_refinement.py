@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,11 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
-from torch import Tensor, nn
 
 from pipelines.benchmarks import cases, in_memory, refinement, training
 from pipelines.benchmarks.cases import Case, Data, Part
 from pipelines.benchmarks.in_memory import Start
 from pipelines.benchmarks.refinement_findings import (
-    AFTER_FOLDS,
     BY_LOSS,
     CHOSEN,
     CLEANLAB,
@@ -36,7 +33,6 @@ from pipelines.benchmarks.refinement_findings import (
     SCRATCH_OURS,
     THEN_BOUNDARY,
     UNTOUCHED,
-    Cleaning,
     Finding,
     Row,
     precision,
@@ -178,6 +174,7 @@ def test_posttrain_finds_wrong_labels_and_chance_does_not(noisy: tuple[Finding, 
     assert by_chance == pytest.approx(found.wrong / found.samples, abs=0.08)
 
 
+@pytest.mark.long
 def test_on_clean_data_nothing_goes_and_every_row_of_the_network_is_as_it_came(trainings: list[Training], folder: Path):
     found = refinement.measure(CLEAN, folder)
     assert found.wrong == 0 and found.row(CLEANLAB) is None
@@ -193,43 +190,6 @@ def test_on_clean_data_nothing_goes_and_every_row_of_the_network_is_as_it_came(t
 # -- the controls ------------------------------------------------------------------------------------------
 
 
-def test_the_average_goes_over_every_step_of_every_round_once(
-    with_batch_norm: tuple[Data, bytes], floats: Callable[[bytes], dict[str, Tensor]]
-):
-    data, weights = with_batch_norm
-    passed: list[dict[str, Tensor]] = []
-
-    def remember(model: nn.Module) -> None:
-        passed.append({name: value.detach().double().clone() for name, value in model.state_dict().items()})
-
-    average = training.Average(NOISY, weights)
-
-    def watch(model: nn.Module) -> None:
-        remember(model)
-        average.watch(model)
-
-    plan = Cleaning("", False, (1, 1), (3, 2), (), ())
-    after, kept, steps = refinement.refined(NOISY, data, weights, plan, watch=watch)
-    assert steps == len(passed) == 5 and kept.all()
-    expected = passed[0]
-    for state in [*passed[1:], floats(after)]:
-        expected = {name: 0.99 * expected[name] + 0.01 * value for name, value in state.items() if name in expected}
-    for name, value in floats(average.finished(after)).items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7)
-
-
-def test_without_a_round_the_controls_are_the_network_as_it_came(
-    with_batch_norm: tuple[Data, bytes], floats: Callable[[bytes], dict[str, Tensor]]
-):
-    data, weights = with_batch_norm
-    none = Cleaning("", False, (), (), (), ())
-    average = training.Average(NOISY, weights)
-    after, kept, steps = refinement.refined(NOISY, data, weights, none, watch=average.watch)
-    assert (after, steps) == (weights, 0) and kept.all()
-    for name, value in floats(average.finished(after)).items():
-        assert torch.equal(value, floats(weights)[name])
-
-
 def test_the_control_by_loss_ranks_by_the_networks_own_cross_entropy(with_batch_norm: tuple[Data, bytes]):
     data, weights = with_batch_norm
     kept = np.arange(130) % 3 > 0
@@ -243,6 +203,7 @@ def test_the_control_by_loss_ranks_by_the_networks_own_cross_entropy(with_batch_
 # -- going on ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_stopped_run_goes_on_without_doing_anything_again(
     trainings: list[Training],
     tmp_path: Path,
@@ -284,34 +245,6 @@ def test_a_stopped_run_goes_on_without_doing_anything_again(
     assert found is not None
     assert own["removal_precision"] == precision(found, found.ours("network"))
     assert own["posttrain_steps"] == list(found.cleanings["network"].steps)
-
-
-def test_cleanlab_is_added_to_what_was_measured_without_it(
-    noisy: tuple[Finding, list[Training]], trainings: list[Training], tmp_path: Path, folder: Path
-):
-    whole, _ = noisy
-    (tmp_path / "networks").symlink_to(folder / "networks")
-    without = refinement.measure(NOISY, tmp_path)
-    assert {own.name for own in whole.rows} - {own.name for own in without.rows} == set(AFTER_FOLDS)
-    trainings.clear()
-    # posttrain's plan comes from the file
-    added = refinement.measure(NOISY, tmp_path, cleanlab=True)
-    assert len(trainings) == len(whole.cleanings["network"].steps) + 1
-    assert added == whole == refinement.kept(NOISY, tmp_path)
-
-
-def test_rows_from_scratch_are_added_to_what_was_measured_without_them(
-    noisy: tuple[Finding, list[Training]], trainings: list[Training], tmp_path: Path, folder: Path
-):
-    whole, _ = noisy
-    (tmp_path / "networks").symlink_to(folder / "networks")
-    without = refinement.measure(NOISY, tmp_path, cleanlab=True, scratch=False)
-    missing = {own.name for own in whole.rows} - {own.name for own in without.rows}
-    assert SCRATCH in missing and not any(name in missing for name in (*OURS.values(), RANDOM))
-    assert refinement.measure(NOISY, tmp_path, cleanlab=True) == whole == refinement.kept(NOISY, tmp_path)
-    trainings.clear()
-    # what is there is not thrown away where it is not asked for
-    assert refinement.measure(NOISY, tmp_path, cleanlab=True, scratch=False) == whole and not trainings
 
 
 def test_what_was_measured_with_other_settings_is_refused(

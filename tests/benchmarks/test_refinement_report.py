@@ -12,14 +12,9 @@ from pipelines.benchmarks.in_memory import Estimate, Mode
 from pipelines.benchmarks.refinement_findings import (
     AFTER_FOLDS,
     CHOSEN,
-    CLEANLAB,
     EMA,
     MODES,
-    NEW_HEAD,
-    ORACLE,
     ROWS,
-    SCRATCH,
-    SCRATCH_CLEANLAB,
     THEN_BOUNDARY,
     UNTOUCHED,
     Cleaning,
@@ -91,13 +86,6 @@ def test_the_best_control_is_that_of_each_seed_and_the_best_mode_that_of_the_val
     assert not best.above and not best.below
 
 
-def test_training_from_scratch_is_no_control():
-    [only] = compared([finding(head=0.6, others={ORACLE: 0.99, SCRATCH: 0.98, NEW_HEAD: 0.55})], "best")
-    assert only.controls == ((NEW_HEAD, 0.55),)
-    [network] = compared([finding(network=0.6, others={CLEANLAB: 0.7})], "network")
-    assert network.controls == ((CLEANLAB, 0.7),)
-
-
 def test_the_report_counts_what_is_above_and_lists_what_is_not():
     findings = [
         *(finding("pair 40", seed, head=0.70 + 0.01 * seed, network=0.50 - 0.01 * seed) for seed in range(3)),
@@ -121,27 +109,3 @@ def test_the_report_counts_what_is_above_and_lists_what_is_not():
     removal = "| digits | pair 40 | memorised | network | 40.0 ± 0.0 | 40.0 ± 0.0 (30.0 to 50.0) | 20.0 ± 0.0 |"
     assert f"{removal} 3, 3, 3 | 30.0 ± 0.0 | 80.0 ± 0.0 | 60.0 ± 0.0 | rounds 3 | 3 |" in text
     assert "## Clean data" not in text
-
-
-def test_of_one_seed_nothing_is_called_above():
-    text = report([finding(head=0.9)], "command")
-    assert (
-        "on 0 of 0 settings, not on 0; below it by more than that on 0. Of 1 settings there is one seed alone." in text
-    )
-    assert "| digits | pair 40 | memorised | 1 | +40.0 | +0.0 | +0.0 | +40.0 |" in text
-
-
-def test_clean_data_are_compared_with_the_untouched_network_and_are_no_win():
-    findings = [finding("clean", seed, head=0.9, network=0.49, both=0.5) for seed in range(2)]
-    text = report(findings, "command")
-    assert "| digits | memorised | 2 | 50.0 ± 0.0 | +40.0 ± 0.0 | -1.0 ± 0.0 | +0.0 ± 0.0 |" in text
-    assert "## Verdict" not in text and "minus the best control" not in text
-    assert "| 0, 0 | 0.0 ± 0.0 |  |  | no sign 2 | 0 |" in text
-
-
-def test_a_row_that_was_not_measured_in_every_seed_says_so():
-    findings = [finding(seed=0, others={CLEANLAB: 0.6}), finding(seed=1)]
-    text = report(findings, "command")
-    assert f"| {CLEANLAB} | 60.0 (1) |" in text
-    assert SCRATCH_CLEANLAB not in text
-    assert "cleanlab's removal was measured on 1" in text

@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipelines.benchmarks.search import recipe, report
-from posttrain.config import RunFile
+from pipelines.benchmarks.search import report
 
 
 def found(again: float = 0.75) -> dict[str, Any]:
@@ -36,15 +34,3 @@ def test_the_report_holds_the_search_beside_the_sum_of_the_separate_runs():
 def test_a_best_recipe_that_does_not_repeat_its_figure_is_no_result():
     with pytest.raises(ValueError, match=r"best\.yaml ends at 0\.74, the search's trial 2"):
         report(found(again=0.74), "a command")
-
-
-def test_a_recipe_is_the_run_file_with_its_values_in_a_folder_of_its_own():
-    own = recipe(RunFile(), {"removal.budget": 0.03, "probe.layers": "last"}, Path("there"))
-    assert (own.run.path, own.removal.budget, own.probe.layers) == ("there", 0.03, "last")
-    assert own.run.model_copy(update={"path": RunFile().run.path}) == RunFile().run
-    assert (own.data, own.model, own.refine, own.search) == (
-        RunFile().data,
-        RunFile().model,
-        RunFile().refine,
-        RunFile().search,
-    )

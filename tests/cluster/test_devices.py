@@ -131,7 +131,7 @@ def features(digits: Digits, **options: Any) -> dict[str, np.ndarray]:
 # -- a batch that halves itself ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("most", [1, 37, 99])
+@pytest.mark.parametrize("most", [1, 37])
 def test_a_size_is_halved_until_memory_suffices_and_stays_so(most: int) -> None:
     asked: list[int] = []
 
@@ -239,6 +239,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_when_one_rank_runs_out_of_memory_all_halve_and_the_result_is_the_same(tmp_path: Path) -> None:
     script = tmp_path / "rank.py"
@@ -305,7 +306,7 @@ def test_features_of_another_precision_are_kept_apart() -> None:
     assert keys["float32"] == Network(RESNET, weights, "key").backbone
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("precision", ["bfloat16", pytest.param("float16", marks=pytest.mark.long)])
 def test_training_in_16_bits_keeps_weights_and_state_in_32_and_learns_the_same(
     digits: Digits, precision: Precision, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -367,22 +368,14 @@ def workers(monkeypatch: pytest.MonkeyPatch, there: float, **options: Any) -> Wo
 @pytest.mark.parametrize(
     ("there", "options", "count", "each"),
     [
-        (0, {}, 8, 0),
         (0, {"count": 2}, 2, 0),
-        (1, {}, 1, 1),
         (4, {}, 4, 1),
-        (4, {"count": 2}, 2, 1),
-        (1, {"count": 2}, 2, 1 / 2),
         # two on one GPU: with 2/3 of a GPU each, the third would never start
         (2, {"count": 3}, 3, 1 / 2),
         (1, {"count": 49}, 49, 1 / 49),
-        (1, {"gpus": 0.25}, 4, 0.25),
         (2, {"gpus": 0.4}, 4, 0.4),
-        (4, {"gpus": 2}, 2, 2),
-        (0.5, {"gpus": 0.5}, 1, 0.5),
         (1, {"gpus": 0}, 8, 0),
         # a cluster may grow
-        (1, {"count": 4, "on_cluster": True}, 4, 1),
         (0, {"count": 4, "gpus": 1, "on_cluster": True}, 4, 1),
     ],
 )
@@ -397,7 +390,6 @@ def test_workers_share_the_gpus_that_there_are(
     ("there", "options", "named"),
     [
         (0, {"gpus": 1}, "= 1 is too much for 1 worker: this machine shows 0 GPUs"),
-        (1, {"gpus": 1, "count": 2}, "= 1 is too much for 2 workers: this machine shows 1 GPU"),
         (2, {"gpus": 0.6, "count": 3}, "= 0.6 is too much for 3 workers: this machine shows 2 GPUs"),
     ],
 )
@@ -410,7 +402,7 @@ def test_workers_whose_gpus_would_never_come_are_refused(
 
 @pytest.mark.parametrize(
     ("there", "train_workers", "gpus", "refused"),
-    [(1, 0, 1, False), (0, 0, 1, True), (1, 2, 1, True), (1, 2, 0.5, False), (2, 3, 0.6, True), (2, 3, 0.5, False)],
+    [(0, 0, 1, True), (1, 2, 0.5, False), (2, 3, 0.6, True)],
 )
 def test_training_workers_whose_gpus_would_never_come_are_refused(
     monkeypatch: pytest.MonkeyPatch, there: float, train_workers: int, gpus: float, refused: bool
@@ -434,9 +426,7 @@ def test_training_workers_whose_gpus_would_never_come_are_refused(
     ("there", "options", "processes", "each"),
     [
         (0, {}, 1, 0),
-        (1, {}, 1, 1),
         (1, {}, 2, 1 / 2),
-        (2, {}, 2, 1),
         # whoever embeds on the CPU trains there
         (1, {"gpus": 0}, 1, 0),
         (1, {"on_cluster": True}, 4, 1),

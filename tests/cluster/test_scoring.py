@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import ray
 import torch
 
 from posttrain.cluster.partitioning import Partition, Split
-from posttrain.cluster.session import session
 from posttrain.cluster.workers import Workers, computing_threads
 from posttrain.influence import ensemble
 from posttrain.influence.in_memory import InMemory
@@ -41,12 +39,6 @@ class Part:
     ids: np.ndarray
     labels: np.ndarray
     features: dict[str, np.ndarray]
-
-
-@pytest.fixture(scope="module")
-def ray_session() -> Iterator[None]:
-    with session(num_cpus=2, object_store_gb=0.5):
-        yield
 
 
 def part(number: int, size: int) -> Part:

@@ -1,4 +1,4 @@
-"""One Ray and one MLflow store for the whole session; small real data sets on disk."""
+"""One MLflow store for the whole session; small real data sets on disk; runs that many tests look at."""
 
 from __future__ import annotations
 
@@ -10,14 +10,6 @@ import pytest
 from small_data import BOTH, NETWORK, Digits, memorise
 
 from posttrain.config import RunFile
-
-
-@pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
-    from posttrain.cluster.session import session
-
-    with session(num_cpus=2, object_store_gb=0.5):
-        yield
 
 
 @pytest.fixture(scope="session")

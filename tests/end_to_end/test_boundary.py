@@ -179,6 +179,7 @@ def test_the_last_layer_alone_keeps_the_network_as_it_is_built(run: Run, resnet:
     assert changed == {"head.weight", "head.bias"}
 
 
+@pytest.mark.long
 def test_layers_may_be_named(run: Run, resnet: Sections, tmp_path: Path) -> None:
     summary = run(tmp_path / "run", **resnet, probe={"layers": ["stage2", "stage1"]}, removal={"max_rounds": 1})
     assert {row["layer"] for row in summary["boundary"]["tried"]} == {"stage1", "stage2"}
@@ -188,6 +189,7 @@ def test_layers_may_be_named(run: Run, resnet: Sections, tmp_path: Path) -> None
     assert not any(name.startswith("network.stage3.") for name in as_built(tmp_path / "run").state_dict())
 
 
+@pytest.mark.long
 def test_no_more_than_the_given_share_goes_in_all_rounds_together(run: Run, tmp_path: Path) -> None:
     summary = run(tmp_path / "run", removal={"max_share": 0.03, "budget": 0.02, "max_rounds": 10})
     assert [done["removed"] for done in rounds(tmp_path / "run")] == [0, 18, 9]
@@ -197,6 +199,7 @@ def test_no_more_than_the_given_share_goes_in_all_rounds_together(run: Run, tmp_
     )
 
 
+@pytest.mark.long
 def test_where_removal_share_is_0_nothing_goes(run: Run, tmp_path: Path) -> None:
     summary = run(tmp_path / "run", removal={"max_share": 0.0})
     assert (summary["removed"], summary["live"]) == (0, 900)
@@ -207,11 +210,12 @@ def test_where_removal_share_is_0_nothing_goes(run: Run, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("refine", "committed"),
     [
-        pytest.param({}, 1, id="head", marks=pytest.mark.long),
+        pytest.param({}, 1, id="head"),
         pytest.param(BOTH, 1, id="both"),
-        pytest.param(NETWORK, 0, id="network", marks=pytest.mark.long),
+        pytest.param(NETWORK, 0, id="network"),
     ],
 )
+@pytest.mark.long
 def test_where_nothing_goes_a_boundary_that_is_clearly_better_becomes_the_head(
     run: Run, resnet: Sections, tmp_path: Path, refine: dict[str, Any], committed: int
 ) -> None:
@@ -221,6 +225,7 @@ def test_where_nothing_goes_a_boundary_that_is_clearly_better_becomes_the_head(
     assert gained > 0.1 if committed else gained == 0
 
 
+@pytest.mark.long
 def test_wrong_labels_are_found_where_somebody_has_looked_through_the_validation_set(
     run: Run, digits: Digits, tmp_path: Path
 ) -> None:
@@ -232,7 +237,7 @@ def test_wrong_labels_are_found_where_somebody_has_looked_through_the_validation
     assert summary["test_accuracy_after"] > summary["test_accuracy_before"]
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_clean_digits_lose_nothing_and_a_network_that_is_good_stays_as_it_is(
     run: Run, tmp_path: Path, mlflow_uri: str, seed: int
 ) -> None:

@@ -46,7 +46,10 @@ Run = Callable[..., dict[str, Any]]
 Undisturbed = Callable[..., dict[str, Any]]
 
 
-@pytest.mark.parametrize(("threshold", "least_precision", "least_recall"), [(0.5, 0.95, 0.75), (0.1, 0.9, 0.9)])
+@pytest.mark.parametrize(
+    ("threshold", "least_precision", "least_recall"),
+    [(0.5, 0.95, 0.75), pytest.param(0.1, 0.9, 0.9, marks=pytest.mark.long)],
+)
 def test_wrong_labels_go_and_the_model_gets_better(
     run: Run, digits: Digits, tmp_path: Path, threshold: float, least_precision: float, least_recall: float
 ) -> None:
@@ -133,12 +136,12 @@ STEPS = ("embed", "fit", "score", "select", "refine", "evaluate", "commit", "tel
 @pytest.mark.parametrize(
     ("scope", "step"),
     [
-        *[("head", "score"), ("head", "commit"), ("network", "refine")],
+        ("head", "commit"),
         *[
             pytest.param(scope, step, marks=pytest.mark.long)
             for scope, steps in {
-                "head": [step for step in STEPS if step not in ("score", "commit")],
-                "network": ["embed", "fit"],
+                "head": [step for step in STEPS if step != "commit"],
+                "network": ["embed", "fit", "refine"],
                 "both": ["refine", "commit"],
             }.items()
             for step in steps
@@ -187,7 +190,8 @@ def test_a_run_interrupted_once_its_layers_are_chosen_chooses_the_same_again(
     assert_same_result(folder, undisturbed(scope)["run"])
 
 
-@pytest.mark.parametrize("moment", [pytest.param("write_checkpoint", marks=pytest.mark.long), "tell_round"])
+@pytest.mark.long
+@pytest.mark.parametrize("moment", ["write_checkpoint", "tell_round"])
 def test_a_run_interrupted_while_it_puts_the_last_boundary_on_ends_the_same(
     run: Run, tmp_path: Path, moment: str
 ) -> None:
@@ -205,6 +209,7 @@ def test_a_run_interrupted_while_it_puts_the_last_boundary_on_ends_the_same(
     }
 
 
+@pytest.mark.long
 def test_a_model_that_is_clearly_better_than_its_new_head_stays_and_the_labels_are_cleaned_all_the_same(
     run: Run, digits: Digits, tmp_path: Path
 ) -> None:
@@ -274,6 +279,7 @@ def test_a_run_folder_of_other_settings_or_data_is_refused_with_what_differs(
         run(tmp_path / "run", data={"train": str(folder)}, removal={"max_rounds": 1})
 
 
+@pytest.mark.long
 def test_features_of_other_data_are_not_taken_up(
     run: Run, digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,9 +306,10 @@ def test_features_of_other_data_are_not_taken_up(
             lambda table: table.slice(0, 20),
             "fewer than 50 validation samples tell nothing of the labels; name a larger data.validation",
         ),
-        (
+        pytest.param(
             lambda table: table.set_column(2, "label", pa.array((table["true"].to_numpy() + 1) % 10)),
             "the boundary agrees with the validation labels no more often than by chance",
+            marks=pytest.mark.long,
         ),
     ],
 )
@@ -332,6 +339,7 @@ def test_a_run_that_removes_nothing_leaves_all_columns(run: Run, undisturbed: Un
     assert empty.schema == pq.read_table(Path(undisturbed()["run"]) / "removed.parquet").schema
 
 
+@pytest.mark.long
 def test_random_removal_is_blind_to_the_labels(run: Run, tmp_path: Path) -> None:
     summary = run(tmp_path / "run", removal={"score": "random", "budget": 0.3, "max_share": 1.0, "max_rounds": 1})
     assert summary["removed"] == 270
@@ -370,7 +378,7 @@ def test_a_corrupt_image_is_quarantined_with_its_reason_and_the_run_goes_on(
     table = table.set_column(1, "image", pa.array(images, pa.binary())).set_column(2, "label", pa.array(labels))
     (tmp_path / "train").mkdir()
     pq.write_table(table, tmp_path / "train" / "corrupt.parquet")
-    summary = run(tmp_path / "run", data={"train": str(tmp_path / "train")})
+    summary = run(tmp_path / "run", data={"train": str(tmp_path / "train")}, removal={"max_rounds": 1})
     quarantine = pq.read_table(Path(summary["run"]) / "quarantine.parquet").to_pylist()
     assert {row["sample_id"] for row in quarantine} == {3, 7, 11}
     assert all(row["reason"] and row["file"].endswith("corrupt.parquet") for row in quarantine)
@@ -398,6 +406,7 @@ def test_class_folders_and_text_ids_go_through_the_same_run(run: Run, digits: Di
     assert set(names) <= {f"digit {c}" for c in range(10)}
 
 
+@pytest.mark.long
 def test_raw_uint8_cells_give_the_same_removals_as_encoded_images(
     run: Run, undisturbed: Undisturbed, digits: Digits, tmp_path: Path
 ) -> None:
@@ -435,11 +444,10 @@ def test_on_clean_labels_next_to_nothing_is_removed(run: Run, digits: Digits, tm
     assert summary["test_accuracy_after"] >= summary["test_accuracy_before"] - 0.01
 
 
-@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_process_that_is_ended_and_started_again_ends_the_same(
-    runfile: Callable[..., dict[str, Any]], tmp_path: Path, how: signal.Signals
+    runfile: Callable[..., dict[str, Any]], undisturbed: Undisturbed, tmp_path: Path, how: signal.Signals
 ) -> None:
     def start(path: Path) -> subprocess.Popen[bytes]:
         raw = runfile(path, tracking={"uri": None})
@@ -453,8 +461,7 @@ def test_a_process_that_is_ended_and_started_again_ends_the_same(
                 process_group=0,
             )
 
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert start(whole).wait(timeout=600) == 0
+    killed = tmp_path / "killed"
     process = start(killed)
     deadline = time.monotonic() + 200
     while not (killed / "rounds" / "0001" / "round.json").exists():
@@ -471,7 +478,7 @@ def test_a_process_that_is_ended_and_started_again_ends_the_same(
         assert "***" not in said and "Traceback" not in said
     assert not (killed / "summary.json").exists()
     assert start(killed).wait(timeout=600) == 0
-    assert_same_result(killed, whole)
+    assert_same_result(killed, undisturbed()["run"])
 
 
 @pytest.mark.long

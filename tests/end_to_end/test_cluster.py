@@ -157,6 +157,7 @@ def several_nodes(
     return {"folder": folder, **json.loads(done.stdout.splitlines()[-1])}
 
 
+@pytest.mark.long
 def test_several_nodes_give_the_ids_and_the_weights_of_one(
     several_nodes: dict[str, Any], undisturbed: Callable[[str], dict[str, Any]]
 ) -> None:
@@ -165,6 +166,7 @@ def test_several_nodes_give_the_ids_and_the_weights_of_one(
     assert_same_result(several_nodes["folder"] / "run", undisturbed("head")["run"])
 
 
+@pytest.mark.long
 def test_a_run_folder_that_one_node_does_not_see_is_refused_before_any_work(several_nodes: dict[str, Any]) -> None:
     code, told = several_nodes["lost"]
     assert code == 2, told

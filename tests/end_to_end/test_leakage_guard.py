@@ -89,6 +89,7 @@ def test_leaking_samples_are_left_out_of_the_training_set_with_their_reason(clea
     assert not {*kept, *removed_ids(folder)} & set(rows.index)
 
 
+@pytest.mark.long
 def test_leaking_samples_are_left_out_of_what_is_measured_on_and_nothing_else_changes(
     clean: Run, tmp_path: Path, large_digits: Digits
 ) -> None:
@@ -123,6 +124,7 @@ def test_the_very_same_images_are_refused_unless_the_run_file_says_otherwise(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_a_validation_set_that_is_split_off_is_measured_on_without_the_very_same_images(
     run: Run, tmp_path: Path, large_digits: Digits
 ) -> None:

@@ -111,8 +111,7 @@ def test_a_run_in_a_store_that_is_slow_and_refuses_now_and_then_has_the_result_o
     assert len(front.moods) < 200
 
 
-@pytest.mark.parametrize("refusals", [1, 3])
-@pytest.mark.parametrize("length", [0, 1, 100, 100_000])
+@pytest.mark.parametrize(("length", "refusals"), [(0, 1), (100, 3), (100_000, 1)])
 def test_a_refusal_of_what_is_shorter_than_the_refusal_is_borne_too(front: Between, length: int, refusals: int) -> None:
     folder = RunFolder(uri(front, "short"))
     content, table = b"a" * length, pa.table({"number": range(length)})

@@ -68,7 +68,13 @@ def write_many(table: pa.Table, folder: Path, files: int = 3) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("options", [{}, {"validation_share": 0.2, "noise": FLIPS, "seed": 5}], ids=["plain", "split"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="plain", marks=pytest.mark.long),
+        pytest.param({"validation_share": 0.2, "noise": FLIPS, "seed": 5}, id="split"),
+    ],
+)
 def test_files_of_parquet(read_both: Any, digits: Digits, tmp_path: Path, options: dict[str, Any]) -> None:
     named = ("train", "test") if options else SPLITS
     locations = {split: write_many(digits.table(split), tmp_path / split) for split in named}
@@ -98,6 +104,7 @@ def test_class_folders(read_both: Any, digits: Digits, tmp_path: Path) -> None:
     assert_same(*read_both(sources, validation_share=0.3))
 
 
+@pytest.mark.long
 def test_the_embedded_data(read_both: Any) -> None:
     sources = {name: TableSource(table, f"digits/{name}") for name, table in datasets.digits(0).items()}
     assert_same(*read_both(sources, validation_share=0.1, noise=FLIPS))
@@ -132,14 +139,19 @@ INNER = ("sample_id", "file", "order", "partition", "row", "true_label", "bytes"
     ("folders", "columns", "true_label"),
     [
         (("label=0", "label=1"), OWN, "true"),
-        (("id=7/true=0", "id=7/true=1"), OWN, "true"),
-        (("image=x/path=0", "image=y/path=0"), OWN, "true"),
-        (("a%20b", "a b", "a#b", "a?b", "a:b"), OWN, "true"),
-        (("path=0", "path=1"), ("path", "image", "label"), "true"),
-        (("label=0", "label=1"), ("id", "path", "_path"), "true"),
-        (("path=0", "path=1"), ("id", "image", "label"), "path"),
         (("order=0/sample_id=3", "order=1/sample_id=4"), ("order", "file", "sample_id"), "partition"),
-        (("label=0", "label=1"), ("label", "true_label", "id"), "image"),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (
+                (("id=7/true=0", "id=7/true=1"), OWN, "true"),
+                (("image=x/path=0", "image=y/path=0"), OWN, "true"),
+                (("a%20b", "a b", "a#b", "a?b", "a:b"), OWN, "true"),
+                (("path=0", "path=1"), ("path", "image", "label"), "true"),
+                (("label=0", "label=1"), ("id", "path", "_path"), "true"),
+                (("path=0", "path=1"), ("id", "image", "label"), "path"),
+                (("label=0", "label=1"), ("label", "true_label", "id"), "image"),
+            )
+        ),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, tuple) else value,
 )
@@ -163,7 +175,10 @@ def test_a_column_is_what_its_files_say_whatever_folders_and_columns_are_called(
     assert_same(one, other)
 
 
-@pytest.mark.parametrize("name", ["a.pq", "_a.parquet", "a.PARQUET", "a.parquet.0"])
+@pytest.mark.parametrize(
+    "name",
+    ["_a.parquet", *(pytest.param(name, marks=pytest.mark.long) for name in ("a.pq", "a.PARQUET", "a.parquet.0"))],
+)
 def test_a_file_is_read_whatever_it_is_called(read_both: Any, digits: Digits, tmp_path: Path, name: str) -> None:
     table = digits.table("train").slice(0, 100)
     at = write_under(("label=3",), tmp_path / "train", table, name)
@@ -187,7 +202,7 @@ def test_class_folders_that_are_called_like_partitions(read_both: Any, digits: D
         assert (tmp_path / row["sample_id"]).read_bytes() == row["image"]
 
 
-@pytest.mark.parametrize("lacking", ["all", "one"])
+@pytest.mark.parametrize("lacking", ["all", pytest.param("one", marks=pytest.mark.long)])
 def test_a_label_that_only_a_folder_names_is_refused(
     read_both: Any, digits: Digits, tmp_path: Path, lacking: str
 ) -> None:

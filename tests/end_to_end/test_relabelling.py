@@ -151,11 +151,11 @@ def test_the_network_is_trained_on_the_new_labels(
 @pytest.mark.parametrize(
     ("scope", "step"),
     [
-        ("head", "commit"),
-        *[pytest.param("head", step, marks=pytest.mark.long) for step in ("fit", "select", "refine")],
-        pytest.param("network", "refine", marks=pytest.mark.long),
+        *[("head", step) for step in ("fit", "select", "refine", "commit")],
+        ("network", "refine"),
     ],
 )
+@pytest.mark.long
 def test_a_run_that_relabels_keeps_the_new_labels_over_an_interruption(
     run: Run,
     relabelling: Callable[[str], dict[str, Any]],

@@ -43,6 +43,7 @@ def remount(disk: Path, options: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{options}", disk], check=True)
 
 
+@pytest.mark.long
 def test_a_full_disk_ends_a_run_with_its_path_and_with_room_it_goes_on(
     run: Run, undisturbed: Undisturbed, disk: Path
 ) -> None:
@@ -59,6 +60,7 @@ def test_a_full_disk_ends_a_run_with_its_path_and_with_room_it_goes_on(
     assert_same_result(disk / "run", undisturbed()["run"])
 
 
+@pytest.mark.long
 def test_a_disk_that_becomes_read_only_ends_a_run_and_made_writable_it_goes_on(
     run: Run, undisturbed: Undisturbed, disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,6 +83,7 @@ def test_a_disk_that_becomes_read_only_ends_a_run_and_made_writable_it_goes_on(
     assert_same_result(disk / "run", undisturbed()["run"])
 
 
+@pytest.mark.long
 def test_a_folder_that_may_not_be_written_to_is_named(run: Run, undisturbed: Undisturbed, tmp_path: Path) -> None:
     with interrupted_after("commit", call=1):
         run(tmp_path / "run")
@@ -122,7 +125,9 @@ except DataError as error:
     assert str(file) in said and "Permission denied" in said
 
 
-@pytest.mark.parametrize("how", ["vanishes", "cut short", "image vanishes"])
+@pytest.mark.parametrize(
+    "how", ["vanishes", *(pytest.param(how, marks=pytest.mark.long) for how in ("cut short", "image vanishes"))]
+)
 def test_a_file_that_changes_between_listing_and_reading_is_named(
     run: Run, digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
@@ -154,6 +159,7 @@ def test_a_file_that_changes_between_listing_and_reading_is_named(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_a_file_that_is_cut_short_between_two_starts_is_refused(run: Run, digits: Digits, tmp_path: Path) -> None:
     digits.write(tmp_path)
     data = {split: str(tmp_path / split) for split in digits.splits}

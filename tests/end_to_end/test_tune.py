@@ -128,6 +128,7 @@ def taken(search: str, number: int) -> list[int]:
     return sorted(i for table in tables for i in table["sample_id"].to_pylist())
 
 
+@pytest.mark.long
 def test_a_network_refined_in_a_trial_is_bitwise_the_one_that_a_run_refines(searched: Any, tmp_path: Path) -> None:
     config, summary = searched
     values = summary["trials"][3]["values"]

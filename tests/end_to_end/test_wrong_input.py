@@ -160,8 +160,16 @@ def alpha_alone(digits: Digits, folder: Path, kind: str) -> dict[str, Any]:
     return {"source": kind, **found, "test": None, **({} if kind == "parquet" else {"true_label": None})}
 
 
-@pytest.mark.parametrize("kind", ["parquet", "folder"])
-@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "small"),
+    [
+        ("parquet", True),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (("parquet", False), ("folder", True), ("folder", False))
+        ),
+    ],
+)
 def test_images_that_all_look_the_same(
     runfile: Make,
     shared_workers: None,
@@ -187,6 +195,7 @@ def test_images_that_all_look_the_same(
         assert not list((tmp_path / "run").rglob("removed.parquet")) and not (tmp_path / "run" / "cleaned").exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("small", [True, False])
 def test_shapes_in_the_alpha_channel_alone_are_cleaned_as_any_others(
     run: Callable[..., dict[str, Any]],
@@ -275,9 +284,11 @@ def test_a_folder_that_holds_something_else(runfile: Make, tmp_path: Path) -> No
     assert (tmp_path / "run" / "thesis.tex").read_text() == "mine"
 
 
-def test_a_label_column_that_holds_images(runfile: Make, tmp_path: Path) -> None:
-    said = refused(runfile(tmp_path / "run", data={"label": "image"}), tmp_path)
-    assert "column 'image' is binary; labels have to be integers or class names" in said
+def test_a_label_column_that_holds_images(runfile: Make, digits: Digits, tmp_path: Path) -> None:
+    table = digits.table("train")
+    train = written(table.set_column(2, "label", table["image"]), tmp_path / "train")
+    said = refused(runfile(tmp_path / "run", data={"train": train}), tmp_path)
+    assert "column 'label' is binary; labels have to be integers or class names" in said
 
 
 def test_a_run_path_beneath_a_file(runfile: Make, tmp_path: Path) -> None:

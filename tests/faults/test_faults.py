@@ -23,7 +23,8 @@ def arena(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
     arena.close()
 
 
-@pytest.mark.parametrize("kills", [6, pytest.param(10, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("kills", [6, 10])
 def test_three_rounds_with_so_many_workers_killed_end_the_same_and_without_another_start(
     arena: Arena, kills: int
 ) -> None:
@@ -34,6 +35,7 @@ def test_three_rounds_with_so_many_workers_killed_end_the_same_and_without_anoth
     assert len({kill.step for kill in outcome.kills}) >= 4
 
 
+@pytest.mark.long
 def test_a_run_whose_driver_and_workers_are_killed_ends_the_same_when_it_is_started_again(arena: Arena) -> None:
     outcome = arena.struck("head", 1, kills=4)
     assert (outcome.different, outcome.lost, outcome.left_behind) == ([], 0, 0)
@@ -58,6 +60,7 @@ def copy(arena: Arena, tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "copy", run
 
 
+@pytest.mark.long
 def test_a_run_is_like_itself(copy: tuple[Path, Path]) -> None:
     spoiled, run = copy
     assert differences(spoiled, run) == []
@@ -65,6 +68,7 @@ def test_a_run_is_like_itself(copy: tuple[Path, Path]) -> None:
     assert tracked(run, run / "mlflow.db") == []
 
 
+@pytest.mark.long
 def test_one_bit_of_the_weights_or_the_scores_is_a_difference(copy: tuple[Path, Path]) -> None:
     spoiled, run = copy
     for name in ("model.safetensors", "rounds/0002/scores.parquet"):
@@ -74,6 +78,7 @@ def test_one_bit_of_the_weights_or_the_scores_is_a_difference(copy: tuple[Path, 
     assert differences(spoiled, run) == ["weights", "scores of round 0002"]
 
 
+@pytest.mark.long
 def test_what_a_writer_that_died_left_is_a_difference(copy: tuple[Path, Path]) -> None:
     spoiled, run = copy
     (spoiled / "cleaned" / "part-00000.parquet.1234.tmp").touch()
@@ -81,6 +86,7 @@ def test_what_a_writer_that_died_left_is_a_difference(copy: tuple[Path, Path]) -
     assert differences(spoiled, run) == ["committed rounds", "cleaned/part-00000.parquet.1234.tmp left behind"]
 
 
+@pytest.mark.long
 def test_a_sample_in_no_place_or_in_two_is_counted(copy: tuple[Path, Path]) -> None:
     spoiled, _ = copy
     path = spoiled / "manifest.parquet"
@@ -94,6 +100,7 @@ def test_a_sample_in_no_place_or_in_two_is_counted(copy: tuple[Path, Path]) -> N
     assert misplaced(spoiled) == 2
 
 
+@pytest.mark.long
 def test_a_round_that_mlflow_holds_twice_or_not_to_its_end_is_a_difference(copy: tuple[Path, Path]) -> None:
     from mlflow import MlflowClient
 

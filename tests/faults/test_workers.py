@@ -94,6 +94,7 @@ def test_an_actor_that_memory_did_not_suffice_for_is_one_that_died(pool: Pool, t
     assert told == ["a worker process was lost (out of memory); another takes its place"]
 
 
+@pytest.mark.long
 def test_more_deaths_than_a_call_may_cause_end_nothing_as_long_as_they_are_of_different_calls(
     pool: Pool, tmp_path: Path
 ) -> None:
@@ -119,6 +120,7 @@ def test_a_call_that_ends_every_process_is_given_up_with_what_to_do(pool: Pool, 
     assert len(pids) == len(set(pids)) == DEATHS_OF_A_CALL
 
 
+@pytest.mark.long
 def test_a_call_that_may_be_given_up_leaves_the_others_alone(pool: Pool, tmp_path: Path) -> None:
     log = tmp_path / "log"
     calls = [*sums(3), lambda actor: actor.dies.remote(str(log), 100), *sums(3)]
@@ -266,6 +268,7 @@ def test_an_embedding_that_stops_at_nine_tenths_embeds_only_the_last_tenth_when_
     assert through_network() == 540 + 120
 
 
+@pytest.mark.long
 def test_scores_that_are_there_are_not_made_again_and_all_of_them_are_the_same(
     workers: Workers, tmp_path: Path
 ) -> None:
@@ -288,7 +291,7 @@ def test_scores_that_are_there_are_not_made_again_and_all_of_them_are_the_same(
         os.utime(path, (0, 0))
     # by another process that drew the same boundary again
     view, plan = planned_on(workers, folder, labels)
-    again = replace(kept, key=scores_key(view, plan, NOISE_MODEL))
+    again = replace(kept, digest=scores_key(view, plan, NOISE_MODEL))
     tables = workers.leave_one_out(view, plan, number=1).tables(NOISE_MODEL)
     assert [a.equals(b) for a, b in zip(tables, whole, strict=True)] == [True] * 6
     assert again.partitions() == set(range(6))

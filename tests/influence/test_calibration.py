@@ -316,7 +316,7 @@ def doubt_of(predicted: Tensor, labels: Tensor, classes: int) -> str | None:
 LIVE = {classes: calibration_sums_of(simulated(200, symmetric(classes, 0.1))) for classes in (2, 3, 10)}
 
 
-@pytest.mark.parametrize("classes", [2, 3, 10])
+@pytest.mark.parametrize("classes", [3, *(pytest.param(n, marks=pytest.mark.long) for n in (2, 10))])
 def test_predictions_or_labels_of_one_class_alone_are_chance_whatever_their_number(classes: int):
     drawn = np.random.default_rng(classes)
     for n in [*range(50, 130), 999, 1200, 9999]:
@@ -327,8 +327,8 @@ def test_predictions_or_labels_of_one_class_alone_are_chance_whatever_their_numb
             assert doubt_of(labels, same, classes) == "chance", (n, only)
 
 
-@pytest.mark.parametrize("classes", [2, 3, 10])
-@pytest.mark.parametrize("others", [1, 2, 5])
+@pytest.mark.parametrize("classes", [10, *(pytest.param(n, marks=pytest.mark.long) for n in (2, 3))])
+@pytest.mark.parametrize("others", [1, *(pytest.param(n, marks=pytest.mark.long) for n in (2, 5))])
 def test_predictions_nearly_all_of_one_class_pass_for_more_than_chance_in_one_of_a_hundred_cases(
     classes: int, others: int
 ):
@@ -344,8 +344,8 @@ def test_predictions_nearly_all_of_one_class_pass_for_more_than_chance_in_one_of
     assert doubts.count(None) <= 9
 
 
-@pytest.mark.parametrize("classes", [2, 3, 10])
-@pytest.mark.parametrize("even", [0.5, 5.0])
+@pytest.mark.parametrize("classes", [10, *(pytest.param(n, marks=pytest.mark.long) for n in (2, 3))])
+@pytest.mark.parametrize("even", [0.5, pytest.param(5.0, marks=pytest.mark.long)])
 def test_predictions_by_chance_pass_for_more_in_one_of_a_hundred_cases(classes: int, even: float):
     drawn = np.random.default_rng(0)
     doubts = []
@@ -625,7 +625,9 @@ def test_a_clean_set_is_left_alone():
     assert all((noise.rate, noise.most) == (0.0, 0.0) for noise in found if not noise.found)
 
 
-@pytest.mark.parametrize(("rate", "classes"), [(0.2, 10), (0.4, 10), (0.2, 2)])
+@pytest.mark.parametrize(
+    ("rate", "classes"), [(0.2, 2), *(pytest.param(rate, 10, marks=pytest.mark.long) for rate in (0.2, 0.4))]
+)
 def test_the_estimated_share_of_wrong_labels_covers_the_true_one(rate: float, classes: int):
     found = estimates(rate, 100, classes=classes)
     assert sum(noise.found for noise in found) >= 95
@@ -651,6 +653,7 @@ def test_where_the_held_out_labels_are_right_the_live_ones_tell_the_share_of_wro
     assert covered >= 8
 
 
+@pytest.mark.long
 def test_where_both_are_equally_noisy_the_held_out_labels_tell_the_share():
     # two intervals of 95 % that do not meet are rarer than one difference in twenty
     assert sum(noise.source != "held-out" for noise in estimates(0.2, 100)) <= 3

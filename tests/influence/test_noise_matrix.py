@@ -312,8 +312,15 @@ def test_under_pair_flips_more_suggestions_are_the_true_class_than_without_direc
 # -- rounds ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("memory", [0.0, 1.0])
-@pytest.mark.parametrize("noise", [paired(10, 0.4), mixed(10, 0.4), symmetric(10, 0.4)], ids=["pairs", "both", "any"])
+@pytest.mark.parametrize("memory", [1.0, pytest.param(0.0, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "noise",
+    [
+        pytest.param(mixed(10, 0.4), id="both"),
+        pytest.param(paired(10, 0.4), id="pairs", marks=pytest.mark.long),
+        pytest.param(symmetric(10, 0.4), id="any", marks=pytest.mark.long),
+    ],
+)
 def test_directions_do_not_fade_as_the_labels_that_went_them_are_removed(noise: np.ndarray, memory: float):
     held_out = Simulated(4000, noise, apart=2.0, seed=0)
     live = Simulated(8000, noise, apart=2.0, seed=1)

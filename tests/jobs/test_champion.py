@@ -63,7 +63,7 @@ def test_a_function_that_a_registered_model_names_is_called_only_if_the_job_file
     own = {"factory": "posttrain.vision.models:mlp", "arguments": {}, "head": "head"}
     assert trusted_recipe(own, model, "version 1") == own
     assert trusted_recipe(own | {"factory": "resnet18"}, model, "version 1") is not None
-    probed = own | {"factory": "posttrain.vision.layers:probed", "arguments": {"network": "os:system"}}
+    probed = own | {"factory": "posttrain.vision.probed_network:build", "arguments": {"network": "os:system"}}
     for recipe in (own | {"factory": "os:system"}, probed):
         with pytest.raises(ModelError, match="version 1 is to be built by 'os:system'"):
             trusted_recipe(recipe, model, "version 1")

@@ -79,7 +79,7 @@ def in_threads(work: Callable[[], None], count: int) -> None:
         thread.join()
 
 
-@pytest.mark.parametrize("seed", seeds(2, 8))
+@pytest.mark.parametrize("seed", seeds(1, 4))
 def test_of_many_threads_one_at_a_time_is_at_work_and_each_gets_its_turn(folder: RunFolder, seed: int) -> None:
     inside, most, done, errors = 0, 0, 0, []
     mutex = threading.Lock()
@@ -354,7 +354,7 @@ class _InMemory:
         pass
 
 
-@pytest.mark.parametrize("seed", seeds(4, 25))
+@pytest.mark.parametrize("seed", seeds(2, 10))
 def test_in_a_slow_store_one_at_a_time_holds_the_lock_and_one_of_those_that_do_not_wait_gets_it(
     monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:

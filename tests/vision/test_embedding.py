@@ -96,7 +96,15 @@ def test_a_model_whose_features_depend_on_more_than_the_image_is_refused(factory
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet18", "mobilenet_v3_small", "efficientnet_b0", "vit_b_32", "swin_t", "googlenet"]
+    "name",
+    [
+        "resnet18",
+        "swin_t",
+        *(
+            pytest.param(n, marks=pytest.mark.long)
+            for n in ("mobilenet_v3_small", "efficientnet_b0", "vit_b_32", "googlenet")
+        ),
+    ],
 )
 def test_the_features_of_torchvisions_networks_are_reproducible(name: str) -> None:
     torch.manual_seed(0)

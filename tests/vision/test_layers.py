@@ -38,7 +38,11 @@ ARGUMENTS = {"vit_b_32": {"image_size": 64}} | {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in ("vit_b_32", "vgg11") else ()) for name in FAMILIES]
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("resnet18", "mobilenet_v3_small", "swin_t") else pytest.mark.long)
+        for name in FAMILIES
+    ],
 )
 def test_each_torchvision_family_has_early_and_late_layers_that_can_be_embedded_and_cut(name: str):
     size, arguments = (3, FAMILIES[name], FAMILIES[name]), ARGUMENTS.get(name, {})
