@@ -27,8 +27,8 @@ from torch.nn.functional import cross_entropy
 from posttrain.cluster.devices import BatchSize, computing_in, gpu_name, moved
 from posttrain.cluster.failures import raise_cause
 from posttrain.cluster.live_images import LiveImages
+from posttrain.cluster.network import Network, load_network
 from posttrain.cluster.partitioning import Progress, Split
-from posttrain.cluster.workers import Network, load_network
 from posttrain.errors import RecipeError, StepError
 from posttrain.live import Live
 from posttrain.schema import ImageSpec, Precision

@@ -33,7 +33,7 @@ from posttrain.schema import PARTITION, ROW
 from posttrain.store.ledger import Ledger
 
 if TYPE_CHECKING:
-    from posttrain.cluster.workers import Network
+    from posttrain.cluster.network import Network
     from posttrain.live import Live
     from posttrain.rounds import Outcome, State
     from posttrain.runs.context import Run

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from posttrain import policy
-from posttrain.cluster.workers import Network
+from posttrain.cluster.network import Network
 from posttrain.rounds import LastLook, Outcome, State
 from posttrain.runs.commit import commit_without_removal
 from posttrain.runs.context import Run

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from posttrain.cluster.workers import Network
+from posttrain.cluster.network import Network
 from posttrain.live import Live
 from posttrain.rounds import State
 from posttrain.runs.context import Run

@@ -9,9 +9,11 @@ from typing import Any, Literal
 from pydantic import JsonValue
 from rich.console import Console
 
+from posttrain.cluster.in_process import computing_threads
+from posttrain.cluster.network import Network
 from posttrain.cluster.partitioning import Split
 from posttrain.cluster.tuning import FINAL, ROUND, PerTrial, Report
-from posttrain.cluster.workers import Network, Workers, computing_threads
+from posttrain.cluster.workers import Workers
 from posttrain.config import RunFile
 from posttrain.errors import RecipeError, SingularCurvatureError
 from posttrain.report.progress import StepLog

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pytest
 import torch
 
+from posttrain.cluster.embedding import embed_block, known_rows, with_known
 from posttrain.cluster.matching import NEW_LABEL, describe, match
-from posttrain.cluster.workers import Network, embed_block, known_rows, with_known
+from posttrain.cluster.network import Network
 from posttrain.schema import (
     DIGEST,
     FILE,

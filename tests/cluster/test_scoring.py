@@ -12,9 +12,10 @@ import pytest
 import ray
 import torch
 
+from posttrain.cluster.in_process import computing_threads
 from posttrain.cluster.partitioning import Partition, Split
 from posttrain.cluster.session import session
-from posttrain.cluster.workers import Workers, computing_threads
+from posttrain.cluster.workers import Workers
 from posttrain.influence import ensemble
 from posttrain.influence.in_memory import InMemory
 from posttrain.influence.score_round import PreviousRemovals, RoundScores, score_round

@@ -19,9 +19,12 @@ import torch
 from ray import cloudpickle
 from ray.exceptions import OutOfMemoryError
 
+from posttrain.cluster.network import Network
 from posttrain.cluster.partitioning import Partition, Split
 from posttrain.cluster.pool import DEATHS_OF_A_CALL, Died, Pool
-from posttrain.cluster.workers import Network, View, Workers, scores_key
+from posttrain.cluster.scoring import scores_key
+from posttrain.cluster.views import View
+from posttrain.cluster.workers import Workers
 from posttrain.errors import StepError
 from posttrain.influence import curvature, ensemble, probe
 from posttrain.influence.calibration import NoiseEstimate, NoiseModel
@@ -288,7 +291,7 @@ def test_scores_that_are_there_are_not_made_again_and_all_of_them_are_the_same(
         os.utime(path, (0, 0))
     # by another process that drew the same boundary again
     view, plan = planned_on(workers, folder, labels)
-    again = replace(kept, key=scores_key(view, plan, NOISE_MODEL))
+    again = replace(kept, digest=scores_key(view, plan, NOISE_MODEL))
     tables = workers.leave_one_out(view, plan, number=1).tables(NOISE_MODEL)
     assert [a.equals(b) for a, b in zip(tables, whole, strict=True)] == [True] * 6
     assert again.partitions() == set(range(6))
