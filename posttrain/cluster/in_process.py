@@ -1,39 +1,29 @@
-"""A worker in the own process, where there is no pool."""
+"""An object of this process, called the way an actor is: the worker, where there is no pool."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-import torch
 
-from posttrain.cluster.worker import Worker
-
-
-@contextmanager
-def computing_threads(count: int) -> Iterator[None]:
-    """torch computes with so many threads: sums come out bitwise the same only where their number is the same."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+from posttrain.cluster.devices import torch_threads
 
 
-class InProcess:
-    """A worker in this very process, called as if it were an actor: at once, and results come as references."""
+class InProcessActor:
+    """Calls go to an object that `make` makes in this process: at once, and with so many threads of torch.
 
-    def __init__(self, threads: int, cache_bytes: int) -> None:
+    As with an actor, a method is called by its `remote`, which returns a reference to the result.
+    """
+
+    def __init__(self, make: Callable[[], object], threads: int) -> None:
         self._threads = threads
-        with computing_threads(threads):
-            self._worker = Worker(threads, cache_bytes)
+        with torch_threads(threads):
+            self._object = make()
 
     def __getattr__(self, method: str) -> _Method:
-        return _Method(getattr(self._worker, method), self._threads)
+        return _Method(getattr(self._object, method), self._threads)
 
 
 @dataclass(frozen=True)
@@ -42,7 +32,7 @@ class _Method:
     threads: int
 
     def remote(self, *arguments: Any) -> Any:
-        # as Ray does for an actor: references among the arguments arrive as what they refer to
+        # as Ray does: an argument that is a reference arrives as its value
         values = [ray.get(value) if isinstance(value, ray.ObjectRef) else value for value in arguments]
-        with computing_threads(self.threads):
+        with torch_threads(self.threads):
             return ray.put(self.call(*values))

@@ -36,8 +36,8 @@ from posttrain.store.folder import RunFolder
 from posttrain.vision.images import augmentation, normalize
 from posttrain.vision.weights import to_bytes
 
-DEATHS_OF_A_TRAINING = 5
-"""Times that training begins again because a worker of it was lost."""
+RESTARTS_OF_A_TRAINING = 5
+"""Times that training begins again because one of its workers was lost."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _trainer(
             storage_path=folder.path("training"),
             storage_filesystem=folder.files,
             # every attempt begins anew: only time is lost
-            failure_config=ray.train.FailureConfig(max_failures=DEATHS_OF_A_TRAINING),
+            failure_config=ray.train.FailureConfig(max_failures=RESTARTS_OF_A_TRAINING),
         ),
     )
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-import os
 from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 import torch
 from torch import Tensor
 
+from posttrain.cluster.shared import new_key
 from posttrain.influence.probe import Standardizer
 from posttrain.live import Live
 from posttrain.store.features import (
@@ -17,8 +16,6 @@ from posttrain.store.features import (
     read_shard,
 )
 from posttrain.store.folder import RunFolder
-
-view_numbers = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,8 @@ class View:
     """Whose features lie side by side."""
     standardizers: tuple[Standardizer, ...] | None
     """Of each layer, whose features a 1 then follows; None: raw features, without the 1."""
-    key: str = field(default_factory=lambda: f"{os.getpid()}-{next(view_numbers)}")
+    key: str = field(default_factory=new_key)
+    """Under which actors cache its features."""
 
 
 def read_live(view: View, partition: int) -> Shard:

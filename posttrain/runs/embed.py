@@ -36,7 +36,7 @@ def features_of(run: Run, network: Network, live: Live, splits: Iterable[str]) -
                 split=name,
                 excluded=excluded,
                 progress=tell,
-                former=run.previous.folders or (),
+                previous_runs=run.previous.folders or (),
             )
         if run.previous.folders is not None:
             embedded = sum(found.embedded for found in summaries[name])

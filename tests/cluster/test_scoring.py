@@ -12,7 +12,7 @@ import pytest
 import ray
 import torch
 
-from posttrain.cluster.in_process import computing_threads
+from posttrain.cluster.devices import torch_threads
 from posttrain.cluster.partitioning import Partition, Split
 from posttrain.cluster.session import session
 from posttrain.cluster.workers import Workers
@@ -130,7 +130,7 @@ def test_actors_and_memory_give_the_same_scores_and_select_the_same_samples(
     finally:
         workers.release()
     memory = in_memory("train", live)
-    with computing_threads(1):
+    with torch_threads(1):
         of_memory = scored(memory, in_memory("validation", ALL), exact_limit)
         blocks = list(of_memory.tables)
     assert on_actors.kinds == of_memory.kinds == (("exact" if exact_limit else "ekfac"),) * 2
