@@ -22,6 +22,10 @@ import posttrain
 from posttrain.errors import ConfigError, DataError, LabelRangeError, ModelError
 
 
+def digits_whole() -> tuple[Any, Any]:
+    return load_digits(return_X_y=True)  # pyright: ignore[reportReturnType]
+
+
 def flipped(labels: np.ndarray, rate: float, seed: int = 0) -> np.ndarray:
     generator, classes = np.random.default_rng(seed), int(labels.max()) + 1
     wrong = generator.choice(len(labels), round(rate * len(labels)), replace=False)
@@ -33,7 +37,7 @@ def flipped(labels: np.ndarray, rate: float, seed: int = 0) -> np.ndarray:
 @pytest.fixture(scope="module")
 def digits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(features, true labels, given labels): the first 900 digits, a fifth of the labels flipped."""
-    features, labels = (part[:900] for part in load_digits(return_X_y=True))
+    features, labels = (part[:900] for part in digits_whole())
     return features, labels, flipped(labels, 0.2)
 
 
@@ -52,7 +56,7 @@ def test_wrong_labels_of_a_table_rank_as_high_as_cross_validated_regression_has_
         found = posttrain.find_label_issues(features, given, progress=False)
         own.append(average_precision_score(given != labels, -found.label_quality))
         model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-        probabilities = cross_val_predict(model, features, given, cv=5, method="predict_proba")
+        probabilities: Any = cross_val_predict(model, features, given, cv=5, method="predict_proba")
         quality = probabilities[np.arange(len(given)), given]
         of_regression.append(average_precision_score(given != labels, -quality))
     # three seeds differ by about 0.01
@@ -74,7 +78,7 @@ def test_what_is_removed_is_mostly_wrong_and_the_rate_is_in_its_interval(
 def test_the_probe_on_what_is_left_is_better_than_one_on_all(digits: tuple[np.ndarray, ...]):
     features, labels, _ = digits
     given = np.where(np.random.default_rng(0).random(900) < 0.3, (labels + 1) % 10, labels)
-    x_new, y_new = (part[900:] for part in load_digits(return_X_y=True))
+    x_new, y_new = (part[900:] for part in digits_whole())
     found = posttrain.find_label_issues(features, given, progress=False)
     nothing_removed = posttrain.find_label_issues(features, given, max_share=0.0, progress=False)
     assert not nothing_removed.is_issue.any()
@@ -85,14 +89,14 @@ def test_the_probe_on_what_is_left_is_better_than_one_on_all(digits: tuple[np.nd
 
 
 def test_of_clean_labels_next_to_nothing_is_removed():
-    features, labels = load_digits(return_X_y=True)
+    features, labels = digits_whole()
     found = posttrain.find_label_issues(features[:900], labels[:900], progress=False)
     assert found.is_issue.mean() <= 0.01 and not found.noise.found
 
 
 def test_a_validation_set_serves_in_place_of_folds(digits: tuple[np.ndarray, ...]):
     features, labels, given = digits
-    x, y = (part[900:1500] for part in load_digits(return_X_y=True))
+    x, y = (part[900:1500] for part in digits_whole())
     found = posttrain.find_label_issues(features, given, validation=(x, flipped(y, 0.2)), progress=False)
     assert (given != labels)[found.is_issue].mean() > 0.85 and "validation set" in str(found.noise)
 
@@ -101,6 +105,7 @@ def test_labels_may_be_text_and_features_of_any_kind(digits: tuple[np.ndarray, .
     features, _, given = digits
     names = np.array([f"digit {label}" for label in given])
     frame = pd.DataFrame(features, index=[f"row {at}" for at in range(len(given))])
+    same: Any
     for same in (frame, torch.from_numpy(features).float(), scipy.sparse.csr_matrix(features), {"pixels": features}):
         found = posttrain.find_label_issues(same, names, progress=False)
         np.testing.assert_array_equal(found.is_issue, issues.is_issue)
@@ -200,7 +205,7 @@ def trained(features: np.ndarray, labels: np.ndarray) -> torch.nn.Module:
 
 
 def test_a_torch_module_is_cleaned_by_its_own_layers_and_gets_a_better_head(tmp_path: Any):
-    features, labels = load_digits(return_X_y=True)
+    features, labels = digits_whole()
     given = np.where(np.random.default_rng(0).random(len(labels)) < 0.3, (labels + 1) % 10, labels)
     model = trained(features[:900], given[:900])
     train = Pictures(features[:900], given[:900], as_dicts=True)
@@ -219,7 +224,7 @@ def test_a_torch_module_is_cleaned_by_its_own_layers_and_gets_a_better_head(tmp_
 
 
 def test_data_sets_that_do_not_fit_the_model_are_refused_in_one_sentence():
-    features, labels = (part[:60] for part in load_digits(return_X_y=True))
+    features, labels = (part[:60] for part in digits_whole())
     model = trained(features, labels)
     whole = Pictures(features, labels)
     with pytest.raises(DataError, match="has no length or no items"):

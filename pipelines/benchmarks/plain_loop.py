@@ -33,8 +33,9 @@ def plain(config: RunFile, weights: Path) -> dict[str, Any]:
     from posttrain.influence.probe import Standardizer
     from posttrain.schema import uniform
     from posttrain.vision import models
+    from posttrain.vision.augmentation import augmentation
     from posttrain.vision.embedding import features_and_logits
-    from posttrain.vision.images import augmentation, decode_column, normalize
+    from posttrain.vision.images import decode_column, normalize
     from posttrain.vision.weights import load_weights
 
     began = time.perf_counter()

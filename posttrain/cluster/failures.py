@@ -1,4 +1,4 @@
-"""What has failed, out of the errors that Ray wraps around it."""
+"""The cause of a failure, out of the errors that Ray wraps around it."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def process_lost(error: Exception) -> StepError:
     )
 
 
-def why_it_died(error: Exception) -> str:
-    """Why a process died, as far as Ray knows it: a clause."""
+def loss_reason(error: Exception) -> str:
+    """Why a process was lost, as far as Ray knows it: a clause."""
     text = str(error)
     if isinstance(error, OutOfMemoryError) or "low on memory" in text:
         return "out of memory"

@@ -1,8 +1,8 @@
 """Training images that are in a held-out set, too: the same bytes, or near duplicates, also mirrored.
 
-What held-out images are compared by (a digest, a perceptual hash and a thumbnail each, some 300 bytes) goes into the
-object store; every training partition is compared with it where its block lies. Of the training set only the pairs
-that were found travel.
+A digest, a perceptual hash and a thumbnail of every held-out image, some 300 bytes, go into the object store; every
+training partition is compared with them where its block lies. Of the training set only the pairs that were found
+travel.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def find(
 
     Of each image's pairs the closest is kept (of a held-out image's, the closest in each training partition): every
     image that leaks is in the table, though not with all its pairs. `shape`: of images that are raw pixels. Second, the
-    images that crash the process which decodes them; `say` is told when the search for these begins. Raises StepError
+    images that crash the process which decodes them; `say` is called when the search for these begins. Raises StepError
     where processes end without such an image.
     """
     crashing: list[CrashingImage] = []
@@ -108,7 +108,7 @@ def _held_out_images(
     ]
 
     def start(block: Any, split: str, partition: int, skip: np.ndarray = _NONE) -> list[ray.ObjectRef]:
-        # the second result says that the task is done: the first is not wanted here
+        # the second result says that the task is done; the first stays in the object store
         return cast(Any, _hashed.remote(block, shape, split, partition, skip))
 
     started = [start(*partition) for partition in partitions]

@@ -40,7 +40,7 @@ class LiveImages:
         self._partitions, self._live = partitions, live
         self._spec, self._seed, self._get = spec, seed, get
         height, width = spec.size
-        rows = max((b.rows for b in partitions), default=1)
+        rows = max((p.rows for p in partitions), default=1)
         self._window = max(1, window_bytes // max(1, rows * spec.channels * height * width))
         self._whole: tuple[Tensor, Tensor] | None = None
         self._readable = 0

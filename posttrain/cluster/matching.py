@@ -52,7 +52,7 @@ def describe(block: pa.Table, rows: np.ndarray) -> pa.Table:
 
 
 @dataclass(frozen=True)
-class Known:
+class FoundAgain:
     """Samples that a previous run removed or relabelled and that are still what they were."""
 
     removal: Removal
@@ -68,8 +68,8 @@ def describe_acted_on(split: Split, removal: Removal, self_confidence: pa.Table)
     """
     calls: list[tuple[Any, np.ndarray]] = []
     labels: list[dict[str, pa.Array]] = []
-    known = self_confidence.sort_by([(PARTITION, "ascending"), (ROW, "ascending")])
-    confidences, places = known[SELF_CONFIDENCE].to_numpy(), Rows.of_table(known)
+    ordered = self_confidence.sort_by([(PARTITION, "ascending"), (ROW, "ascending")])
+    confidences, places = ordered[SELF_CONFIDENCE].to_numpy(), Rows.of_table(ordered)
     for partition in split.partitions:
         gone = removal.removed.in_partition(partition.index)
         changed, new = removal.relabelled.in_partition(partition.index)
@@ -101,26 +101,26 @@ def describe_acted_on(split: Split, removal: Removal, self_confidence: pa.Table)
 
 
 @ray.remote
-def _matched(block: pa.Table, known: pa.Table) -> pa.Table:
-    return match(block, known)
+def _matched(block: pa.Table, acted_on: pa.Table) -> pa.Table:
+    return match(block, acted_on)
 
 
-def match(block: pa.Table, known: pa.Table) -> pa.Table:
+def match(block: pa.Table, acted_on: pa.Table) -> pa.Table:
     """{row, new_label, self_confidence} of the rows of a partition that a table of `describe_acted_on` has, too.
 
     With the same image and given label, that is.
     """
     empty = pa.table(
-        {ROW: pa.array([], pa.int32()), **{name: known[name][:0] for name in (NEW_LABEL, SELF_CONFIDENCE)}}
+        {ROW: pa.array([], pa.int32()), **{name: acted_on[name][:0] for name in (NEW_LABEL, SELF_CONFIDENCE)}}
     )
-    ids = known[SAMPLE_ID].combine_chunks()
-    if not known.num_rows or block[SAMPLE_ID].type != ids.type:
+    ids = acted_on[SAMPLE_ID].combine_chunks()
+    if not acted_on.num_rows or block[SAMPLE_ID].type != ids.type:
         return empty
     at = pc.index_in(block[SAMPLE_ID], value_set=ids).to_pandas().to_numpy(dtype=float, na_value=-1.0).astype(np.int64)
     rows = np.flatnonzero(at >= 0)
     if not len(rows):
         return empty
-    before = known.take(pa.array(at[rows]))
+    before = acted_on.take(pa.array(at[rows]))
     now = describe(block, rows)
     same = np.ones(len(rows), bool)
     for column in (DIGEST, LABEL):
@@ -129,11 +129,11 @@ def match(block: pa.Table, known: pa.Table) -> pa.Table:
     return found.filter(pa.array(same))
 
 
-def found_again(split: Split, known: pa.Table) -> Known:
+def found_again(split: Split, acted_on: pa.Table) -> FoundAgain:
     """The rows of the samples in a table of `describe_acted_on` that are still what they were."""
-    if not known.num_rows:
-        return Known(Removal(), NO_SELF_CONFIDENCE)
-    reference = ray.put(known)
+    if not acted_on.num_rows:
+        return FoundAgain(Removal(), NO_SELF_CONFIDENCE)
+    reference = ray.put(acted_on)
     found = [NO_SELF_CONFIDENCE.append_column(NEW_LABEL, pa.array([], pa.int32()))]
     tables = results(_matched, [(partition.block, reference) for partition in split.partitions])
     for partition, table in zip(split.partitions, tables, strict=True):
@@ -143,7 +143,7 @@ def found_again(split: Split, known: pa.Table) -> Known:
     changed = acted_on[NEW_LABEL].is_valid()
     removed, new = acted_on.filter(pc.invert(changed)), acted_on.filter(changed)
     relabelled = NewLabels.of(*(new[name].to_numpy() for name in (PARTITION, ROW, NEW_LABEL)))
-    return Known(Removal(Rows.of_table(removed), relabelled), acted_on.drop_columns([NEW_LABEL]))
+    return FoundAgain(Removal(Rows.of_table(removed), relabelled), acted_on.drop_columns([NEW_LABEL]))
 
 
 @ray.remote

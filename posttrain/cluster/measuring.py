@@ -64,7 +64,7 @@ def detection(split: Split, removal: Removal) -> Detection:
     counts = list(
         results(
             _count,
-            [(b.block, removed.in_partition(b.index), *relabelled.in_partition(b.index)) for b in split.partitions],
+            [(p.block, removed.in_partition(p.index), *relabelled.in_partition(p.index)) for p in split.partitions],
         )
     )
     return Detection(
@@ -78,5 +78,5 @@ def detection(split: Split, removal: Removal) -> Detection:
 
 def wrong_rows(split: Split) -> dict[int, np.ndarray]:
     """partition -> [rows] bool: the given label is wrong. For benchmarks."""
-    found = results(_wrong_rows, [(b.block,) for b in split.partitions])
-    return {b.index: wrong for b, wrong in zip(split.partitions, found, strict=True)}
+    found = results(_wrong_rows, [(p.block,) for p in split.partitions])
+    return {p.index: wrong for p, wrong in zip(split.partitions, found, strict=True)}

@@ -1,4 +1,4 @@
-"""Starting Ray or joining a cluster: without output of Ray's own, and at little cost on one machine."""
+"""Starting Ray or joining a cluster, without output of Ray's own and with a quick start on one machine."""
 
 from __future__ import annotations
 
@@ -52,12 +52,6 @@ def refuse_unreachable(address: str) -> None:
             f"ray.address = {address}: nothing answers there ({error.strerror or error}); "
             "correct it, or leave it out to compute on this machine"
         ) from None
-
-
-def _packages() -> list[str]:
-    """The folders of the packages that every node needs; of `pipelines` where it lies beside posttrain."""
-    here = Path(__file__).parents[1]
-    return [str(folder) for folder in (here, here.with_name("pipelines")) if folder.is_dir()]
 
 
 @contextmanager
@@ -161,7 +155,8 @@ def _join(address: str, options: dict[str, Any], *, verbose: bool) -> None:
     try:
         with _undisturbed(verbose=verbose):
             # the same code on every node, whatever is installed there
-            ray.init(**options, address=address, runtime_env={"py_modules": _packages()})
+            package = str(Path(__file__).parents[1])
+            ray.init(**options, address=address, runtime_env={"py_modules": [package]})
     except KeyboardInterrupt:
         ray.shutdown()
         raise
@@ -175,7 +170,7 @@ def _join(address: str, options: dict[str, Any], *, verbose: bool) -> None:
 def _start(options: dict[str, Any], *, num_cpus: int | None, object_store_gb: float | None, verbose: bool) -> None:
     import ray
 
-    # Ray Train would wait for notices that a spot node is about to go: there is none
+    # else Ray Train waits for notices that a spot node is about to go: there are none on one machine
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     options = {**options, "address": "local", "num_cpus": num_cpus, "include_dashboard": False}
     if object_store_gb:
@@ -185,13 +180,13 @@ def _start(options: dict[str, Any], *, num_cpus: int | None, object_store_gb: fl
             try:
                 ray.init(**options)
             except Exception:
-                # Ray gives its processes half a minute to come up, which a busy machine may need for other things
+                # Ray gives its processes half a minute to start, which is too little on a busy machine
                 ray.shutdown()
                 ray.init(**options)
     except KeyboardInterrupt:
         ray.shutdown()
         raise
-    except Exception as error:  # where a process of its own does not come up, Ray raises no subclass
+    except Exception as error:  # Ray raises a plain Exception where one of its processes does not start
         raise StepError(
             f"Ray has not started on this machine ({str(error).splitlines()[0]}); "
             "start the same command again once there is less load or more memory"
@@ -209,7 +204,7 @@ def _undisturbed(*, verbose: bool) -> Iterator[None]:
 
 
 def _silence_loggers() -> None:
-    # ray.data sets up its loggers when it is imported: before, a level would not last
+    # ray.data sets up its loggers when it is imported, and would overwrite a level set before
     import ray.data
 
     for name in ("ray.data", "ray.train", "ray.tune", "ray"):

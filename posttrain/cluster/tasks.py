@@ -20,9 +20,9 @@ def results(
     """What the remote function gives for each call's arguments, in their order.
 
     As many run at a time as the cluster has CPUs, though none is reserved: workers may hold them all, and a task
-    that asked for one would wait for ever. A call whose process dies is made again, three times at most; then
+    that asked for one would wait for ever. A call whose process is lost is made again, three times at most; then
     `on_crash` says what to call instead. Raises what a call raised, posttrain's own errors unwrapped; StepError where
-    its process died each time.
+    its process was lost each time.
     """
     at_once = max(1, int(ray.cluster_resources().get("CPU", 1)))
     unreserved = task.options(num_cpus=0, scheduling_strategy="SPREAD", max_retries=3)

@@ -1,7 +1,7 @@
 """Training the whole network on the live images, through Ray Train.
 
 With `workers = 0` Ray Train's local mode runs the loop in the driver's process, which costs no start-up; with more
-it is distributed data-parallel training. The loop draws every random number from (seed, epoch), and walks through
+it is distributed data-parallel training. The loop takes every random number from (seed, epoch), and goes by
 partitions, so that its result does not depend on files or blocks.
 """
 
@@ -27,17 +27,18 @@ from torch.nn.functional import cross_entropy
 from posttrain.cluster.devices import BatchSize, computing_in, gpu_name, moved
 from posttrain.cluster.failures import raise_cause
 from posttrain.cluster.live_images import LiveImages
+from posttrain.cluster.network import Network, load_network
 from posttrain.cluster.partitioning import Progress, Split
-from posttrain.cluster.workers import Network, load_network
 from posttrain.errors import RecipeError, StepError
 from posttrain.live import Live
 from posttrain.schema import ImageSpec, Precision
 from posttrain.store.folder import RunFolder
-from posttrain.vision.images import augmentation, normalize
+from posttrain.vision.augmentation import augmentation
+from posttrain.vision.images import normalize
 from posttrain.vision.weights import to_bytes
 
-DEATHS_OF_A_TRAINING = 5
-"""Times that training begins again because a worker of it was lost."""
+RESTARTS_OF_A_TRAINING = 5
+"""Times that training begins again because one of its workers was lost."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Trained:
-    """The trained weights and what the last epoch was like."""
+    """The trained weights, and the figures of the last epoch."""
 
     weights: bytes = field(repr=False)
     epochs: int
@@ -69,9 +70,9 @@ class Trained:
     train_loss: float
     seconds: float
     part: int | None = None
-    """Samples per forward pass, where memory did not suffice for a whole step at a time."""
+    """Samples per forward pass, where memory did not suffice for a whole step."""
     gpu: str | None = None
-    """What the GPU of the first training worker is called, None where it trained on a CPU."""
+    """Name of the first training worker's GPU; None where it trained on a CPU."""
 
 
 def train(
@@ -151,7 +152,7 @@ def _trainer(
             storage_path=folder.path("training"),
             storage_filesystem=folder.files,
             # every attempt begins anew: only time is lost
-            failure_config=ray.train.FailureConfig(max_failures=DEATHS_OF_A_TRAINING),
+            failure_config=ray.train.FailureConfig(max_failures=RESTARTS_OF_A_TRAINING),
         ),
     )
 
@@ -171,7 +172,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     device = torch.device("cpu")
     if on_gpu:
         device = torch.device("cuda") if alone else ray.train.torch.get_device()
-    # the driver's own generator must not notice that training ran in its process
+    # in local mode, training must leave the driver's generator as it was
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config["seed"] * 1_000_003 + rank)
         # convolutions on the CPU and on tensor cores take this layout: 16 s an epoch on two cores instead of 25
@@ -199,7 +200,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
         except StepError as error:
             if alone or world > 1:
                 raise
-            # Ray Train would take it for the loss of a worker, and begin again
+            # raised, Ray Train would take it for a lost worker, and begin again
             return {"failed": str(error)}
     return {"weights": to_bytes(model), "gpu": gpu_name(device), **outcome}
 

@@ -1,8 +1,8 @@
 """A search's trials side by side, through Ray Tune: the only module that knows it.
 
 A trial is a plain function in a process of its own, which is kept for the next trial. Tune decides where and when a
-trial runs, and by asynchronous successive halving which trials are stopped. What a trial has come to lies in its run
-folder alone: Tune's own state is thrown away, and a search goes on by running the trials whose folders show no end.
+trial runs, and by asynchronous successive halving which trials are stopped. The results of a trial are in its run
+folder alone: Tune's own state is deleted, and a search goes on by running the trials whose folders show no end.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _GROWS_WITHIN_S = 600.0
 _ENVIRONMENT = {
     # paths in the run file, and modules next to it, are relative to where the command was started
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    # files of its own on every result, which nobody asked for
+    # else Tune writes log files of its own on every result
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     # Ctrl-C ends this command like any other, instead of the trials one by one
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
 
-# what Tune says of itself on the console at verbosity 0 is still much
+# even at verbosity 0 Tune writes a lot to the console
 _QUIET = {"RAY_AIR_NEW_OUTPUT": "0"}
 
 ROUND, FINAL = "round", "final"
@@ -68,7 +68,7 @@ class Listener(Protocol):
 
 @dataclass(frozen=True)
 class PerTrial:
-    """What one trial takes of a node."""
+    """The resources of one node that a trial needs."""
 
     cpus: float
     gpus: float
@@ -94,8 +94,8 @@ class Schedule:
 
     numbers: Sequence[int]
     """The trials to run."""
-    known: Mapping[int, Sequence[Mapping[str, Any]]]
-    """The reports of earlier, interrupted searches: of all trials, as far as they got."""
+    previous_reports: Mapping[int, Sequence[Mapping[str, Any]]]
+    """Of earlier, interrupted searches, by trial: the figures of every round it reported."""
     halving: Halving
     at_once: int | None
     """Most trials side by side. None: as many as the resources carry."""
@@ -124,7 +124,7 @@ def _sampled(distribution: Distribution, generator: np.random.Generator) -> Json
         return tune.randint(low, high + 1).sample(random_state=generator)
     low, high = distribution.uniform or distribution.loguniform or (0.0, 0.0)
     domain = tune.uniform(low, high) if distribution.uniform else tune.loguniform(low, high)
-    # people will read it in a run file
+    # four digits: people read it in a run file
     return min(max(float(f"{domain.sample(random_state=generator):.4g}"), low), high)
 
 
@@ -150,7 +150,7 @@ def refuse_too_small(wanted: PerTrial, *, on_cluster: bool, say: Callable[[str],
             from ray.autoscaler.sdk import request_resources
 
             request_resources(bundles=[{"CPU": wanted.cpus, **({"GPU": wanted.gpus} if wanted.gpus else {})}])
-            # else the cluster would keep that node for ever: what its trials want, they ask for themselves
+            # else the cluster would keep that node for ever; the trials request what they need themselves
             stack.callback(request_resources, bundles=[])
         time.sleep(2)
 
@@ -174,7 +174,9 @@ def search(
     if not schedule.numbers:
         # all were at their end when the search was interrupted
         return {}
-    reported = {number: max(r[ROUND] for r in reports) for number, reports in schedule.known.items() if reports}
+    reported = {
+        number: max(r[ROUND] for r in reports) for number, reports in schedule.previous_reports.items() if reports
+    }
     trainable = tune.with_resources(
         tune.with_parameters(_trial, run_trial=run_trial, shared=shared, reported=reported),
         {"cpu": per_trial.cpus, "gpu": per_trial.gpus},
@@ -197,7 +199,7 @@ def _tuner(trainable: Any, schedule: Schedule, folder: RunFolder, callback: _Cal
         trainable,
         param_space={"number": tune.grid_search(list(schedule.numbers))},
         tune_config=tune.TuneConfig(
-            scheduler=Scheduler(schedule.halving, schedule.known),
+            scheduler=Scheduler(schedule.halving, schedule.previous_reports),
             max_concurrent_trials=schedule.at_once,
             # a new process would import torch first
             reuse_actors=True,
@@ -208,7 +210,7 @@ def _tuner(trainable: Any, schedule: Schedule, folder: RunFolder, callback: _Cal
             name="tune",
             storage_path=folder.path(),
             storage_filesystem=folder.files,
-            # of processes that die; what a trial itself finds wrong is its result
+            # of processes that are lost; an error in the trial itself is its result
             failure_config=tune.FailureConfig(max_failures=2),
             callbacks=[callback],
             verbose=int(verbose),
@@ -225,7 +227,7 @@ def _trial(config: dict[str, Any], *, run_trial: Any, shared: Any, reported: Map
             last = max(last, json.loads(Path(path, "round.json").read_text()))
 
     def report(figures: Mapping[str, Any]) -> None:
-        # a trial that goes on tells all its rounds again
+        # a trial that goes on reports all its rounds again
         if figures[ROUND] > last or figures[FINAL]:
             with tempfile.TemporaryDirectory() as path:
                 Path(path, "round.json").write_text(json.dumps(figures[ROUND]))
@@ -239,9 +241,9 @@ def _name(trial: Any) -> str:
 
 
 class Scheduler(ASHAScheduler):
-    """Tune's, which knows trials by their numbers, and what those reported before the search was interrupted."""
+    """Tune's ASHA with trials by their numbers, and with what they reported before the search was interrupted."""
 
-    def __init__(self, rule: Halving, known: Mapping[int, Sequence[Mapping[str, Any]]]) -> None:
+    def __init__(self, rule: Halving, previous_reports: Mapping[int, Sequence[Mapping[str, Any]]]) -> None:
         super().__init__(
             time_attr=ROUND,
             metric=rule.metric,
@@ -253,7 +255,7 @@ class Scheduler(ASHAScheduler):
             reduction_factor=rule.reduction,
         )
         self._kept = rule.kept
-        for number, reports in known.items():
+        for number, reports in previous_reports.items():
             trial = SimpleNamespace(config={"number": number})
             self.on_trial_add(None, trial)
             for figures in reports:

@@ -53,15 +53,15 @@ def write_cleaned(
     kept = seen = 0
     calls = [
         (
-            b.block,
-            b.index,
-            live.only(b.index),
+            p.block,
+            p.index,
+            live.only(p.index),
             folder,
-            folder.path("cleaned", f"part-{b.index:05d}.parquet"),
+            folder.path("cleaned", f"part-{p.index:05d}.parquet"),
             columns,
             tuple(classes),
         )
-        for b in split.partitions
+        for p in split.partitions
     ]
     for partition, written in zip(split.partitions, results(_write, calls), strict=True):
         kept += written

@@ -33,7 +33,7 @@ from posttrain.schema import PARTITION, ROW
 from posttrain.store.ledger import Ledger
 
 if TYPE_CHECKING:
-    from posttrain.cluster.workers import Network
+    from posttrain.cluster.network import Network
     from posttrain.live import Live
     from posttrain.rounds import Outcome, State
     from posttrain.runs.context import Run
@@ -234,12 +234,12 @@ def _keep(run: Run, outcome: Outcome[Network, Fitted], job: JobFolder, attempt: 
 
     state, previous = outcome.state, run.previous
     base = base_network(run, state)
-    job.keep_base(Base(base.key, recipe(base.spec), run.inputs.classes, base.weights))
+    job.keep_base(Base(base.digest, recipe(base.spec), run.inputs.classes, base.weights))
     confidence = pa.concat_tables([previous.self_confidence, run.ledger.self_confidence(state.history)])
     acted_on = matching.describe_acted_on(run.splits["train"], acted_on_so_far(state.live), confidence)
     attempt.folder.write_table(attempt.folder.path(previous_runs.ACTED_ON), acted_on)
     noise = state.history[-1].metrics.get("validation_noise", previous.validation_noise)
-    return {"base": base.key, "acted_on": acted_on.num_rows, "validation_noise": noise}
+    return {"base": base.digest, "acted_on": acted_on.num_rows, "validation_noise": noise}
 
 
 def _log_model(tracking: Tracking, model: Network) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from posttrain.cluster.workers import Network
+from posttrain.cluster.network import Network
 from posttrain.live import Live
 from posttrain.rounds import REFERENCE, State
 from posttrain.runs.commit import commit_without_removal, tell_round

@@ -22,7 +22,7 @@ from posttrain.store.folder import RunFolder
 from posttrain.store.ledger import Ledger
 
 if TYPE_CHECKING:
-    from posttrain.cluster.workers import Network
+    from posttrain.cluster.network import Network
     from posttrain.runs.context import Run
     from posttrain.runs.fit import Fitted
     from posttrain.runs.refine import Train

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from posttrain.cluster import measuring
-from posttrain.cluster.workers import Network
+from posttrain.cluster.network import Network
 from posttrain.live import Live, Removal
 from posttrain.report.figures import ScoreHistogram
 from posttrain.rounds import State

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from posttrain import policy
-from posttrain.cluster.workers import Network
+from posttrain.cluster.network import Network
 from posttrain.rounds import LastLook, Outcome, State
 from posttrain.runs.commit import commit_without_removal
 from posttrain.runs.context import Run
@@ -66,7 +66,7 @@ def _boundary_as_head(run: Run, outcome: Outcome[Network, Fitted]) -> Outcome[Ne
 
 def base_network(run: Run, state: State[Network, Fitted]) -> Network:
     """The network whose features the final model's head takes: a later run needs no others of the same images."""
-    if run.config.refine.scope == "head" or state.model.key == state.first.key:
+    if run.config.refine.scope == "head" or state.model.digest == state.first.digest:
         return state.first
     last = state.history[-1]
     # a round that only put the boundary on

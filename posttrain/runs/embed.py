@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from posttrain.cluster.workers import Network
+from posttrain.cluster.network import Network
 from posttrain.live import Live
 from posttrain.rounds import State
 from posttrain.runs.context import Run
@@ -36,7 +36,7 @@ def features_of(run: Run, network: Network, live: Live, splits: Iterable[str]) -
                 split=name,
                 excluded=excluded,
                 progress=tell,
-                former=run.previous.folders or (),
+                previous_runs=run.previous.folders or (),
             )
         if run.previous.folders is not None:
             embedded = sum(found.embedded for found in summaries[name])

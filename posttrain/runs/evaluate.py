@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from posttrain.cluster.workers import Network
+from posttrain.cluster.network import Network
 from posttrain.influence import probe
 from posttrain.influence.ensemble import ProbeEnsemble
 from posttrain.influence.probe import Reduce, Standardizer

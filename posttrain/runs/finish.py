@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from posttrain.cluster.workers import Network
+from posttrain.cluster.network import Network
 from posttrain.config import without_credentials
 from posttrain.errors import StepError
 from posttrain.rounds import Outcome

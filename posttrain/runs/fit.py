@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from posttrain.cluster.workers import Network, View
+from posttrain.cluster.network import Network
+from posttrain.cluster.views import View
 from posttrain.errors import DataError, FeaturelessError, RecipeError
 from posttrain.influence import ensemble
 from posttrain.influence.ensemble import ProbeEnsemble

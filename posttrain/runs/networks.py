@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from posttrain.cluster.workers import Network, load_network
+from posttrain.cluster.network import Network, load_network
 from posttrain.runs.context import Run
 from posttrain.schema import ModelSpec
 from posttrain.vision import models

@@ -129,7 +129,7 @@ def make_workers(config: RunFile, progress: StepLog, *, on_cluster: bool) -> tup
         gpus=rays.gpus_per_worker,
         on_cluster=on_cluster,
     )
-    workers.tell_losses(lambda text: progress.say(f"  {text}"))
+    workers.report_losses(lambda text: progress.say(f"  {text}"))
     # local mode on one machine; a cluster's GPUs are not where the driver is
     train_workers = rays.train_workers if rays.train_workers is not None else int(on_cluster)
     if not on_cluster and rays.gpus_per_train_worker:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from posttrain.cluster import training
-from posttrain.cluster.workers import Network, load_network
+from posttrain.cluster.network import Network, load_network
 from posttrain.config import Training as TrainingSection
 from posttrain.live import Live
 from posttrain.rounds import State

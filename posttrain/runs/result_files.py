@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from posttrain.cluster.workers import Network
+from posttrain.cluster.network import Network
 from posttrain.cluster.writing import write_cleaned
 from posttrain.config import yaml
 from posttrain.errors import StepError

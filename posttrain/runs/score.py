@@ -12,7 +12,7 @@ import pyarrow.compute
 import torch
 
 from posttrain import policy
-from posttrain.cluster.workers import Network
+from posttrain.cluster.network import Network
 from posttrain.errors import DataError, StepError
 from posttrain.influence import calibration
 from posttrain.influence.calibration import NoiseEstimate

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 
 from posttrain.cluster.partitioning import Split
-from posttrain.cluster.workers import View, Workers
+from posttrain.cluster.views import View
+from posttrain.cluster.workers import Workers
 from posttrain.influence.probe import Reduce, Standardizer
 from posttrain.influence.score_round import LeaveOneOutPass, ScoringPlan
 from posttrain.live import Live

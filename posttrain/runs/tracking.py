@@ -14,7 +14,7 @@ from posttrain.store.folder import RunFolder
 from posttrain.store.ledger import settings
 
 if TYPE_CHECKING:
-    from posttrain.cluster.workers import Network
+    from posttrain.cluster.network import Network
     from posttrain.runs.inputs import Inputs
     from posttrain.store.outbox import Outbox
     from posttrain.store.tracking import Tracking

@@ -12,7 +12,7 @@ from posttrain.config import RunFile, Search, Tracking
 from posttrain.store.folder import RunFolder
 
 if TYPE_CHECKING:
-    from posttrain.cluster.workers import Network
+    from posttrain.cluster.network import Network
     from posttrain.runs.context import Run
     from posttrain.runs.inputs import Inputs
     from posttrain.search.trial import Trial

@@ -9,9 +9,11 @@ from typing import Any, Literal
 from pydantic import JsonValue
 from rich.console import Console
 
+from posttrain.cluster.devices import torch_threads
+from posttrain.cluster.network import Network
 from posttrain.cluster.partitioning import Split
 from posttrain.cluster.tuning import FINAL, ROUND, PerTrial, Report
-from posttrain.cluster.workers import Network, Workers, computing_threads
+from posttrain.cluster.workers import Workers
 from posttrain.config import RunFile
 from posttrain.errors import RecipeError, SingularCurvatureError
 from posttrain.report.progress import StepLog
@@ -87,10 +89,10 @@ def run_trial(number: int, shared: Shared, report: Report) -> None:
     leakage.record(shared.leaks, ledger)
 
     def train(*arguments: Any, **settings: Any) -> Network:
-        with computing_threads(shared.training_threads):
+        with torch_threads(shared.training_threads):
             return refine.train(*arguments, **settings)
 
-    with computing_threads(shared.threads):
+    with torch_threads(shared.threads):
         run = Run(
             trial.config,
             # the network to clean with is the same for all trials

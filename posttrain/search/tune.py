@@ -29,9 +29,10 @@ from posttrain.store.folder import RunFolder
 from posttrain.store.ledger import Ledger
 
 if TYPE_CHECKING:
+    from posttrain.cluster.network import Network
     from posttrain.cluster.partitioning import Split
     from posttrain.cluster.tuning import PerTrial
-    from posttrain.cluster.workers import Network, Workers
+    from posttrain.cluster.workers import Workers
     from posttrain.runs.inputs import Inputs
     from posttrain.runs.leakage import Leaks
     from posttrain.search.trial import Trial

@@ -19,8 +19,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from posttrain.cluster.devices import BatchSize, computing_in, moved
+from posttrain.cluster.embedding import embed_block
+from posttrain.cluster.network import Network
 from posttrain.cluster.training import Training, fit_network
-from posttrain.cluster.workers import Network, Workers, embed_block
+from posttrain.cluster.workers import Workers
 from posttrain.config import RunFile, load
 from posttrain.errors import ConfigError, StepError
 from posttrain.schema import FILE, IMAGE, LABEL, SAMPLE_ID, ImageSpec, ModelSpec, Precision

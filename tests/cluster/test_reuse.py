@@ -1,4 +1,4 @@
-"""Features of a former run taken up in other partitions, and samples known from it found again; without Ray."""
+"""Features of a previous run reused in other partitions, and its samples found again; without Ray."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pyarrow as pa
 import pytest
 import torch
 
+from posttrain.cluster.embedding import embed_block, merged, reused_rows
 from posttrain.cluster.matching import NEW_LABEL, describe, match
-from posttrain.cluster.workers import Network, embed_block, known_rows, with_known
+from posttrain.cluster.network import Network
 from posttrain.schema import (
     DIGEST,
     FILE,
@@ -70,24 +71,24 @@ def built(spec: ModelSpec) -> torch.nn.Module:
 
 
 def embedded(
-    spec: ModelSpec, blocks: list[pa.Table], former: PreviousFeatures | None = None
+    spec: ModelSpec, blocks: list[pa.Table], previous: PreviousFeatures | None = None
 ) -> tuple[list[Shard], int]:
     """The shards as a worker makes them, and how many images went through the network."""
     model, shards, count = built(spec), [], 0
     for block in blocks:
-        known = known_rows(block, NOTHING, spec.layers, former)
-        fresh, _ = embed_block(model, spec, block, NOTHING if known is None else known.rows, CPU)
+        reused = reused_rows(block, NOTHING, spec.layers, previous)
+        fresh, _ = embed_block(model, spec, block, NOTHING if reused is None else reused.rows, CPU)
         count += len(fresh.rows)
-        shards.append(with_known(fresh, known, block))
+        shards.append(merged(fresh, reused, block))
     return shards, count
 
 
 def stored(folder: RunFolder, shards: list[Shard]) -> PreviousFeatures:
     for partition, shard in enumerate(shards):
         write_shard(folder, folder.features("b", "train", partition), shard, [], partitions=len(shards))
-    former = previous_features(folder, "b", "train")
-    assert former is not None
-    return former
+    previous = previous_features(folder, "b", "train")
+    assert previous is not None
+    return previous
 
 
 @pytest.mark.parametrize("spec", [MLP, RESNET], ids=["mlp", "resnet"])
@@ -95,10 +96,10 @@ def test_only_what_is_new_goes_through_the_network_and_all_features_are_as_if_al
     spec: ModelSpec, tmp_path: Path
 ) -> None:
     old, new = np.arange(900), np.arange(200, 1500)
-    former = stored(RunFolder(str(tmp_path)), embedded(spec, partitions(samples(old)))[0])
+    previous = stored(RunFolder(str(tmp_path)), embedded(spec, partitions(samples(old)))[0])
     blocks = partitions(samples(new))
     whole, all_of_them = embedded(spec, blocks)
-    shards, count = embedded(spec, blocks, former)
+    shards, count = embedded(spec, blocks, previous)
     assert (all_of_them, count) == (1300, 600)
     for shard, expected in zip(shards, whole, strict=True):
         assert shard.rows.tolist() == expected.rows.tolist()
@@ -112,13 +113,13 @@ def test_only_what_is_new_goes_through_the_network_and_all_features_are_as_if_al
 
 def test_a_sample_with_another_image_is_embedded_anew_and_one_with_another_label_is_not(tmp_path: Path) -> None:
     ids = np.arange(300)
-    former = stored(RunFolder(str(tmp_path)), embedded(MLP, partitions(samples(ids)))[0])
+    previous = stored(RunFolder(str(tmp_path)), embedded(MLP, partitions(samples(ids)))[0])
     changed = pa.concat_tables([samples(ids[:40], seed=1), samples(ids[40:])])
     labels = changed[LABEL].to_numpy().copy()
     labels[100:160] = 7
     labels[160:170] = -1  # has lost its label: to be quarantined
     changed = changed.set_column(2, LABEL, pa.array(labels, pa.int32()))
-    shards, count = embedded(MLP, partitions(changed), former)
+    shards, count = embedded(MLP, partitions(changed), previous)
     assert count == 40
     found = {i: label for s in shards for i, label in zip(s.sample_ids.to_pylist(), s.labels.tolist(), strict=True)}
     assert found == {i: labels[i] for i in range(300) if not 160 <= i < 170}
@@ -127,24 +128,24 @@ def test_a_sample_with_another_image_is_embedded_anew_and_one_with_another_label
         assert shard.features["relu"].tobytes() == whole.features["relu"].tobytes()
 
 
-def test_what_a_former_run_had_quarantined_is_looked_at_again(tmp_path: Path) -> None:
+def test_what_a_previous_run_had_quarantined_is_looked_at_again(tmp_path: Path) -> None:
     ids = np.arange(100)
     broken = samples(ids)
     images = broken[IMAGE].to_pylist()
     images[5] = b"no image"
     broken = broken.set_column(1, IMAGE, pa.array(images, pa.large_binary()))
-    former = stored(RunFolder(str(tmp_path)), embedded(MLP, partitions(broken))[0])
-    assert embedded(MLP, partitions(broken), former)[1] == 0
-    shards, count = embedded(MLP, partitions(samples(ids)), former)
+    previous = stored(RunFolder(str(tmp_path)), embedded(MLP, partitions(broken))[0])
+    assert embedded(MLP, partitions(broken), previous)[1] == 0
+    shards, count = embedded(MLP, partitions(samples(ids)), previous)
     assert count == 1 and sum(len(shard.rows) for shard in shards) == 100
 
 
-def test_excluded_rows_are_neither_embedded_nor_taken_up(tmp_path: Path) -> None:
+def test_excluded_rows_are_neither_embedded_nor_reused(tmp_path: Path) -> None:
     block = samples(np.arange(50))
     shard, _ = embed_block(built(MLP), MLP, block, NOTHING, CPU)
-    former = stored(RunFolder(str(tmp_path)), [with_known(shard, None, block)])
-    known = known_rows(block, np.array([3, 4], np.int32), MLP.layers, former)
-    assert known is not None and not {3, 4} & set(known.rows.tolist()) and len(known.rows) == 48
+    previous = stored(RunFolder(str(tmp_path)), [merged(shard, None, block)])
+    reused = reused_rows(block, np.array([3, 4], np.int32), MLP.layers, previous)
+    assert reused is not None and not {3, 4} & set(reused.rows.tolist()) and len(reused.rows) == 48
 
 
 def test_shards_written_and_read_carry_their_digests_beside_the_features(tmp_path: Path) -> None:
@@ -168,7 +169,7 @@ def test_shards_written_and_read_carry_their_digests_beside_the_features(tmp_pat
 def test_features_are_those_of_a_backbone_as_it_sees_images(change: dict[str, Any]) -> None:
     weights = to_bytes(built(MLP))
     network, other = Network(MLP, weights, "k"), Network(replace(MLP, **change), weights, "k")
-    assert network.backbone == Network(MLP, weights, "another key").backbone
+    assert network.backbone == Network(MLP, weights, "another digest").backbone
     assert network.backbone != other.backbone
 
 

@@ -11,8 +11,9 @@ import pytest
 import ray
 import torch
 
+from posttrain.cluster.devices import torch_threads
 from posttrain.cluster.partitioning import Partition, Split
-from posttrain.cluster.workers import Workers, computing_threads
+from posttrain.cluster.workers import Workers
 from posttrain.influence import ensemble
 from posttrain.influence.in_memory import InMemory
 from posttrain.influence.score_round import PreviousRemovals, RoundScores, score_round
@@ -121,7 +122,7 @@ def test_actors_and_memory_give_the_same_scores_and_select_the_same_samples(
     finally:
         workers.release()
     memory = in_memory("train", live)
-    with computing_threads(1):
+    with torch_threads(1):
         of_memory = scored(memory, in_memory("validation", ALL), exact_limit)
         blocks = list(of_memory.tables)
     assert on_actors.kinds == of_memory.kinds == (("exact" if exact_limit else "ekfac"),) * 2

@@ -10,7 +10,7 @@ import pytest
 import torch
 from small_data import rounds
 
-from posttrain.cluster.workers import computing_threads
+from posttrain.cluster.devices import torch_threads
 from posttrain.config import Probe, Removal
 from posttrain.in_memory import ValidationSet, clean_in_memory
 from posttrain.influence.in_memory import InMemory
@@ -40,7 +40,7 @@ def test_memory_and_ray_remove_the_same_samples_in_the_same_rounds(run: Any, tmp
     tried = folder.read_json(folder.round(0, "probes.json"))["tried"]
     layers = tuple(dict.fromkeys(layer for layer, *_ in tried))
     samples, validation = (stored(folder, split, layers) for split in ("train", "validation"))
-    with computing_threads(1):
+    with torch_threads(1):
         found = clean_in_memory(
             samples, ValidationSet(validation), classes=10, probe=Probe(), removal=Removal(**removal), seed=0
         )

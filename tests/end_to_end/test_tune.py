@@ -17,7 +17,8 @@ import torch
 import yaml
 from small_data import removed_ids, rounds
 
-from posttrain.cluster.workers import View, Workers
+from posttrain.cluster.views import View
+from posttrain.cluster.workers import Workers
 from posttrain.config import RunFile, load
 from posttrain.errors import ConfigError, RunFolderError
 from posttrain.influence import probe

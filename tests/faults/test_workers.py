@@ -19,9 +19,12 @@ import torch
 from ray import cloudpickle
 from ray.exceptions import OutOfMemoryError
 
+from posttrain.cluster.network import Network
 from posttrain.cluster.partitioning import Partition, Split
-from posttrain.cluster.pool import DEATHS_OF_A_CALL, Died, Pool
-from posttrain.cluster.workers import Network, View, Workers, scores_key
+from posttrain.cluster.pool import CRASHES_OF_A_CALL, Crashed, Pool
+from posttrain.cluster.scoring import scores_digest
+from posttrain.cluster.views import View
+from posttrain.cluster.workers import Workers
 from posttrain.errors import StepError
 from posttrain.influence import curvature, ensemble, probe
 from posttrain.influence.calibration import NoiseEstimate, NoiseModel
@@ -44,7 +47,7 @@ NOISE_MODEL = NoiseModel(
 
 
 class Adder:
-    """An actor of the pool; the calls that it dies of leave a file each time."""
+    """An actor of the pool; the calls that crash it leave a file each time."""
 
     def ready(self) -> str:
         return ray.get_runtime_context().get_node_id()
@@ -53,14 +56,14 @@ class Adder:
         return a + b
 
     def memory_runs_out(self, log: str) -> int:
-        """The first time, as Ray tells of an actor that it ended for the memory of its node."""
+        """The first time, what Ray raises for an actor that it ended because its node ran out of memory."""
         try:
             Path(log).touch(exist_ok=False)
         except FileExistsError:
             return -1
         raise OutOfMemoryError("1 worker(s) were killed due to the node running low on memory")
 
-    def dies(self, log: str, times: int) -> int:
+    def crashes(self, log: str, times: int) -> int:
         with Path(log).open("a") as stream:
             stream.write(f"{os.getpid()}\n")
         if len(Path(log).read_text().splitlines()) <= times:
@@ -81,9 +84,9 @@ def sums(count: int) -> list[Callable[[Any], Any]]:
     return [lambda actor, i=i: actor.add.remote(i, i) for i in range(count)]
 
 
-def test_an_actor_that_memory_did_not_suffice_for_is_one_that_died(pool: Pool, tmp_path: Path) -> None:
-    told: list[str] = []
-    pool.tell = told.append
+def test_an_actor_that_ran_out_of_memory_is_replaced(pool: Pool, tmp_path: Path) -> None:
+    lines: list[str] = []
+    pool.say = lines.append
     list(pool.each(sums(2)))
     while len(pool.ready()) < 2:
         time.sleep(0.05)
@@ -91,41 +94,41 @@ def test_an_actor_that_memory_did_not_suffice_for_is_one_that_died(pool: Pool, t
     assert pool.ask(lambda actor: actor.memory_runs_out.remote(str(tmp_path / "asked"))) == [-1]
     calls = [*sums(3), lambda actor: actor.memory_runs_out.remote(str(tmp_path / "called"))]
     assert list(pool.each(calls)) == [0, 2, 4, -1]
-    assert told == ["a worker process was lost (out of memory); another takes its place"]
+    assert lines == ["a worker process was lost (out of memory); another takes its place"]
 
 
 @pytest.mark.long
-def test_more_deaths_than_a_call_may_cause_end_nothing_as_long_as_they_are_of_different_calls(
+def test_more_crashes_than_one_call_may_cause_end_nothing_where_they_are_of_different_calls(
     pool: Pool, tmp_path: Path
 ) -> None:
-    told: list[str] = []
-    pool.tell = told.append
+    lines: list[str] = []
+    pool.say = lines.append
     calls = sums(12)
     for at in range(0, 12, 2):
         log = str(tmp_path / f"{at}")
-        calls[at] = lambda actor, log=log: actor.dies.remote(log, 1)
+        calls[at] = lambda actor, log=log: actor.crashes.remote(log, 1)
     found = list(pool.each(calls))
     assert found == [-1 if at % 2 == 0 else 2 * at for at in range(12)]
     pids = {pid for path in tmp_path.iterdir() for pid in path.read_text().splitlines()[:1]}
-    assert len(pids) == len(told) == 6 > DEATHS_OF_A_CALL
-    assert told[0] == "a worker process was lost (killed, crashed, or out of memory); another takes its place"
+    assert len(pids) == len(lines) == 6 > CRASHES_OF_A_CALL
+    assert lines[0] == "a worker process was lost (killed, crashed, or out of memory); another takes its place"
 
 
-def test_a_call_that_ends_every_process_is_given_up_with_what_to_do(pool: Pool, tmp_path: Path) -> None:
+def test_a_call_that_crashes_every_process_is_given_up_with_what_to_do(pool: Pool, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    calls = [lambda actor: actor.dies.remote(str(log), 100), *sums(3)]
+    calls = [lambda actor: actor.crashes.remote(str(log), 100), *sums(3)]
     with pytest.raises(StepError, match=r"the same piece of work ended 5 worker processes .* start the same command"):
         list(pool.each(calls))
     pids = log.read_text().splitlines()
-    assert len(pids) == len(set(pids)) == DEATHS_OF_A_CALL
+    assert len(pids) == len(set(pids)) == CRASHES_OF_A_CALL
 
 
 @pytest.mark.long
 def test_a_call_that_may_be_given_up_leaves_the_others_alone(pool: Pool, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    calls = [*sums(3), lambda actor: actor.dies.remote(str(log), 100), *sums(3)]
-    found = list(pool.each(calls, max_deaths=2))
-    assert found == [0, 2, 4, Died("killed, crashed, or out of memory"), 0, 2, 4]
+    calls = [*sums(3), lambda actor: actor.crashes.remote(str(log), 100), *sums(3)]
+    found = list(pool.each(calls, max_crashes=2))
+    assert found == [0, 2, 4, Crashed("killed, crashed, or out of memory"), 0, 2, 4]
     # the first time it may have been the call before it, whose answer was still on its way
     assert 2 <= len(log.read_text().splitlines()) <= 3
 
@@ -140,14 +143,14 @@ def network() -> Network:
     return Network(SPEC, to_bytes(model), weights_digest(model))
 
 
-def samples(partitions: int, rows: int, fatal: Set[int] = frozenset()) -> list[Partition]:
+def samples(partitions: int, rows: int, crashing: Set[int] = frozenset()) -> list[Partition]:
     """Partitions of so many rows each; the images of some ids begin with a white pixel."""
     found = []
     for index in range(partitions):
         ids = range(rows * index, rows * (index + 1))
         images = [np.random.default_rng(i).integers(0, 250, 64).astype(np.uint8) for i in ids]
         for i, image in zip(ids, images, strict=True):
-            image[0] = 255 if i in fatal else image[0]
+            image[0] = 255 if i in crashing else image[0]
         table = pa.table(
             {
                 SAMPLE_ID: pa.array(list(ids), pa.int64()),
@@ -171,14 +174,14 @@ def embed(
     workers: Workers,
     folder: Path,
     *,
-    fatal: Set[int],
+    crashing: Set[int],
     excluded: Mapping[int, int] | None = None,
     blocks: list[Partition] | None = None,
 ) -> list[ShardSummary]:
     """`excluded`: one row of each partition."""
     return workers.embed(
         network(),
-        blocks or samples(2, 300, fatal),
+        blocks or samples(2, 300, crashing),
         RunFolder(str(folder)),
         backbone="b",
         split="train",
@@ -189,12 +192,12 @@ def embed(
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_images_that_end_their_process_are_quarantined_one_by_one_and_the_rest_is_as_without_them(
+def test_images_that_crash_their_process_are_quarantined_one_by_one_and_the_rest_is_as_without_them(
     workers: Workers, tmp_path: Path
 ) -> None:
-    told: list[str] = []
-    workers.tell_losses(told.append)
-    summaries = embed(workers, tmp_path / "run", fatal={17, 450})
+    lines: list[str] = []
+    workers.report_losses(lines.append)
+    summaries = embed(workers, tmp_path / "run", crashing={17, 450})
     assert [[row["sample_id"] for row in found.quarantined] for found in summaries] == [[17], [450]]
     assert summaries[1].quarantined[0] == {
         "row": 150,
@@ -202,8 +205,8 @@ def test_images_that_end_their_process_are_quarantined_one_by_one_and_the_rest_i
         "file": "450.png",
         "reason": "each of 3 processes where it was decoded and embedded ended by SIGSEGV",
     }
-    assert any("2 worker processes ended at the images of partition 0 of train" in line for line in told)
-    embed(workers, tmp_path / "without", fatal=set(), excluded={0: 17, 1: 150})
+    assert any("2 worker processes ended at the images of partition 0 of train" in line for line in lines)
+    embed(workers, tmp_path / "without", crashing=set(), excluded={0: 17, 1: 150})
     for partition in range(2):
         found, expected = (
             read_shard(folder, folder.features("b", "train", partition), ["input", "4"])
@@ -218,8 +221,8 @@ def test_images_that_end_their_process_are_quarantined_one_by_one_and_the_rest_i
         assert kept is not None and kept.quarantined == summaries[partition].quarantined
 
 
-def test_sums_are_bitwise_the_same_when_the_processes_that_form_them_die(workers: Workers, tmp_path: Path) -> None:
-    embed(workers, tmp_path, fatal=set())
+def test_sums_are_bitwise_the_same_when_the_processes_that_form_them_are_lost(workers: Workers, tmp_path: Path) -> None:
+    embed(workers, tmp_path, crashing=set())
     view = View(RunFolder(str(tmp_path)), "b", "train", (0, 1), Live(600), ("input", "4"), None)
     whole = workers.reducer(view)(probe.moments)
     reduce = workers.reducer(view)
@@ -274,10 +277,10 @@ def test_scores_that_are_there_are_not_made_again_and_all_of_them_are_the_same(
 ) -> None:
     folder = RunFolder(str(tmp_path))
     labels = samples(6, 60)
-    embed(workers, tmp_path, fatal=set(), blocks=labels)
+    embed(workers, tmp_path, crashing=set(), blocks=labels)
     view, plan = planned_on(workers, folder, labels)
     whole = list(workers.leave_one_out(view, plan).tables(NOISE_MODEL))
-    kept = ScoreShards(folder, 1, scores_key(view, plan, NOISE_MODEL))
+    kept = ScoreShards(folder, 1, scores_digest(view, plan, NOISE_MODEL))
     begun = workers.leave_one_out(view, plan, number=1).tables(NOISE_MODEL)
     assert [next(begun).equals(table) for table in whole[:3]] == [True] * 3
     del begun  # as an interrupt does
@@ -291,15 +294,19 @@ def test_scores_that_are_there_are_not_made_again_and_all_of_them_are_the_same(
         os.utime(path, (0, 0))
     # by another process that drew the same boundary again
     view, plan = planned_on(workers, folder, labels)
-    again = replace(kept, digest=scores_key(view, plan, NOISE_MODEL))
+    again = replace(kept, digest=scores_digest(view, plan, NOISE_MODEL))
     tables = workers.leave_one_out(view, plan, number=1).tables(NOISE_MODEL)
     assert [a.equals(b) for a, b in zip(tables, whole, strict=True)] == [True] * 6
     assert again.partitions() == set(range(6))
     assert [path.stat().st_mtime for path in shards[1:]] == [0.0] * (len(shards) - 1)
     assert shards[0].stat().st_mtime > 0 and again.read(0) is not None
     others = replace(view, live=view.live.quarantine(Rows.of(0, np.array([3]))))
-    assert scores_key(others, plan, NOISE_MODEL) != again.digest != scores_key(view, replace(plan, seed=1), NOISE_MODEL)
-    assert scores_key(view, plan, replace(NOISE_MODEL, offset=1.0)) != again.digest
+    assert (
+        scores_digest(others, plan, NOISE_MODEL)
+        != again.digest
+        != scores_digest(view, replace(plan, seed=1), NOISE_MODEL)
+    )
+    assert scores_digest(view, plan, replace(NOISE_MODEL, offset=1.0)) != again.digest
 
 
 def planned_on(workers: Workers, folder: RunFolder, partitions: list[Partition]) -> tuple[View, ScoringPlan]:
