@@ -39,8 +39,8 @@ from posttrain.cluster.devices import (
 )
 from posttrain.cluster.partitioning import Partition, Progress
 from posttrain.cluster.pool import Died, Pool
-from posttrain.influence.calibration import NoiseModel
 from posttrain.influence.curvature import hessian_block
+from posttrain.influence.noise_model import NoiseModel
 from posttrain.influence.probe import BlockFn, Standardizer
 from posttrain.influence.score_round import BlockSums, LeaveOneOutPass, ScoringPlan
 from posttrain.influence.scores import LeaveOneOut, score_columns
