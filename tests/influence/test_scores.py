@@ -89,7 +89,7 @@ def refitted(samples: str, seed: int) -> Case:
     after = torch.einsum("nd,bcd->bnc", problem.features, without).log_softmax(dim=2)
     truth: dict[Score, Tensor] = {
         "loo_margin": label_margin(own, problem.labels[rows]),
-        # without an noise_model
+        # without a noise model
         "mislabel_odds": -torch.logit(likely),
         "parameter": (without - probe.weights).flatten(1).norm(dim=1),
         "data": (before.exp() * (before - after)).sum(dim=2).mean(dim=1),
@@ -211,7 +211,7 @@ def test_features_stored_as_float16_are_as_true_to_the_refits_as_float64_ones(ca
         assert spearman(SCORES[name](rough), SCORES[name](case.found[kind])) >= 0.995, name
 
 
-# -- of a ensemble, against refitting every member without the sample ---------------------------------------
+# -- of an ensemble, against refitting every member without the sample ---------------------------------------
 
 
 @dataclass(frozen=True)
