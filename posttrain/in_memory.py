@@ -12,10 +12,10 @@ from torch import Tensor
 
 from posttrain import policy, rounds
 from posttrain.config import Probe, Removal
-from posttrain.influence import calibration, ensemble
-from posttrain.influence.calibration import NoiseModel, Prior
+from posttrain.influence import ensemble
 from posttrain.influence.ensemble import ProbeEnsemble, Samples
 from posttrain.influence.in_memory import InMemory
+from posttrain.influence.noise_model import UNKNOWN, NoiseModel, Prior
 from posttrain.influence.probe import BlockFn, Reduce, Standardizer
 from posttrain.influence.score_round import PreviousRemovals, score_round
 from posttrain.influence.selection import select
@@ -100,7 +100,7 @@ class OutOfFold:
         most = max(votes.values())
         # what most folds chose; where they agree on nothing, what is chosen most often
         agreed = [layer for layer in ranked if votes[layer] > min(len(chosen) / 2, most - 0.5)]
-        return [(layer, best[layer][1]) for layer in agreed[: ensemble.MOST]]
+        return [(layer, best[layer][1]) for layer in agreed[: ensemble.MAX_MEMBERS]]
 
     def samples(self, live: InMemory, kept: np.ndarray, members: Members, classes: int) -> Samples:
         parts = []
@@ -167,7 +167,7 @@ class _Ledger:
     """[samples] each: of every sample the scores of the last round that scored it."""
     removed_in: dict[int, np.ndarray] = field(default_factory=dict)
     """Round -> positions of the samples that it removed."""
-    prior: Prior = calibration.UNKNOWN
+    prior: Prior = UNKNOWN
     """What the first round that found wrong labels knew of them."""
     first: NoiseModel | None = None
     last: NoiseModel | None = None
@@ -235,7 +235,7 @@ class _Rounds:
             self.ledger.columns.setdefault(name, np.zeros(state.live.samples, values.dtype))[rows] = values
         self.ledger.first = self.ledger.first or found.noise_model
         self.ledger.last = found.noise_model
-        if self.ledger.prior.votes is None:
+        if self.ledger.prior.confident_joint is None:
             self.ledger.prior = found.noise_model.prior
         return Scored(columns, live.labels.numpy(), rows, found.noise_model)
 
@@ -259,7 +259,7 @@ class _Rounds:
             caps=policy.caps(live, samples, removal.class_floor),
             threshold=-np.inf,
         )
-        gone = selection.taken(*block)
+        gone = selection.mask(*block)
         metrics = {
             **noise_metrics(noise),
             "acted_on_self_confidence": float(scored.columns["self_confidence"][gone].sum(dtype=np.float64)),

@@ -14,8 +14,9 @@ from pipelines.benchmarks.training import refining, round_seed, trained_on
 from posttrain import policy, rounds
 from posttrain.config import Probe as ProbeSection
 from posttrain.config import Removal
-from posttrain.influence import calibration, ensemble, scores, selection
+from posttrain.influence import ensemble, scores, selection
 from posttrain.influence.ensemble import ProbeEnsemble
+from posttrain.influence.noise_model import UNKNOWN, Prior
 from posttrain.live import Live, Rows
 from posttrain.live import Removal as Removed
 from posttrain.rounds import Outcome, RoundCounts, Selected, State, Steps
@@ -121,9 +122,9 @@ class CleaningInMemory:
     steps: list[int] = field(default_factory=list)
     """Gradient steps of each round."""
     estimates: list[Estimate] = field(default_factory=list)
-    _removed_support: float = 0.0
+    _removed_self_confidence: float = 0.0
     """Sum of the removed samples' given labels' probabilities."""
-    _prior: calibration.Prior = calibration.UNKNOWN
+    _prior: Prior = UNKNOWN
     """What the first round that found wrong labels saw of them."""
     _most: float = 0.0
     """Largest share of wrong labels that any round thought possible."""
@@ -169,12 +170,12 @@ class CleaningInMemory:
             features.validation,
             boundary,
             removed=removed,
-            removed_support=self._removed_support,
+            removed_self_confidence=self._removed_self_confidence,
             prior=self._prior,
         )
         assert found.noise_model is not None
         noise = found.noise_model.noise
-        if self._prior.votes is None:
+        if self._prior.confident_joint is None:
             self._prior = found.noise_model.prior
         self.estimates.append(Estimate(noise.rate, noise.low, noise.high, noise.found))
         return found
@@ -193,9 +194,11 @@ class CleaningInMemory:
             at_most=min(policy.in_one_round(live, self.removal.budget), in_all),
             threshold=self.removal.min_log_odds,
         )
-        support = float(scores.suggestion(found.leave_one_out).self_confidence[torch.from_numpy(gone[self.kept])].sum())
+        self_confidence = float(
+            scores.suggestion(found.leave_one_out).self_confidence[torch.from_numpy(gone[self.kept])].sum()
+        )
         counts = RoundCounts(cut.candidates, noise_sentence(noise), in_all == 0)
-        return Taken(Removed(Rows.of(0, np.flatnonzero(gone))), counts, {}, support)
+        return Taken(Removed(Rows.of(0, np.flatnonzero(gone))), counts, {}, self_confidence)
 
     def refine(
         self, state: State[Model, ProbeEnsemble], features: Features, boundary: ProbeEnsemble, live: Live
@@ -228,7 +231,7 @@ class CleaningInMemory:
 
     def commit(self, state: State[Model, ProbeEnsemble], selected: Taken, done: Round) -> Round:
         """Take the round's samples out."""
-        self._removed_support += selected.self_confidence
+        self._removed_self_confidence += selected.self_confidence
         self.kept = self.mask(state.live)
         return done
 
@@ -294,7 +297,7 @@ def taken(
         threshold=threshold,
     )
     gone = np.zeros(len(part), bool)
-    gone[np.flatnonzero(kept)[cut.taken(ids, labels, scores)]] = True
+    gone[np.flatnonzero(kept)[cut.mask(ids, labels, scores)]] = True
     return cut, gone
 
 

@@ -13,8 +13,10 @@ from torch import Tensor
 from pipelines.benchmarks.cases import Case, Data, Part, inputs, loaded
 from posttrain.config import Probe as ProbeSection
 from posttrain.config import Removal
-from posttrain.influence import calibration, curvature, ensemble, scores
-from posttrain.influence.calibration import NoiseEstimate
+from posttrain.influence import curvature, ensemble, noise_model, scores
+from posttrain.influence.calibration import CalibrationSums, calibration_sums, validation_sums
+from posttrain.influence.noise_model import UNKNOWN, NoiseModel, PosteriorSums, Prior
+from posttrain.influence.noise_rate import NoiseEstimate
 from posttrain.influence.probe import Reduce, Standardizer, in_memory
 from posttrain.schema import stream_seed, uniform
 from posttrain.vision import layers as vision_layers
@@ -127,13 +129,13 @@ def evidence(
     boundary: ensemble.ProbeEnsemble,
     *,
     removed: int = 0,
-    removed_support: float = 0.0,
-    prior: calibration.Prior = calibration.UNKNOWN,
+    removed_self_confidence: float = 0.0,
+    prior: Prior = UNKNOWN,
 ) -> scores.Evidence:
     """The calibrated evidence on the live samples; what former rounds removed and found as `estimate` takes it."""
     settings = ProbeSection()
     of_validation = held_out.standardised(boundary.layers, boundary.standardizers)
-    of_held_out, temperature = ensemble.validation_sums(of_validation, boundary.weights)
+    of_held_out, temperature = validation_sums(of_validation, boundary.weights)
     members = []
     for layer, standardizer, fitted in zip(boundary.layers, boundary.standardizers, boundary.probes, strict=True):
         reduce = live.standardised((layer,), (standardizer,))
@@ -141,22 +143,20 @@ def evidence(
         members.append(
             (standardizer(live.features[layer]), fitted.weights.float(), curvature.measure(reduce, fitted, kind))
         )
-    draw = torch.from_numpy(uniform(data.train.ids, stream_seed("control", case.seed))).float()
-    uncalibrated = scores.joint_evidence(members, live.labels, draw)
-    of_live = calibration.CalibrationSums(
-        *calibration.calibration_sums(uncalibrated.loo_logits, live.labels, temperature)
-    )
-    noise_model = calibration.estimate(
+    random = torch.from_numpy(uniform(data.train.ids, stream_seed("control", case.seed))).float()
+    uncalibrated = scores.joint_evidence(members, live.labels, random)
+    of_live = CalibrationSums(*calibration_sums(uncalibrated.loo_logits, live.labels, temperature))
+    first = noise_model.estimate_noise_model(
         of_held_out,
         of_live,
         temperature,
         removed=removed,
-        removed_support=removed_support,
+        removed_self_confidence=removed_self_confidence,
         prior=prior,
     )
 
-    def posterior_sums(by: calibration.NoiseModel) -> calibration.PosteriorSums:
-        return calibration.PosteriorSums(*calibration.posterior_sums(by, uncalibrated.loo_logits, live.labels))
+    def sums_under(model: NoiseModel) -> PosteriorSums:
+        return PosteriorSums(*noise_model.posterior_sums(model, uncalibrated.loo_logits, live.labels))
 
-    noise_model = ensemble.with_transition(noise_model, of_validation, boundary.weights, posterior_sums, prior)
-    return scores.Evidence(uncalibrated.members, live.labels, draw, noise_model)
+    model = noise_model.with_transition(first, of_validation, boundary.weights, sums_under, prior)
+    return scores.Evidence(uncalibrated.members, live.labels, random, model)

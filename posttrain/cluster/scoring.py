@@ -16,7 +16,7 @@ from posttrain.cluster.pool import Pool
 from posttrain.cluster.reducing import REDUCTION_GROUPS, Reducer, reduction_groups
 from posttrain.cluster.shared import Shared, share
 from posttrain.cluster.views import View
-from posttrain.influence.calibration import NoiseModel
+from posttrain.influence.noise_model import NoiseModel
 from posttrain.influence.score_round import BlockSums, ScoringPlan
 from posttrain.influence.scores import LeaveOneOut, score_columns
 from posttrain.live import Live

@@ -25,7 +25,7 @@ from posttrain.cluster.reducing import sum_groups, sums_of_block
 from posttrain.cluster.scoring import score_table, sums_under_given_labels
 from posttrain.cluster.shared import Shared
 from posttrain.cluster.views import View
-from posttrain.influence.calibration import NoiseModel
+from posttrain.influence.noise_model import NoiseModel
 from posttrain.influence.probe import BlockFn
 from posttrain.influence.score_round import BlockSums, ScoringPlan
 from posttrain.store.features import ShardSummary

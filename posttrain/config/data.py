@@ -123,8 +123,8 @@ class Data(Section):
     validation and test. exclude_training: both kinds are left out of training. report: both kinds are only reported.
     off: no check."""
     noise: Noise | None = None
-    """Labels flipped on purpose, for measuring. By default, source digits has pair noise at rate 0.3, and the other sources
-    have none; null: none."""
+    """Labels flipped on purpose, for measuring. By default, source digits has pair noise at rate 0.3, and the
+    other sources have none; null: none."""
 
     @model_validator(mode="before")
     @classmethod

@@ -34,8 +34,8 @@ class Model(Section):
     std: tuple[Annotated[float, Field(gt=0)], ...] = (0.5,)
     """Then pixels are divided by this: one number, or one per channel."""
     background: Byte | tuple[Byte, Byte, Byte] = 255
-    """Colour behind images with an alpha channel, as the model was trained: a grey (0 is black, 255 white), or red, green
-    and blue."""
+    """Colour behind images with an alpha channel, as the model was trained: a grey (0 is black, 255 white), or red,
+    green and blue."""
 
     @field_validator("weights")
     @classmethod

@@ -2,6 +2,7 @@
 
     H = (1/n) sum_i S_i (x) h_i h_i^T + l2 * I,     S_i = diag(p_i) - p_i p_i^T
 
+h_i, p_i and l2 are those of `probe`, n is the number of samples, r_i = p_i - y_i the residual with y_i one-hot.
 K_i = X_i (nH)^-1 X_i^T with X_i = I_C (x) h_i^T is a sample's leverage: how far its logits follow its own residual.
 `exact` keeps the matrix, d (C - 1) x d (C - 1) among the contrasts of the classes, `ekfac` its Kronecker factors with
 corrected eigenvalues (George et al. 2018; Grosse et al. 2023): in the basis U_B (x) U_A of the factors B = mean S_i
@@ -52,8 +53,8 @@ class Influence:
 
     loo_residual: Float[Tensor, "batch classes"]
     """x_i, with which the removal acts: see `loo_residual`; r_i itself where the curvature is factored."""
-    shift: Float[Tensor, "batch classes"]
-    """K_i x_i, by which the sample's own logits move."""
+    loo_logit_delta: Float[Tensor, "batch classes"]
+    """K_i x_i: the sample's leave-one-out logits minus its logits."""
     solved_norm: Float[Tensor, " batch"]
     """||H^-1 (x_i (x) h_i)||^2."""
 
@@ -106,7 +107,7 @@ def loo_residual(
 class ExactCurvature:
     """H^-1 among the contrasts Q of the classes (`contrasts`), as a tensor [classes - 1, d, classes - 1, d].
 
-    S_i times the ones is 0 and so is the sum of r_i: along the ones H is the l2 alone, and never acts.
+    S_i times the ones is 0, and so is the sum of r_i. Along the ones H is the l2 alone, and nothing has a part there.
     """
 
     inverse: Float[Tensor, "contrasts dim contrasts dim"]
@@ -123,7 +124,7 @@ class ExactCurvature:
         inverse, basis = self.inverse.to(features), contrasts(size + 1).to(features)
         # [d, (C - 1)^2 d]: one matrix product serves the leverage and the solve
         unfolded = inverse.permute(1, 0, 2, 3).reshape(dim, -1)
-        acting, shifts, norms = [], [], []
+        loo_residuals, deltas, norms = [], [], []
         step = max(1, min(self._ROWS, self._CHUNK // (size * size * dim)))
         batch = zip(features.split(step), residual.split(step), probabilities.split(step), strict=True)
         for h, r, p in batch:
@@ -132,10 +133,10 @@ class ExactCurvature:
             lower, upper, diagonal = among_contrasts(p)
             above = (lower[:, :, None] * upper[:, None, :]).triu(1)
             x = loo_residual(r @ basis, above + above.transpose(1, 2) + torch.diag_embed(diagonal), k)
-            acting.append(x @ basis.T)
-            shifts.append(torch.einsum("bck,bk->bc", k, x) @ basis.T)
+            loo_residuals.append(x @ basis.T)
+            deltas.append(torch.einsum("bck,bk->bc", k, x) @ basis.T)
             norms.append(torch.einsum("bcke,bc->bke", rows, x).square().sum(dim=(1, 2)))
-        return Influence(torch.cat(acting), torch.cat(shifts), torch.cat(norms))
+        return Influence(torch.cat(loo_residuals), torch.cat(deltas), torch.cat(norms))
 
 
 @dataclass(frozen=True)
@@ -160,8 +161,8 @@ class EkfacCurvature:
         squares = (features @ self.feature_basis.to(features)).square()
         rotated = residual @ class_basis
         # K_i = U_B diag(k_i) U_B^T with one U_B for all samples: a product costs C^2, not C^3
-        shift = (rotated * (squares @ inverse.T)) @ class_basis.T / self.count
-        return Influence(residual, shift, (rotated.square() * (squares @ inverse.square().T)).sum(dim=1))
+        delta = (rotated * (squares @ inverse.T)) @ class_basis.T / self.count
+        return Influence(residual, delta, (rotated.square() * (squares @ inverse.square().T)).sum(dim=1))
 
 
 def hessian_block(features: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor]:

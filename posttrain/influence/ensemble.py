@@ -1,7 +1,8 @@
-"""The boundary: a ensemble of probes on several layers, chosen by held-out noisy labels.
+"""The probe ensemble: probes on several layers, chosen by validation labels that are as noisy as the rest.
 
-The boundary of a ensemble is the mean of its probes' logits. That is one linear head again, on the features of
-all its layers side by side. A sample is left out of a ensemble by leaving it out of each member's fit.
+The ensemble's logits are the mean of its probes' logits. That is one linear head again, on the features of all its
+layers side by side; its decision boundary is the boundary of a round. A sample is left out of the ensemble by leaving
+it out of each member's fit.
 
 Nothing here knows where the samples are: a `Samples` sums block functions over them, on the features of the layers
 that it is asked for.
@@ -22,23 +23,22 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from posttrain.errors import FeaturelessError
-from posttrain.influence import calibration, noise_matrix
 from posttrain.influence import probe as probes
 from posttrain.influence.probe import Probe, Reduce, Standardizer
 
-MOST = 4
-"""Members at most: each costs a fit and a curvature in every round."""
+MAX_MEMBERS = 4
+"""Each costs a fit and a curvature in every round."""
 
-_ROUGHLY = 1e-3
-"""Norm of the gradient to which probes are fitted that are only compared."""
+_COMPARISON_TOLERANCE = 1e-3
+"""Norm of the gradient at which the fit of a candidate ends, since it is only compared."""
 
 Change = Callable[[Tensor, Tensor], tuple[float, float]]
-"""(weights before, weights after) -> (mean, standard error) of the change in held-out cross-entropy by sample."""
+"""(weights before, weights after) -> (mean, standard error) of the change in validation cross-entropy by sample."""
 
 
 @runtime_checkable
 class Samples(Protocol):
-    """Live or held-out samples with the features of several layers."""
+    """Live or validation samples with the features of several layers."""
 
     def raw(self, layers: tuple[str, ...]) -> Reduce:
         """Sums over the layers' features side by side, as they are."""
@@ -51,12 +51,12 @@ class Samples(Protocol):
 
 @dataclass(frozen=True)
 class Fit:
-    """A probe that was tried: where, with which l2, and what it was worth on held-out data."""
+    """A candidate that was fitted: its layer, its probe, and its loss and accuracy on the validation samples."""
 
     layer: str
     probe: Probe
     loss: float
-    """Mean cross-entropy on held-out labels, as noisy as the rest."""
+    """Mean cross-entropy on the validation labels, which are as noisy as the rest."""
     accuracy: float
     """On the same labels."""
 
@@ -67,17 +67,17 @@ class Fit:
 
 @dataclass(frozen=True)
 class ProbeEnsemble:
-    """The ensemble: probes on some layers, in the order of the members."""
+    """Probes on some layers, in the order of the members."""
 
     layers: tuple[str, ...]
     standardizers: tuple[Standardizer, ...]
     probes: tuple[Probe, ...]
     loss: float
-    """Mean cross-entropy of the mean logits on held-out labels, as noisy as the rest."""
+    """Mean cross-entropy of the mean logits on the validation labels, which are as noisy as the rest."""
     accuracy: float
     """On the same labels."""
     tried: tuple[Fit, ...] = ()
-    """All that was tried, where the members were chosen anew."""
+    """All candidates, where the members were chosen from them."""
 
     @property
     def members(self) -> tuple[tuple[str, float], ...]:
@@ -94,7 +94,7 @@ class ProbeEnsemble:
         return list(features.split([fitted.weights.shape[1] for fitted in self.probes], dim=1))
 
     def fold(self) -> tuple[Float[Tensor, "classes raw"], Float[Tensor, " classes"]]:
-        """(weight, bias) of the Linear on the members' raw features side by side that equals the boundary."""
+        """(weight, bias) of the Linear on the members' raw features side by side that equals the ensemble."""
         folded = [s.fold(fitted.weights) for s, fitted in zip(self.standardizers, self.probes, strict=True)]
         count = len(folded)
         bias = torch.stack([bias for _, bias in folded]).mean(dim=0)
@@ -103,15 +103,15 @@ class ProbeEnsemble:
 
 def choose(
     live: Samples,
-    held_out: Samples,
+    validation: Samples,
     *,
     candidates: Sequence[tuple[str, float]],
     classes: int,
-    most: int = MOST,
+    most: int = MAX_MEMBERS,
 ) -> ProbeEnsemble:
-    """The boundary of the best ensemble among probes on the candidates (layer, l2).
+    """The best ensemble of probes on the candidates (layer, l2); see `choose_members`.
 
-    Every candidate is fitted on the live samples, and compared on the held-out ones. A layer whose features are all
+    Every candidate is fitted on the live samples and compared on the validation samples. A layer whose features are all
     constant is no candidate; raises FeaturelessError where there is no other.
     """
     named = tuple(dict.fromkeys(layer for layer, _ in candidates))
@@ -124,33 +124,31 @@ def choose(
     for layer, standardizer in zip(layers, standardizers, strict=True):
         start: Tensor | None = None
         for l2 in sorted((d for name, d in candidates if name == layer), reverse=True):
-            fitted = _fitted(live, layer, standardizer, l2, classes, start=start, tolerance=_ROUGHLY)
+            fitted = _fitted(live, layer, standardizer, l2, classes, start=start, tolerance=_COMPARISON_TOLERANCE)
             start = fitted.weights
-            loss, accuracy = _measured(held_out.standardised((layer,), (standardizer,)), fitted.weights)
+            loss, accuracy = _loss_and_accuracy(validation.standardised((layer,), (standardizer,)), fitted.weights)
             tried.append(Fit(layer, fitted, loss, accuracy))
     widths = [len(standardizer.mean) + 1 for standardizer in standardizers]
     columns = dict(zip(layers, accumulate(widths, initial=0), strict=False))
-    sums = held_out.standardised(layers, standardizers)
+    sums = validation.standardised(layers, standardizers)
 
     def change(before: Tensor, after: Tensor) -> tuple[float, float]:
         return mean_and_error(*sums(paired_losses, before, after))
 
     members = choose_members(tried, columns, sum(widths), change, most=most)
     # from zero, as any later refit: the same members on the same samples give the same bits
-    boundary = refit(live, held_out, [(fit.layer, fit.l2) for fit in members], classes=classes)
-    return ProbeEnsemble(
-        boundary.layers, boundary.standardizers, boundary.probes, boundary.loss, boundary.accuracy, tuple(tried)
-    )
+    ensemble = refit(live, validation, [(fit.layer, fit.l2) for fit in members], classes=classes)
+    return replace(ensemble, tried=tuple(tried))
 
 
 def refit(
     live: Samples,
-    held_out: Samples,
+    validation: Samples,
     members: Sequence[tuple[str, float]],
     *,
     classes: int,
 ) -> ProbeEnsemble:
-    """The boundary of these members (layer, l2), fitted on the live samples."""
+    """The ensemble of these members (layer, l2), fitted on the live samples."""
     layers = tuple(layer for layer, _ in members)
     standardizers = standardizers_of(live, layers)
     fitted = tuple(
@@ -158,7 +156,7 @@ def refit(
         for (layer, l2), standardizer in zip(members, standardizers, strict=True)
     )
     weights = stacked([member.weights for member in fitted])
-    loss, accuracy = _measured(held_out.standardised(layers, standardizers), weights)
+    loss, accuracy = _loss_and_accuracy(validation.standardised(layers, standardizers), weights)
     return ProbeEnsemble(layers, standardizers, fitted, loss, accuracy)
 
 
@@ -168,39 +166,6 @@ def standardizers_of(live: Samples, layers: tuple[str, ...]) -> tuple[Standardiz
     for layer in layers:
         found.append(Standardizer.from_moments(*live.raw((layer,))(probes.moments)))
     return tuple(found)
-
-
-def validation_sums(held_out: Reduce, weights: Tensor) -> tuple[calibration.CalibrationSums, float]:
-    """The held-out samples' calibration_sums under a linear head, and the temperature at which it was made."""
-    temperature = calibration.fitted_temperature(lambda t: held_out(calibration.temperature_moments, weights, t))
-    at = torch.tensor(temperature, dtype=torch.float64)
-    return calibration.CalibrationSums(*held_out(calibration.calibration_sums_of_block, weights, at)), temperature
-
-
-def with_transition(
-    found: calibration.NoiseModel,
-    held_out: Reduce,
-    weights: Tensor,
-    posterior_sums: Callable[[calibration.NoiseModel], calibration.PosteriorSums],
-    prior: calibration.Prior = calibration.UNKNOWN,
-) -> calibration.NoiseModel:
-    """The noise_model with the noise transition matrix estimated in full, and what follows from it: sharpness and shift.
-
-    `posterior_sums(noise_model)` is that of the live samples, by the word of that noise_model; `prior` as `calibration.noise_model` was told it. Where
-    no wrong labels are found, the first estimate stays: there is no noise to take out of the votes.
-    """
-    if not (found.noise.found or found.held_out_rate):
-        return found
-    at = torch.tensor(found.temperature, dtype=torch.float64)
-    # where held-out labels are right, what a class is does not depend on T: a third estimate would be the second
-    for again in range(noise_matrix.ESTIMATES if found.held_out_rate else 2):
-        if again:
-            told = posterior_sums(found)
-            found = found.with_votes(prior.joined(told.votes, float(told.count)))
-        if found.held_out_rate:
-            _, losses = held_out(noise_matrix.sharpness_losses, weights, at, found.held_out_transition)
-            found = replace(found, sharpness=noise_matrix.best_sharpness(losses))
-    return calibration.shifted(found, posterior_sums(found))
 
 
 def stacked(weights: Sequence[Tensor]) -> Float[Tensor, "classes dim"]:
@@ -228,7 +193,7 @@ def _fitted(
     )
 
 
-def _measured(reduce: Reduce, weights: Tensor) -> tuple[float, float]:
+def _loss_and_accuracy(reduce: Reduce, weights: Tensor) -> tuple[float, float]:
     count, loss, correct, _ = reduce(probes.loss_gradient, weights)
     return float(loss / count), float(correct / count)
 
@@ -259,15 +224,15 @@ def mean_and_error(count: Tensor, total: Tensor, square: Tensor) -> tuple[float,
 
 
 def choose_members(
-    fits: Sequence[Fit], columns: dict[str, int], dim: int, change: Change, *, most: int = MOST
+    fits: Sequence[Fit], columns: dict[str, int], dim: int, change: Change, *, most: int = MAX_MEMBERS
 ) -> tuple[Fit, ...]:
-    """The members: the best fit, then the other layers' best, as long as they do not make it worse.
+    """The members: the best fit, then the best fits of other layers, as long as they do not make the ensemble worse.
 
-    Of every layer the l2 with the lowest held-out cross-entropy stands for it. The layers come in the order
-    of that loss, and each joins unless the ensemble's held-out cross-entropy rises by more than one standard
-    error of the change. Measured on 46 networks (digits, Fashion-MNIST, CIFAR-10N; nine kinds of noise;
-    memorised or not), against the best fit alone: mean average precision 0.80 instead of 0.78, test accuracy of
-    the boundary 72 % instead of 71 %. `columns`: where each layer's features begin among all `dim` of them.
+    Of every layer only the l2 with the lowest validation cross-entropy counts. The layers come in the order of that
+    loss, and each joins unless the ensemble's validation cross-entropy rises by more than one standard error of the
+    change. Measured on 46 networks (digits, Fashion-MNIST, CIFAR-10N; nine kinds of noise; memorised or not), against
+    the best fit alone: mean average precision 0.80 instead of 0.78, test accuracy 72 % instead of 71 %. `columns`:
+    where each layer's features begin among all `dim` of them.
     """
     best: dict[str, Fit] = {}
     for fit in fits:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from posttrain.influence.calibration import NoiseModel
+from posttrain.influence.noise_model import NoiseModel
 from posttrain.influence.probe import Reduce, Standardizer, in_memory
 from posttrain.influence.score_round import BlockSums, ScoringPlan
 from posttrain.influence.scores import LeaveOneOut, score_columns
@@ -47,8 +47,8 @@ class InMemory:
 
     def leave_one_out(self, plan: ScoringPlan) -> InMemoryPass:
         ids = np.arange(len(self.labels)) if self.ids is None else self.ids
-        draws = torch.from_numpy(uniform(ids, plan.seed))
-        parts = (self.labels, draws, *(self.features[name] for name in plan.ensemble.layers))
+        uniforms = torch.from_numpy(uniform(ids, plan.seed))
+        parts = (self.labels, uniforms, *(self.features[name] for name in plan.ensemble.layers))
         found: list[LeaveOneOut] = []
         for labels, own, *raw in zip(*(part.split(self.blocks) for part in parts), strict=True):
             block = InMemory(dict(zip(plan.ensemble.layers, raw, strict=True)), labels)

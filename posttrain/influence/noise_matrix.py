@@ -1,19 +1,22 @@
-"""The noise transition matrix T, and how likely a given label is wrong under it.
+"""The noise transition matrix T, estimated without a clean label.
 
-T[c, y] is how often what belongs to class c is labelled y (Natarajan et al. 2013, Patrini et al. 2017). Notation:
+Notation, with C classes:
 
-    q   what label a sample like this would be given: what the probes say, out-of-sample and calibrated
-    p   what class it belongs to: q = T^T p
-    V   votes [C, C]: V[c, y] = sum of p_c^4 over the samples labelled y; the confident decide
+    T   [C, C]: T[c, y] is the probability that a sample of class c is labelled y (Natarajan et al. 2013,
+        Patrini et al. 2017)
+    q   [C]: which label a sample like this would be given, by calibrated out-of-sample probabilities
+    p   [C]: which class it belongs to; q = T^T p
+    V   [C, C], soft confident joint: V[c, y] = sum of p_c^4 over the samples labelled y. As in the confident joint of
+        Northcutt et al. (2021), mostly the confident samples count: there by a threshold for each class, here by the
+        power
 
-Nobody knows a true label, so T is estimated from V up to one thing: classes that merely look alike are confused both
-ways, and labels that were changed are mostly changed in one direction. What goes one way more often than the other is
-taken for noise with a direction, the rest of the noise rate for noise without one.
+Asymmetric confusion is attributed to class-dependent noise, and the rest of the noise rate to uniform noise: classes
+that merely look alike are confused in both directions, and labels that were changed are mostly changed in one.
 
 Measured on 33 settings of digits, Fashion-MNIST and CIFAR-10N (one to three seeds each), mean average precision against
 the margin with half the logarithm of V[c, y] / V[y, c] added to it: 0.904 instead of 0.866. Under pair flips of 40 %
-0.97 instead of 0.76 (Fashion-MNIST), under human labels 0.539 instead of 0.547. The whole cases, by the code as it is,
-are in pipelines/benchmarks/results/detection.md and detection_cifar10n.md.
+0.97 instead of 0.76 (Fashion-MNIST), under human labels 0.539 instead of 0.547. All cases, with the present code, are
+in pipelines/benchmarks/results/detection.md and detection_cifar10n.md.
 """
 
 # torch.linalg, Tensor.norm and Tensor.split carry no complete types
@@ -26,75 +29,79 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 ESTIMATES = 3
-"""Of T: the first from votes with the noise in them, each further one from votes with the noise of the last taken out.
-Measured, without the standard error, mean average precision over ten kinds of cases: 0.836 with one, 0.850 with two,
-0.853 with three. With it a fourth adds 0.0006."""
+"""Number of estimates of T: the first from V with q for p, each further one with p corrected by the previous T.
+Measured, without the standard error in T, mean average precision over ten kinds of cases: 0.836 with one, 0.850 with
+two, 0.853 with three. With the standard error a fourth adds 0.0006."""
 
 _POWER = 4
-"""Power of the probabilities in a vote."""
-_UNDIRECTED = 0.1
-"""Share of the noise that is taken to have no direction in any case: no label is held to be impossible."""
-_FEW = 5.0
-"""Samples in the smaller of two classes at which half of what they say of a direction is believed."""
-_ALIKE = 3.0
-"""Classes up to this ratio of their sizes are compared by their shares alone. Measured in simulations with symmetric
-noise: at 100:1 average precision 0.976 without the comparison of numbers, 0.988 with it; the margin has 0.987."""
+"""Power of the probabilities in V."""
+_UNIFORM_SHARE = 0.1
+"""Share of the noise that is uniform in any case: no label has probability 0."""
+_SHRINKAGE = 5.0
+"""Number of samples in the smaller of two classes at which their asymmetric confusion is shrunk to half."""
+_SIZE_RATIO = 3.0
+"""Classes whose sizes differ by less than this factor are compared by shares alone; the others by counts, too. Measured
+in simulations with symmetric noise: at 100:1 average precision 0.976 without counts, 0.988 with them; the margin has
+0.987."""
 _STEPS = 30
-"""From q to p. Measured under pair flips, average precision on CIFAR-10N and Fashion-MNIST: 0.670 and 0.962 with 10
-steps, 0.685 and 0.968 with 30, 0.702 and 0.971 with 100, which lose 0.006 under symmetric flips on CIFAR-10N.
-Simulated, where classes overlap: expected calibration error 0.053 with 10, 0.041 with 30."""
-_LEAST = 1e-12
-"""Smallest probability of a class before it is sharpened: a smaller one would have no logarithm."""
+"""Of the iteration from q to p. Measured under pair flips, average precision on CIFAR-10N and Fashion-MNIST: 0.670 and
+0.962 with 10 steps, 0.685 and 0.968 with 30, 0.702 and 0.971 with 100, which lose 0.006 under symmetric flips on
+CIFAR-10N. Simulated, where classes overlap: expected calibration error 0.053 with 10, 0.041 with 30."""
+_MIN_PROBABILITY = 1e-12
+"""Of a class before it is sharpened: 0 has no logarithm."""
 _SHARPNESSES = 57
 _FLATTEST, _SHARPEST = 0.25, 12.0
 
 
-def votes(p: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> Float[Tensor, "classes classes"]:
-    """V of a batch, float64; votes of batches add up."""
+def confident_joint(
+    p: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]
+) -> Float[Tensor, "classes classes"]:
+    """V of a batch, float64. Those of several batches add up."""
     p = p.double()
-    found = p.new_zeros(p.shape[1], p.shape[1])
-    return found.index_add_(0, labels, p**_POWER).T.contiguous()
+    by_label = p.new_zeros(p.shape[1], p.shape[1])
+    return by_label.index_add_(0, labels, p**_POWER).T.contiguous()
 
 
-def estimate(votes: Float[Tensor, "classes classes"], rate: float) -> Float[Tensor, "classes classes"]:
+def estimate(joint: Float[Tensor, "classes classes"], rate: float) -> Float[Tensor, "classes classes"]:
     """T for noise of this rate, from V, scaled so that its sum is the number of samples.
 
         D[c, y] = max(0, S[c, y] - S[y, c] - its standard error) m / (m + 5)
         T[c, y] = 0.9 (D[c, y] + (rate - sum_y D[c, y]) / (C - 1)) + 0.1 rate / (C - 1),   T[c, c] = 1 - rate
 
-    with S the rows of V over their sums, m the number of samples in the smaller of the two classes, and D no more than
-    `rate` in a row. Of classes whose sizes differ three times and more, V[c, y] has to be the larger number, too. Only
-    the confident vote, but all samples are meant: thus the scaling.
+    with S the rows of V over their sums, m the number of samples in the smaller of the two classes, and D scaled so
+    that no row's sum exceeds `rate`. Of classes whose sizes differ three times and more, V[c, y] has to be the larger
+    number, too. V is scaled because mostly confident samples add to it, while m counts all. The estimate is ours; no
+    published source.
     """
-    joint = votes.double().cpu()
+    joint = joint.double().cpu()
     classes = len(joint)
     # no label is always wrong: the rate leaves room for the right one
     rate = min(rate, 0.9 * (classes - 1) / classes)
     rows = joint.sum(dim=1, keepdim=True)
     shares = joint / rows.clamp_min(1e-9)
-    # of a count of Poisson; where none was seen, as if half a one had been
+    # Poisson variance of a count; of counts below 1/2 that of 1/2
     variance = joint.clamp_min(0.5) / rows.clamp_min(1.0).square()
     excess = (shares - shares.T - (variance + variance.T).sqrt()).clamp_min(0.0)
-    # a few of a frequent class that look like a rare one are many of those that are taken for the rare one
-    alike = torch.maximum(rows / rows.T, rows.T / rows) < _ALIKE
-    excess *= alike | (joint > joint.T)
+    # a small share of a frequent class can be most of what is labelled as a rare one
+    similar = torch.maximum(rows / rows.T, rows.T / rows) < _SIZE_RATIO
+    excess *= similar | (joint > joint.T)
     fewer = torch.minimum(rows, rows.T)
-    directed = excess * fewer / (fewer + _FEW)
+    directed = excess * fewer / (fewer + _SHRINKAGE)
     directed *= (rate / directed.sum(dim=1, keepdim=True).clamp_min(1e-30)).clamp_max(1.0)
     rest = (rate - directed.sum(dim=1, keepdim=True)).clamp_min(0.0)
     others = (1 - torch.eye(classes, dtype=torch.float64)) / max(1, classes - 1)
-    transition = (1 - _UNDIRECTED) * (directed + rest * others) + _UNDIRECTED * rate * others
+    transition = (1 - _UNIFORM_SHARE) * (directed + rest * others) + _UNIFORM_SHARE * rate * others
     return transition + torch.diag(1 - transition.sum(dim=1))
 
 
 def noise_corrected(
     q: Float[Tensor, "batch classes"], transition: Float[Tensor, "classes classes"]
 ) -> Float[Tensor, "batch classes"]:
-    """p with q = T^T p, nearly: some steps of Richardson and Lucy (1972), which are those of EM, from q on.
+    """p with q = T^T p, nearly: `_STEPS` steps from q of Richardson (1972) and Lucy (1974), which are those of EM.
 
         p_c <- p_c sum_y T[c, y] q_y / (T^T p)_y
 
-    They stay positive, sum to 1, and stop before they fit what is chance in q. Without noise p is q.
+    p stays positive and sums to 1. The iteration stops before it fits the random error in q. Without noise p is q.
     """
     transition = transition.to(q)
     p = q
@@ -105,41 +112,43 @@ def noise_corrected(
 
 
 def log_sharpened(p: Float[Tensor, "batch classes"], sharpness: float) -> Float[Tensor, "batch classes"]:
-    """log of p^s, scaled to sum 1: probes that were damped are less sure of a class than they might be."""
-    return (sharpness * p.clamp_min(_LEAST).log()).log_softmax(dim=1)
+    """log of p^s, normalised: the l2 penalty leaves the probes less confident of a class than the data allow."""
+    return (sharpness * p.clamp_min(_MIN_PROBABILITY).log()).log_softmax(dim=1)
 
 
-def joint_log(
+def log_joint(
     log_p: Float[Tensor, "batch classes"],
     labels: Int[Tensor, " batch"],
     transition: Float[Tensor, "classes classes"],
 ) -> Float[Tensor, "batch classes"]:
-    """log of p_c T[c, y] with y the given label: how likely it is that the sample belongs to c and is labelled y."""
+    """log (p_c T[c, y]) with y the given label: the joint log probability of class c and label y."""
     return log_p + transition.to(log_p).log().T[labels]
 
 
 def sharpness_losses(
     features: Tensor, labels: Tensor, weights: Tensor, temperature: Tensor, transition: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Sums over a block under a linear head: 1, and the cross-entropy of T^T p for every sharpness that is tried.
+    """Sums over a block under a linear head: 1, and the cross-entropy of T^T p^s for every s of the grid.
 
-    Labels are those of held-out samples, as noisy as `transition` says.
+    The labels are those of validation samples; `transition` is their T.
     """
     logits = (features @ weights.to(features).T).double()
     p = noise_corrected((temperature.to(logits) * logits).softmax(dim=1), transition)
-    # [batch, classes] to the probability of the given label, for each of the classes
+    # [batch, classes]: the probability of the given label for each class
     of_label = transition.to(p).T[labels]
-    losses = [-(log_sharpened(p, s).exp() * of_label).sum(dim=1).clamp_min(1e-30).log().sum() for s in _tried()]
+    losses = [
+        -(log_sharpened(p, s).exp() * of_label).sum(dim=1).clamp_min(1e-30).log().sum() for s in _sharpness_grid()
+    ]
     return torch.tensor(float(len(labels)), dtype=torch.float64), torch.stack(losses)
 
 
 def best_sharpness(losses: Tensor) -> float:
-    """The sharpness with the lowest of the sums of `sharpness_losses`; 1 where none is lower than another."""
+    """The sharpness with the lowest of the sums of `sharpness_losses`; 1 where all are equal."""
     if not float(losses.max()) > float(losses.min()):
         return 1.0
-    return _tried()[int(losses.argmin())]
+    return _sharpness_grid()[int(losses.argmin())]
 
 
-def _tried() -> list[float]:
-    """A geometric grid."""
+def _sharpness_grid() -> list[float]:
+    """Geometric."""
     return [_FLATTEST * (_SHARPEST / _FLATTEST) ** (k / (_SHARPNESSES - 1)) for k in range(_SHARPNESSES)]

@@ -207,24 +207,39 @@ def fit(
         slope = float((gradient * direction).sum())
         if not math.isfinite(slope):
             raise SingularCurvatureError("the probe's loss is not finite; a larger probe.l2 makes it converge")
-        length, whole = 1.0, objective(weights + direction)
-        candidate = whole
-        while not candidate[0] <= value + 1e-4 * length * slope:
-            # float32 sums over blocks cannot tell smaller steps apart by their loss. A gradient that does not halve
-            # in the whole Newton step is chance, too: this is the optimum that can be had
-            if -slope * length <= 1e-7 * max(1.0, abs(value)):
-                if not float(whole[2].norm()) <= norm / 2:
-                    return Probe(weights, l2, round(n), loss, norm)
-                length, candidate = 1.0, whole
-                break
-            length /= 2
-            candidate = objective(weights + length * direction)
+        step = _line_search(objective, weights, direction, value, slope, norm)
+        if step is None:
+            return Probe(weights, l2, round(n), loss, norm)
+        length, (value, loss, gradient) = step
         weights = weights + length * direction
-        value, loss, gradient = candidate
     raise SingularCurvatureError(
         f"the probe did not converge in {max_steps} Newton steps (gradient norm {float(gradient.norm()):.2g}); "
         "a larger probe.l2 makes it converge"
     )
+
+
+def _line_search(
+    objective: Callable[[Tensor], tuple[float, float, Tensor]],
+    weights: Tensor,
+    direction: Tensor,
+    value: float,
+    slope: float,
+    norm: float,
+) -> tuple[float, tuple[float, float, Tensor]] | None:
+    """(length of the step, `objective` after it), halved until L falls enough (Armijo 1966); None at the optimum.
+
+    `value`, `slope` and `norm` are L, its derivative along `direction`, and the norm of its gradient at `weights`.
+    """
+    length, whole = 1.0, objective(weights + direction)
+    candidate = whole
+    while not candidate[0] <= value + 1e-4 * length * slope:
+        # float32 sums over blocks cannot tell smaller steps apart by their loss. If the whole Newton step does not
+        # halve the gradient either, what remains of it is rounding: this is the optimum that can be reached
+        if -slope * length <= 1e-7 * max(1.0, abs(value)):
+            return (1.0, whole) if float(whole[2].norm()) <= norm / 2 else None
+        length /= 2
+        candidate = objective(weights + length * direction)
+    return length, candidate
 
 
 def _conjugate_gradients(

@@ -3,7 +3,7 @@
     curvature          of each member, exact where it is small enough
     leave-one-out      logits of every live sample, computed once
     calibration        temperature and sums on the validation samples, sums on the live ones
-    noise model        rate, memorisation bias, noise transition matrix
+    noise model        noise rate, memorisation offset, noise transition matrix
     scores             with the suggested labels, block by block
 
 Nothing here knows where the samples are: `influence.in_memory` holds them in memory, `cluster.scoring` in the
@@ -20,10 +20,19 @@ from typing import Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
-from posttrain.influence import calibration, curvature
-from posttrain.influence.calibration import CalibrationSums, NoiseModel, PosteriorSums
+from posttrain.influence import curvature
+from posttrain.influence.calibration import CalibrationSums, calibration_sums, validation_sums
 from posttrain.influence.curvature import Curvature, Kind
-from posttrain.influence.ensemble import ProbeEnsemble, Samples, validation_sums, with_transition
+from posttrain.influence.ensemble import ProbeEnsemble, Samples
+from posttrain.influence.noise_model import (
+    UNKNOWN,
+    NoiseModel,
+    PosteriorSums,
+    Prior,
+    estimate_noise_model,
+    posterior_sums,
+    with_transition,
+)
 from posttrain.influence.scores import Evidence, LeaveOneOut, joint_evidence, leave_one_out
 
 Table = TypeVar("Table", covariant=True)
@@ -34,7 +43,7 @@ BlockSums = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class ScoringPlan:
-    """All that decides the leave-one-out logits of a sample, and its control score."""
+    """All that determines the leave-one-out logits of a sample, and its random control score."""
 
     ensemble: ProbeEnsemble
     curvatures: tuple[Curvature, ...]
@@ -52,7 +61,7 @@ class ScoringPlan:
         return joint_evidence(members, labels, uniform.to(features))
 
     def leave_one_out(self, features: Tensor, labels: Tensor, uniform: Tensor) -> LeaveOneOut:
-        """What a round keeps of the evidence on a batch."""
+        """The part of the evidence on a batch that a round keeps."""
         return leave_one_out(self.evidence(features, labels, uniform))
 
 
@@ -79,7 +88,7 @@ class LiveSamples(Samples, Protocol[Table]):
 
 @dataclass(frozen=True)
 class PreviousRemovals:
-    """What earlier rounds removed or relabelled: left out of account, the labels that remain would look too good."""
+    """What previous rounds removed or relabelled; without it the estimated noise rate would be too low."""
 
     count: int = 0
     self_confidence: float = 0.0
@@ -107,13 +116,13 @@ def score_round(
     curvature_kind: Kind | Literal["auto"] = "auto",
     exact_limit: int = 2048,
     previous: PreviousRemovals = PreviousRemovals(),
-    prior: calibration.Prior = calibration.UNKNOWN,
+    prior: Prior = UNKNOWN,
     step: Callable[[str], AbstractContextManager[object]] = nullcontext,
 ) -> RoundScores[Table]:
     """The noise model and the scores of all live samples, given an ensemble that was fitted on them.
 
     `curvature_kind` "auto" is exact up to `exact_limit` parameters of a probe. `prior` is what the first round that
-    found wrong labels knew of them. `step` is entered as "curvature" and as "calibrate", for progress and timing.
+    found wrong labels estimated. `step` is entered as "curvature" and as "calibrate", for progress and timing.
     Raises SingularCurvatureError where the curvature of a member is not positive definite.
     """
     kinds: list[Kind] = []
@@ -135,21 +144,21 @@ def _noise_model(
     validation: Samples,
     ensemble: ProbeEnsemble,
     previous: PreviousRemovals,
-    prior: calibration.Prior,
+    prior: Prior,
 ) -> NoiseModel:
     reduce = validation.standardised(ensemble.layers, ensemble.standardizers)
     of_validation, temperature = validation_sums(reduce, ensemble.weights)
-    of_live = CalibrationSums(*logits.sums(partial(calibration.calibration_sums, temperature=temperature)))
-    estimated = calibration.estimate(
+    of_live = CalibrationSums(*logits.sums(partial(calibration_sums, temperature=temperature)))
+    first = estimate_noise_model(
         of_validation,
         of_live,
         temperature,
         removed=previous.count,
-        removed_support=previous.self_confidence,
+        removed_self_confidence=previous.self_confidence,
         prior=prior,
     )
 
-    def posterior_sums(under: NoiseModel) -> PosteriorSums:
-        return PosteriorSums(*logits.sums(partial(calibration.posterior_sums, under)))
+    def sums_under(model: NoiseModel) -> PosteriorSums:
+        return PosteriorSums(*logits.sums(partial(posterior_sums, model)))
 
-    return with_transition(estimated, reduce, ensemble.weights, posterior_sums, prior)
+    return with_transition(first, reduce, ensemble.weights, sums_under, prior)

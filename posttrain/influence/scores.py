@@ -1,12 +1,12 @@
-"""How much each sample bends the decision boundary, each score in words and in symbols.
+"""The scores of each sample: how likely its label is wrong, and how much it changes the decision boundary.
 
-Every score is larger for a sample that is more suspect. Notation as in `probe` and `curvature`; z_i are
-logits. The probe without sample i is W + H^-1 (x_i (x) h_i) / n with
+Every score is larger for a sample that is more suspect. Notation as in `probe`, `curvature` and `noise_model`; z_i are
+the logits, z_i^(-i) the leave-one-out logits. The probe without sample i is W + H^-1 (x_i (x) h_i) / n with
 
     exact curvature:     x_i = (I - S_i K_i)^-1 r_i      (one Newton step)
     factored curvature:  x_i = r_i                       (first order; Koh & Liang 2017)
 
-Measured against refits without the sample, on digits with a fifth of the labels flipped (nine draws), the Spearman
+Measured against refits without the sample, on digits with a fifth of the labels flipped (nine seeds), the Spearman
 correlation of `loo_margin`, `parameter` and `data` is at least 0.999 with the exact curvature; with the factored one
 0.995 for `loo_margin`, 0.976 for the others.
 """
@@ -26,8 +26,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from posttrain.influence.calibration import NoiseModel, Posterior, log_odds_of_others
+from posttrain.influence.calibration import log_odds_of_others
 from posttrain.influence.curvature import Curvature, Influence
+from posttrain.influence.noise_model import NoiseModel, Posterior
 from posttrain.influence.probe import residuals
 
 Score = Literal["mislabel_odds", "loo_margin", "parameter", "data", "loss", "margin", "gradient_norm", "random"]
@@ -35,7 +36,7 @@ Score = Literal["mislabel_odds", "loo_margin", "parameter", "data", "loss", "mar
 
 @dataclass(frozen=True)
 class ProbeEvidence:
-    """What one probe says of a batch."""
+    """What the scores need from one probe on a batch."""
 
     features: Float[Tensor, "batch dim"]
     logits: Float[Tensor, "batch classes"]
@@ -47,14 +48,14 @@ class ProbeEvidence:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the scores of a batch are computed from: what each member of the ensemble says."""
+    """What the scores of a batch are computed from: a part from each member of the ensemble."""
 
     members: tuple[ProbeEvidence, ...]
     labels: Int[Tensor, " batch"]
-    draw: Float[Tensor, " batch"]
+    uniform: Float[Tensor, " batch"]
     """A number in [0, 1) that depends on the sample's id and the round's seed alone."""
     noise_model: NoiseModel | None = None
-    """How far the leave-one-out logits can be taken; None: as they are."""
+    """What calibrates the leave-one-out logits; None: they are used as they are."""
 
     @property
     def logits(self) -> Float[Tensor, "batch classes"]:
@@ -64,7 +65,7 @@ class Evidence:
     @property
     def loo_logits(self) -> Float[Tensor, "batch classes"]:
         """Mean of z_i + K_i x_i: the logits, had each member been fitted without the sample (to one Newton step)."""
-        return torch.stack([member.logits + member.influence.shift for member in self.members]).mean(dim=0)
+        return torch.stack([member.logits + member.influence.loo_logit_delta for member in self.members]).mean(dim=0)
 
     @cached_property
     def leave_one_out(self) -> LeaveOneOut:
@@ -86,7 +87,7 @@ class LeaveOneOut:
     @cached_property
     def posterior(self) -> Posterior | None:
         """Which class each sample belongs to, under the noise model; None without one."""
-        return None if self.noise_model is None else self.noise_model.judge(self.logits, self.labels)
+        return None if self.noise_model is None else self.noise_model.posterior(self.logits, self.labels)
 
     @cached_property
     def mislabel_odds(self) -> Float[Tensor, " batch"]:
@@ -110,30 +111,30 @@ def evidence(
     labels: Tensor,
     weights: Tensor,
     curvature: Curvature,
-    draw: Tensor,
+    uniform: Tensor,
     noise_model: NoiseModel | None = None,
 ) -> Evidence:
     """The evidence on a batch from one probe's weights [classes, d] and its curvature."""
-    return joint_evidence([(features, weights, curvature)], labels, draw, noise_model)
+    return joint_evidence([(features, weights, curvature)], labels, uniform, noise_model)
 
 
 def joint_evidence(
     members: Sequence[tuple[Tensor, Tensor, Curvature]],
     labels: Tensor,
-    draw: Tensor,
+    uniform: Tensor,
     noise_model: NoiseModel | None = None,
 ) -> Evidence:
-    """The evidence on a batch from a ensemble: (features [n, d], weights [classes, d], curvature) of each member."""
+    """The evidence on a batch from an ensemble: (features [n, d], weights [classes, d], curvature) of each member."""
     found: list[ProbeEvidence] = []
     for features, weights, curvature in members:
         logits, probabilities, residual = residuals(features, labels, weights)
         influence = curvature.influence(features, residual, probabilities)
         found.append(ProbeEvidence(features, logits, residual, influence, curvature.l2, curvature.count))
-    return Evidence(tuple(found), labels, draw, noise_model)
+    return Evidence(tuple(found), labels, uniform, noise_model)
 
 
 def _norm(parts: Sequence[Tensor]) -> Tensor:
-    """Norm of the mean's weights, whose blocks are the members' over their number: each part is a norm [n]."""
+    """Norm over all members, each divided by their number; each part is a member's norm [batch]."""
     return torch.stack([part.square() for part in parts]).sum(dim=0).sqrt() / len(parts)
 
 
@@ -145,34 +146,35 @@ def label_margin(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def mislabel_odds(e: Evidence) -> Float[Tensor, " batch"]:
-    """Log odds that the given label is wrong, by what the others say and by how labels go wrong (the default).
+    """Log odds that the given label is wrong, from leave-one-out logits and the noise model (the default).
 
-        log sum_{c != y} p_c T[c, y]  -  log p_y T[y, y]  +  shift
+        log sum_{c != y} p_c T[c, y]  -  log p_y T[y, y]  +  a
 
-    with the class probabilities p, the noise transition matrix T and the shift of `NoiseModel`: above 0, the label is
-    more likely wrong than right. Without an noise_model the log odds of any other label under the plain softmax.
+    with the class probabilities p, the noise transition matrix T and the log-odds offset a of `noise_model`: above 0,
+    the label is more likely wrong than right. Without a noise model: the log odds of all other labels under the plain
+    softmax.
     """
     return e.leave_one_out.mislabel_odds
 
 
 def loo_margin(e: Evidence) -> Float[Tensor, " batch"]:
-    """On which side of the boundary the sample falls when only the others draw it.
+    """Margin of the given label by the leave-one-out logits.
 
-    max_{c != y} z_c^(-i) - z_y^(-i): above 0, the others give it another label.
+    max_{c != y} z_c^(-i) - z_y^(-i): above 0, a boundary fitted without the sample predicts another label.
     """
     return label_margin(e.loo_logits, e.labels)
 
 
 def parameter_influence(e: Evidence) -> Float[Tensor, " batch"]:
-    """How far the boundary's weights would move without the sample.
+    """How far the probes' weights would move without the sample.
 
-    ||H^-1 (x_i (x) h_i)|| / n; of a ensemble, the norm of its members' movements, each over their number.
+    ||H^-1 (x_i (x) h_i)|| / n; of an ensemble, the norm over all members, each divided by their number.
     """
     return _norm([m.influence.solved_norm.clamp_min(0).sqrt() / m.count for m in e.members])
 
 
 def data_influence(e: Evidence) -> Float[Tensor, " batch"]:
-    """How much the predictions on all live samples would move without the sample; the mean over a ensemble.
+    """How much the predictions on all live samples would move without the sample; the mean over an ensemble.
 
         1/(2 n^2) v_i^T F v_i,  v_i = H^-1 (x_i (x) h_i),  F = H - l2 I, the Fisher information of the live samples
 
@@ -181,7 +183,7 @@ def data_influence(e: Evidence) -> Float[Tensor, " batch"]:
     """
 
     def of(m: ProbeEvidence) -> Tensor:
-        quadratic = m.count * (m.influence.loo_residual * m.influence.shift).sum(dim=1)
+        quadratic = m.count * (m.influence.loo_residual * m.influence.loo_logit_delta).sum(dim=1)
         return (quadratic - m.l2 * m.influence.solved_norm).clamp_min(0) / (2 * m.count**2)
 
     return torch.stack([of(m) for m in e.members]).mean(dim=0)
@@ -200,14 +202,14 @@ def margin(e: Evidence) -> Float[Tensor, " batch"]:
 def gradient_norm(e: Evidence) -> Float[Tensor, " batch"]:
     """||r_i|| ||h_i||, the norm of the loss gradient by a probe's weights (baseline).
 
-    Of a ensemble, the norm of all its members' own gradients, each over their number.
+    Of an ensemble, the norm over all members' gradients, each divided by their number.
     """
     return _norm([m.residual.norm(dim=1) * m.features.norm(dim=1) for m in e.members])
 
 
 def at_random(e: Evidence) -> Float[Tensor, " batch"]:
-    """A draw that knows nothing of the sample (control)."""
-    return e.draw
+    """A random number that does not depend on the sample's content (control)."""
+    return e.uniform
 
 
 SCORES: dict[Score, Callable[[Evidence], Tensor]] = {
@@ -224,27 +226,27 @@ SCORES: dict[Score, Callable[[Evidence], Tensor]] = {
 
 @dataclass(frozen=True)
 class Suggestion:
-    """What the others would label each sample."""
+    """The suggested labels of a batch."""
 
     predicted: Int[Tensor, " batch"]
     """The likeliest label of all."""
     self_confidence: Float[Tensor, " batch"]
-    """Probability of the given label, calibrated on held-out labels."""
+    """Probability of the given label, calibrated on the validation labels."""
     suggested: Int[Tensor, " batch"]
-    """The likeliest class but for the given label."""
+    """The likeliest class other than the given label."""
     confidence: Float[Tensor, " batch"]
     """Probability that the sample belongs to the suggested class, its given label taken into account."""
 
 
-def suggestion(of: LeaveOneOut) -> Suggestion:
+def suggestion(batch: LeaveOneOut) -> Suggestion:
     """Labels and their probabilities from leave-one-out logits: none of them has seen the sample's own label.
 
-    Without an noise_model the probabilities are the plain softmax.
+    Without a noise model the probabilities are the plain softmax.
     """
-    logits = of.logits.double()
-    q = logits.softmax(dim=1) if of.noise_model is None else of.noise_model.probabilities(logits, of.labels)
-    p = q if of.posterior is None else of.posterior.posterior
-    given = of.labels[:, None]
+    logits = batch.logits.double()
+    q = logits.softmax(dim=1) if batch.noise_model is None else batch.noise_model.probabilities(logits, batch.labels)
+    p = q if batch.posterior is None else batch.posterior.class_posterior
+    given = batch.labels[:, None]
     confidence, suggested = p.scatter(1, given, -torch.inf).max(dim=1)
     return Suggestion(q.argmax(dim=1), q.gather(1, given)[:, 0], suggested, confidence)
 
@@ -255,10 +257,10 @@ def leave_one_out(e: Evidence) -> LeaveOneOut:
     return replace(e.leave_one_out, scores=plain)
 
 
-def score_columns(of: LeaveOneOut) -> dict[str, np.ndarray]:
+def score_columns(batch: LeaveOneOut) -> dict[str, np.ndarray]:
     """Every score of a batch and its suggested labels, by column of `scores.parquet`; [batch] each."""
-    found = suggestion(of)
-    columns = {name: of.mislabel_odds if name == "mislabel_odds" else of.scores[name] for name in SCORES}
+    found = suggestion(batch)
+    columns = {name: batch.mislabel_odds if name == "mislabel_odds" else batch.scores[name] for name in SCORES}
     suggested = {
         "predicted_label": found.predicted.int(),
         "self_confidence": found.self_confidence.float(),

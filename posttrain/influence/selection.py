@@ -1,12 +1,12 @@
-"""The round's cut: which samples leave, found exactly from streamed scores, whatever their order.
+"""The selection of a round: which samples are acted on, found exactly from streamed scores in any order.
 
-The rule: sort all candidates by (score descending, id ascending) and walk down; take a sample unless its
-class has already given all it may; stop when `at_most` are taken. The walk is never made. A float32 maps to
-32 bits in the same order, so counting those bits digit by digit (radix selection, most significant digit
-first) finds every class's last score without holding a column of scores.
+The rule: sort all candidates by (score descending, id ascending) and walk down; select a sample unless its class has
+reached its cap; stop when `at_most` are selected. The walk is never made. A float32 maps to 32 bits in the same order,
+so counting those bits digit by digit (radix selection, most significant digit first) finds the last score of every
+class without holding a column of scores.
 
-Why it may be counted class by class: a class's cap is used up by its own samples alone. With E the best
-`caps[c]` samples of every class c, the walk takes the best `at_most` of E.
+Why each class may be counted by itself: only its own samples use up its cap. With E the first `caps[c]` samples of
+every class c, the walk selects the first `at_most` of E.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def score_at(bits: int) -> float:
     return float(np.uint32(as_float).view(np.float32))
 
 
-_NOTHING = int(ordered_bits(np.array([np.inf], dtype=np.float32))[0])  # no score is above it
+_INFINITE = int(ordered_bits(np.array([np.inf], dtype=np.float32))[0])  # no score is above it
 
 
 class Histograms:
@@ -87,48 +87,48 @@ class Histograms:
 
 
 @dataclass(frozen=True)
-class Cut:
-    """Where a class is cut: all above `bits` is taken, and of what lies on it the ids up to `last_id`."""
+class Threshold:
+    """Of a class: all scores above `bits` are selected, and of those equal to it the ids up to `last_id`."""
 
     bits: int
     last_id: int | str | None = None
 
     @property
     def score(self) -> float:
-        """The cut as a score; infinity where nothing is taken."""
+        """The threshold as a score; infinity where nothing is selected."""
         return score_at(self.bits)
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The round's cut: one `Cut` per class, and what it comes to."""
+    """The `Threshold` of every class, and how many samples that selects."""
 
-    cuts: tuple[Cut, ...]
+    thresholds: tuple[Threshold, ...]
     candidates: int
-    """Samples whose score lies above the threshold."""
+    """Samples that `select` chose from: their score lies above its `threshold`."""
     per_class: tuple[int, ...]
-    """Samples taken from each class."""
+    """Selected samples of each class."""
     _bits: Bits = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_bits", np.array([cut.bits for cut in self.cuts], dtype=np.uint32))
+        object.__setattr__(self, "_bits", np.array([threshold.bits for threshold in self.thresholds], dtype=np.uint32))
 
     @property
     def total(self) -> int:
-        """Samples taken."""
+        """Selected samples."""
         return sum(self.per_class)
 
-    def taken(self, sample_ids: Ids, labels: NDArray[np.integer[Any]], scores: NDArray[np.float32]) -> Mask:
-        """[n] bool: which samples of a block are taken."""
+    def mask(self, sample_ids: Ids, labels: NDArray[np.integer[Any]], scores: NDArray[np.float32]) -> Mask:
+        """[n] bool: which samples of a block are selected."""
         bits, limits = ordered_bits(scores), self._bits[labels]
-        mask = bits > limits
-        on_the_cut = np.flatnonzero(bits == limits)
-        for c in map(int, np.unique(labels[on_the_cut])):
-            last_id = self.cuts[c].last_id
+        selected = bits > limits
+        tied = np.flatnonzero(bits == limits)
+        for c in map(int, np.unique(labels[tied])):
+            last_id = self.thresholds[c].last_id
             if last_id is not None:
-                rows = on_the_cut[labels[on_the_cut] == c]
-                mask[rows] = np.asarray(sample_ids)[rows] <= last_id
-        return mask
+                rows = tied[labels[tied] == c]
+                selected[rows] = np.asarray(sample_ids)[rows] <= last_id
+        return selected
 
 
 def select(
@@ -139,12 +139,12 @@ def select(
     caps: NDArray[np.integer[Any]],
     threshold: float,
 ) -> Selection:
-    """The samples that the rule above takes, the same for any order and any cutting into blocks.
+    """The samples that the rule above selects, the same for any order and any division into blocks.
 
-    `blocks()` streams all samples and is called three times, a fourth time where ties straddle the cut.
+    `blocks()` streams all samples and is called three times, a fourth time where only some of the tied are selected.
     Candidates score strictly above `threshold` (as float32; -inf: every sample but those at -inf). Class c
     gives at most `caps[c]`, all together `at_most`. Memory: a few arrays of classes x 2,048 counts, a block,
-    and in the fourth pass the tied ids that are taken. Raises ValueError on NaN and on unknown labels,
+    and in the fourth pass the tied ids that are selected. Raises ValueError on NaN and on unknown labels,
     StepError where two passes do not see the same scores.
     """
     floor = int(ordered_bits(np.array([threshold], dtype=np.float32))[0])
@@ -153,10 +153,10 @@ def select(
         raise ValueError(f"caps has the shape {most.shape}, but there are {classes} classes")
     at_most = max(at_most, 0)
     candidates = 0
-    prefix = np.zeros(classes, dtype=np.int64)  # the cut's leading digits, per class
+    prefix = np.zeros(classes, dtype=np.int64)  # leading digits of each class's threshold
     above = np.zeros(classes, dtype=np.int64)  # candidates whose leading digits lie above it
     tied = np.zeros(classes, dtype=np.int64)  # candidates whose leading digits are it
-    own = np.zeros(classes, dtype=np.bool_)  # the class is cut by its cap, above where the budget ends
+    own = np.zeros(classes, dtype=np.bool_)  # its cap sets the threshold, not the budget
 
     for level, (shift, width) in enumerate(_DIGITS):
         histograms = Histograms(shift, width, floor=floor, classes=classes, prefix=prefix if level else None)
@@ -170,7 +170,7 @@ def select(
             most = np.minimum(most, tied)
             at_most = min(at_most, int(most.sum()))
         if (tied != counts.sum(axis=1)).any():
-            raise StepError("the scores changed while the cut was being found; start the same command again")
+            raise StepError("the scores changed while the selection was being made; start the same command again")
         # at_least[c, j]: candidates of c whose digits so far are j or more
         at_least = above[:, None] + np.cumsum(counts[:, ::-1], axis=1)[:, ::-1]
         given = np.minimum(at_least[~own], most[~own, None]).sum(axis=0) + most[own].sum()
@@ -189,12 +189,12 @@ def select(
     lowest = _lowest_ids(blocks, prefix, np.where(contested | (room < tied), room, 0))
     if contested.any():
         room[contested] = _shares({c: lowest[c] for c in lowest if contested[c]}, budget, classes)[contested]
-    cuts = tuple(_cut(int(prefix[c]), int(room[c]), int(tied[c]), lowest.get(c)) for c in range(classes))
-    return Selection(cuts, candidates, tuple(int(n) for n in above + room))
+    thresholds = tuple(_threshold(int(prefix[c]), int(room[c]), int(tied[c]), lowest.get(c)) for c in range(classes))
+    return Selection(thresholds, candidates, tuple(int(n) for n in above + room))
 
 
 def _last_reaching(at_least: Counts, wanted: Counts) -> Counts:
-    """The last column of each row (which fall from left to right) that still reaches what is wanted."""
+    """The last column of each row (which decrease from left to right) that is still at least as large as `wanted`."""
     return (at_least >= wanted[:, None]).sum(axis=1) - 1
 
 
@@ -204,9 +204,9 @@ def _lowest_ids(blocks: Callable[[], Iterable[Block]], bits: Counts, wanted: Cou
     if not found:
         return {}
     for sample_ids, labels, scores in blocks():
-        on_the_cut = np.flatnonzero((ordered_bits(scores) == bits[labels]) & (wanted[labels] > 0))
-        for c in np.unique(labels[on_the_cut]).tolist():
-            found[c].append(np.asarray(sample_ids)[on_the_cut[labels[on_the_cut] == c]])
+        tied = np.flatnonzero((ordered_bits(scores) == bits[labels]) & (wanted[labels] > 0))
+        for c in np.unique(labels[tied]).tolist():
+            found[c].append(np.asarray(sample_ids)[tied[labels[tied] == c]])
             # Now and then, not at every block: the ids that are kept are sorted again each time
             if sum(map(len, found[c])) > 2 * wanted[c] + 65_536:
                 found[c] = [np.sort(np.concatenate(found[c]))[: wanted[c]]]
@@ -214,7 +214,7 @@ def _lowest_ids(blocks: Callable[[], Iterable[Block]], bits: Counts, wanted: Cou
 
 
 def _shares(lowest: dict[int, Ids], budget: int, classes: int) -> Counts:
-    """How many each class gives when the `budget` lowest ids of all classes go."""
+    """How many of each class are among the `budget` lowest ids of all classes."""
     if not lowest:
         return np.zeros(classes, dtype=np.int64)
     first = np.argsort(np.concatenate(list(lowest.values())), kind="stable")[:budget]
@@ -222,10 +222,10 @@ def _shares(lowest: dict[int, Ids], budget: int, classes: int) -> Counts:
     return np.bincount(origin[first], minlength=classes)
 
 
-def _cut(bits: int, takes: int, tied: int, lowest: Ids | None) -> Cut:
-    """The cut that takes all above `bits` and `takes` of the samples tied at it."""
-    if takes == 0:
-        return Cut(min(bits, _NOTHING))
-    if takes == tied or lowest is None:
-        return Cut(bits - 1)
-    return Cut(bits, lowest[takes - 1 : takes].tolist()[0])
+def _threshold(bits: int, selected: int, tied: int, lowest: Ids | None) -> Threshold:
+    """The threshold that selects all above `bits` and this many of the samples tied at it."""
+    if selected == 0:
+        return Threshold(min(bits, _INFINITE))
+    if selected == tied or lowest is None:
+        return Threshold(bits - 1)
+    return Threshold(bits, lowest[selected - 1 : selected].tolist()[0])

@@ -1,11 +1,10 @@
-"""What a run says of its label noise, and a round of itself: for the summary, for sentences, for MLflow."""
+"""The label noise of a run in figures and in a sentence, and the metrics of a round: for the summary and MLflow."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from posttrain.influence import calibration
-from posttrain.influence.calibration import NoiseEstimate
+from posttrain.influence.noise_rate import MIN_CONFIDENT, NoiseEstimate
 from posttrain.schema import Round
 
 
@@ -18,7 +17,7 @@ def noise_metrics(noise: NoiseEstimate) -> dict[str, float]:
         "noise_found": float(noise.found),
         "noise_known": float(noise.doubt is None),
         "noise_most": noise.most,
-        "noise_of_validation": float(noise.source == "held-out"),
+        "noise_of_validation": float(noise.source == "validation"),
     }
 
 
@@ -40,7 +39,7 @@ def noise_sentence(noise: NoiseEstimate) -> str:
     """The estimate of the share of wrong labels, as a clause."""
     if noise.doubt == "few":
         return (
-            f"fewer than {calibration.LEAST_CONFIDENT} validation samples tell nothing of the labels; name a larger "
+            f"fewer than {MIN_CONFIDENT} validation samples tell nothing of the labels; name a larger "
             "data.validation, or raise data.validation_share (better 500 samples)"
         )
     if noise.doubt is not None:
@@ -50,9 +49,9 @@ def noise_sentence(noise: NoiseEstimate) -> str:
         )
     interval = f"{100 * noise.rate:.0f} %, between {100 * noise.low:.0f} and {100 * noise.high:.0f} %"
     if noise.source == "comparison":
-        return f"the live labels are contradicted more often than the held-out ones ({interval})"
+        return f"the live labels are contradicted more often than the validation labels ({interval})"
     seen = (
-        f"of the {noise.counted} {noise.source} samples that the others are surest of, "
+        f"of the {noise.counted} {noise.source} samples with the most confident predictions, "
         f"{noise.disagreeing} have another label"
     )
     return f"{seen} ({interval})" if noise.found else f"{seen}, no more than in a clean set"

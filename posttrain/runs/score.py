@@ -14,8 +14,8 @@ import torch
 from posttrain import policy
 from posttrain.cluster.network import Network
 from posttrain.errors import DataError, StepError
-from posttrain.influence import calibration
-from posttrain.influence.calibration import NoiseEstimate
+from posttrain.influence.noise_model import Prior
+from posttrain.influence.noise_rate import NoiseEstimate
 from posttrain.influence.score_round import PreviousRemovals, score_round
 from posttrain.rounds import State
 from posttrain.runs.context import Run
@@ -55,8 +55,8 @@ def score(run: Run, state: State[Network, Fitted], backbone: str, fitted: Fitted
         step=run.progress.step,
     )
     noise_model, boundary = scored.noise_model, fitted.ensemble
-    if prior.votes is None and noise_model.prior.votes is not None:
-        run.ledger.keep_confident_joint(number, noise_model.prior.votes.numpy())
+    if prior.confident_joint is None and noise_model.prior.confident_joint is not None:
+        run.ledger.keep_confident_joint(number, noise_model.prior.confident_joint.numpy())
     path = run.folder.round(number, "scores.parquet")
     counts = _write_scores(run, scored.tables, boundary.probes[0].count, path)
     metrics = {
@@ -65,10 +65,10 @@ def score(run: Run, state: State[Network, Fitted], backbone: str, fitted: Fitted
         "curvature_is_exact": float(all(kind == "exact" for kind in scored.kinds)),
         **{f"probe_l2_{layer.replace('.', '_')}": l2 for layer, l2 in boundary.members},
         "temperature": noise_model.temperature,
-        "memorisation": noise_model.offset,
+        "memorisation": noise_model.memorisation_offset,
         **noise_metrics(noise_model.noise),
-        "live_noise": noise_model.live_rate,
-        "validation_noise": noise_model.held_out_rate,
+        "live_noise": noise_model.live_noise_rate,
+        "validation_noise": noise_model.validation_noise_rate,
     }
     return Scored(path, counts, noise_model.noise, metrics)
 
@@ -83,15 +83,15 @@ def _previous_removals(run: Run, state: State[Network, Fitted]) -> PreviousRemov
     )
 
 
-def _prior(run: Run, state: State[Network, Fitted]) -> calibration.Prior:
-    """What the first round that found wrong labels saw of them."""
+def _prior(run: Run, state: State[Network, Fitted]) -> Prior:
+    """What the first round that found wrong labels estimated."""
     for done in state.history[1:]:
         joint = run.ledger.confident_joint(done.number)
         if joint is not None:
             rate, validation_rate = (done.metrics[name] for name in ("live_noise", "validation_noise"))
             held = done.metrics["noise_of_validation"]
-            return calibration.Prior(torch.tensor(joint), rate if held else None, validation_rate)
-    return calibration.Prior(held_out_rate=run.previous.validation_noise)
+            return Prior(torch.tensor(joint), rate if held else None, validation_rate)
+    return Prior(validation_noise_rate=run.previous.validation_noise)
 
 
 def _write_scores(run: Run, scored: Iterator[pa.Table], samples: int, path: str) -> np.ndarray:

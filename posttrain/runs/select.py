@@ -12,7 +12,7 @@ import pyarrow.compute
 
 from posttrain import policy
 from posttrain.errors import StepError
-from posttrain.influence.calibration import NoiseEstimate
+from posttrain.influence.noise_rate import NoiseEstimate
 from posttrain.influence.selection import select as selected_by
 from posttrain.live import Live, NewLabels, Removal, Rows
 from posttrain.report.figures import ScoreHistogram
@@ -62,7 +62,7 @@ def select(run: Run, state: State[Any, Any], scored: Scored, *, quota: Quota = N
         for table, (ids, labels, scores) in zip(
             run.folder.row_groups(scored.path), _candidates(run, state.live, scored.path, quota), strict=True
         ):
-            mask = selection.taken(ids, labels, scores)
+            mask = selection.mask(ids, labels, scores)
             values = table[settings.score].to_numpy()
             kept += np.histogram(values[~mask], edges)[0]
             gone += np.histogram(values[mask], edges)[0]

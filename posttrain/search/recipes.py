@@ -55,7 +55,8 @@ def write_values(folder: RunFolder, trials: Sequence[Trial]) -> None:
 def with_shared_features(trials: Sequence[Trial], first: Network, run: Run) -> list[Trial]:
     """The trials with the features of the untouched backbone `first`, which lie in the search's folder, that of `run`.
 
-    One pass over the images writes every layer that any recipe tries. Only another `probe.max_features` makes other features.
+    One pass over the images writes every layer that any recipe tries. Only another `probe.max_features` makes other
+    features.
     """
     from posttrain.runs.embed import features_of
     from posttrain.runs.networks import network_of

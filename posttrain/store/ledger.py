@@ -190,7 +190,7 @@ class Ledger:
         return pa.concat_tables([of_none, *(self.folder.read_table(path, columns) for path in paths)])
 
     def keep_confident_joint(self, number: int, joint: np.ndarray) -> None:
-        """Write down `NoiseModel.votes` of a round, [classes, classes], as {class, label, samples}."""
+        """Write down `NoiseModel.confident_joint` of a round, [classes, classes], as {class, label, samples}."""
         classes = np.arange(len(joint), dtype=np.int32)
         columns = np.repeat(classes, len(classes)), np.tile(classes, len(classes)), joint.flatten()
         table = pa.table(dict(zip(("class", "label", "samples"), columns, strict=True)))

@@ -17,7 +17,7 @@ from pipelines.benchmarks.cases import Case, Data
 from pipelines.benchmarks.detection_findings import AFTER_FOLDS, DEFAULT, Removed, removed, table
 from pipelines.benchmarks.detection_report import report
 from pipelines.benchmarks.ours import Ours
-from posttrain.influence.calibration import NoiseEstimate
+from posttrain.influence.noise_rate import NoiseEstimate
 
 NOISY = Case("digits", "symmetric 40", "memorised", 0)
 CLEAN = Case("digits", "clean", "memorised", 0)

@@ -105,7 +105,7 @@ def scored(
 def selected(labels: np.ndarray, ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
     block = (ids, labels, scores)
     found = select(lambda: [block], classes=CLASSES, at_most=40, caps=np.full(CLASSES, 15), threshold=0.0)
-    return ids[found.taken(*block)]
+    return ids[found.mask(*block)]
 
 
 @pytest.mark.parametrize("exact_limit", [2048, 0])

@@ -253,7 +253,7 @@ def test_clean_digits_lose_nothing_and_a_network_that_is_good_stays_as_it_is(
     )
     summary = clean(config, quiet=True)
     assert summary["removed"] == summary["relabelled"] == 0
-    assert re.search(r"of the \d+ held-out samples .* no more than in a clean set", summary["ended"])
+    assert re.search(r"of the \d+ validation samples .* no more than in a clean set", summary["ended"])
     assert summary["noise"]["found"] is False and summary["noise"]["rate"] == 0
     assert summary["validation_accuracy_after"] >= summary["validation_accuracy_before"]
     pretrained = (tmp_path / "run" / "pretrained" / "model.safetensors").read_bytes()

@@ -27,7 +27,8 @@ from posttrain.cluster.views import View
 from posttrain.cluster.workers import Workers
 from posttrain.errors import StepError
 from posttrain.influence import curvature, ensemble, probe
-from posttrain.influence.calibration import NoiseEstimate, NoiseModel
+from posttrain.influence.noise_model import NoiseModel
+from posttrain.influence.noise_rate import NoiseEstimate
 from posttrain.influence.score_round import ScoringPlan
 from posttrain.live import Live, Rows
 from posttrain.runs.stored_samples import StoredSamples

@@ -80,14 +80,14 @@ class Plain:
 
     def __call__(self, features: Tensor, acting: Tensor) -> Influence:
         pairs = list(zip(features, acting, strict=True))
-        shifts = [self.leverage(h) @ x for h, x in pairs]
+        deltas = [self.leverage(h) @ x for h, x in pairs]
         norms = [(self.inverse @ torch.kron(x, h)).square().sum() for h, x in pairs]
-        return Influence(acting, torch.stack(shifts), torch.stack(norms))
+        return Influence(acting, torch.stack(deltas), torch.stack(norms))
 
 
 def assert_same(found: Influence, known: Influence, *, rtol: float = 1e-4, atol: float = 1e-6) -> None:
     # H^-1 is kept in float32
-    for name in ("loo_residual", "shift", "solved_norm"):
+    for name in ("loo_residual", "loo_logit_delta", "solved_norm"):
         a, b = getattr(found, name), getattr(known, name)
         torch.testing.assert_close(
             a, b, rtol=rtol, atol=atol, check_dtype=False, msg=lambda m, name=name: f"{name}: {m}"
@@ -264,7 +264,7 @@ def test_float32_features_give_the_influence_of_float64_ones(small: Small, kind:
     reduce = over_blocks(small.features.float(), small.labels, 7)
     rounded = (small.features.float(), small.residual.float(), small.probabilities.float())
     single = measure(reduce, small.probe, kind).influence(*rounded)
-    assert single.solved_norm.dtype == single.shift.dtype == torch.float32
+    assert single.solved_norm.dtype == single.loo_logit_delta.dtype == torch.float32
     assert_same(single, double, rtol=1e-3, atol=1e-4)
 
 

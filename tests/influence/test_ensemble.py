@@ -1,4 +1,4 @@
-"""The ensemble: which probes draw the boundary, and that it is one linear head."""
+"""The ensemble: which probes are its members, and that it is one linear head."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from posttrain.errors import FeaturelessError
 from posttrain.influence import calibration
+from posttrain.influence.calibration import validation_sums
 from posttrain.influence.curvature import measure
 from posttrain.influence.ensemble import (
     Fit,
@@ -25,7 +26,6 @@ from posttrain.influence.ensemble import (
     refit,
     stacked,
     standardizers_of,
-    validation_sums,
 )
 from posttrain.influence.probe import Probe, Reduce, Standardizer
 from posttrain.influence.scores import evidence
@@ -51,7 +51,7 @@ class Layered:
 
 
 def halves(features: dict[str, Tensor], labels: Tensor, live: int) -> tuple[Layered, Layered]:
-    """(live, held out)."""
+    """(live, validation)."""
     first = {name: of[:live] for name, of in features.items()}
     rest = {name: of[live:] for name, of in features.items()}
     return Layered(first, labels[:live]), Layered(rest, labels[live:])
@@ -59,7 +59,7 @@ def halves(features: dict[str, Tensor], labels: Tensor, live: int) -> tuple[Laye
 
 @pytest.fixture(scope="module")
 def seen() -> tuple[Layered, Layered]:
-    """Digits, a fifth of the labels flipped, as pixels and as random units: 500 live, 300 held out."""
+    """Digits, a fifth of the labels flipped, as pixels and as random units: 500 live, 300 validation."""
     pixels, units = digits(800), digits(800, units=32)
     return halves({"pixels": pixels.raw, "units": units.raw}, pixels.labels, 500)
 
@@ -130,14 +130,14 @@ def test_the_parts_of_features_side_by_side_are_each_members_own(seen: tuple[Lay
 
 
 def test_each_layer_is_standardised_as_scikit_learn_does(seen: tuple[Layered, Layered]):
-    live, held_out = seen
+    live, validation = seen
     for layer, found in zip(("units", "pixels"), standardizers_of(live, ("units", "pixels")), strict=True):
         known = StandardScaler().fit(live.features[layer].numpy())
-        there = np.asarray(known.transform(held_out.features[layer].numpy()))
-        np.testing.assert_allclose(found(held_out.features[layer], torch.float64)[:, :-1].numpy(), there, atol=1e-9)
+        there = np.asarray(known.transform(validation.features[layer].numpy()))
+        np.testing.assert_allclose(found(validation.features[layer], torch.float64)[:, :-1].numpy(), there, atol=1e-9)
 
 
-def test_a_boundary_reports_the_held_out_loss_and_accuracy_of_the_mean_logits(
+def test_a_boundary_reports_the_validation_loss_and_accuracy_of_the_mean_logits(
     seen: tuple[Layered, Layered], both: ProbeEnsemble
 ):
     logits, labels = mean_logits(both, seen[1]), seen[1].labels
@@ -157,21 +157,21 @@ def test_a_refit_of_a_boundarys_members_is_the_boundary_to_the_last_bit(
 def test_a_refit_keeps_layers_and_l2s_whatever_the_live_samples_are(
     seen: tuple[Layered, Layered], boundary: ProbeEnsemble
 ):
-    live, held_out = seen
+    live, validation = seen
     fewer = Layered({name: of[::2] for name, of in live.features.items()}, live.labels[::2])
-    again = refit(fewer, held_out, boundary.members, classes=10)
+    again = refit(fewer, validation, boundary.members, classes=10)
     assert again.members == boundary.members
     assert [probe.count for probe in again.probes] == [250] * len(boundary.layers)
 
 
-# -- whom the held-out samples choose ----------------------------------------------------------------------
+# -- whom the validation samples choose ----------------------------------------------------------------------
 
 
 def three_layers(seed: int) -> tuple[Layered, Layered]:
-    """600 live and 400 held-out samples of 3 classes, a fifth labelled wrongly.
+    """600 live and 400 validation samples of 3 classes, a fifth labelled wrongly.
 
     `good` shows the class, `noise` nothing; `memorised` shows the given label of the live samples, and of the
-    held-out ones a label drawn at random, as a layer does that learnt its labels by heart.
+    validation samples a label drawn at random, as a layer does that learnt its labels by heart.
     """
     drawn = np.random.default_rng(seed)
     true = drawn.integers(0, 3, 1000)
@@ -187,9 +187,9 @@ def three_layers(seed: int) -> tuple[Layered, Layered]:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_memorised_layer_is_not_chosen_though_its_own_samples_speak_for_it(seed: int):
-    live, held_out = three_layers(seed)
+    live, validation = three_layers(seed)
     names = ("memorised", "noise", "good")
-    found = choose(live, held_out, candidates=[(name, d) for name in names for d in (0.01, 0.1)], classes=3)
+    found = choose(live, validation, candidates=[(name, d) for name in names for d in (0.01, 0.1)], classes=3)
     assert found.layers[0] == "good"
     assert "memorised" not in found.layers
     in_sample, left_out = {}, {}
@@ -204,7 +204,7 @@ def test_a_memorised_layer_is_not_chosen_though_its_own_samples_speak_for_it(see
     assert min(left_out, key=lambda layer: left_out[layer]) == "memorised"
 
 
-def test_the_held_out_labels_alone_decide():
+def test_the_validation_labels_alone_decide():
     drawn = np.random.default_rng(0)
     one, other = drawn.integers(0, 2, (2, 900))
     # on the live samples both layers show the label equally well
@@ -213,24 +213,24 @@ def test_the_held_out_labels_alone_decide():
     features = {name: torch.from_numpy(np.eye(2)[of] + 0.5 * drawn.normal(size=(900, 2))) for name, of in shown.items()}
     candidates = [("one", 0.1), ("other", 0.1)]
     for name, labels in shown.items():
-        live, held_out = halves(features, torch.from_numpy(labels), 600)
-        assert choose(live, held_out, candidates=candidates, classes=2).layers == (name,)
+        live, validation = halves(features, torch.from_numpy(labels), 600)
+        assert choose(live, validation, candidates=candidates, classes=2).layers == (name,)
 
 
-def test_every_candidate_is_reported_with_its_own_held_out_figures(
+def test_every_candidate_is_reported_with_its_own_validation_figures(
     seen: tuple[Layered, Layered], boundary: ProbeEnsemble
 ):
-    live, held_out = seen
+    live, validation = seen
     assert sorted((fit.layer, fit.l2) for fit in boundary.tried) == sorted(CANDIDATES)
     for fit in boundary.tried:
         (standardizer,) = standardizers_of(live, (fit.layer,))
-        logits = standardizer(held_out.features[fit.layer], torch.float64) @ fit.probe.weights.T
-        assert fit.loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, held_out.labels)), rel=1e-9)
-        right = (logits.argmax(dim=1) == held_out.labels).double().mean()
+        logits = standardizer(validation.features[fit.layer], torch.float64) @ fit.probe.weights.T
+        assert fit.loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, validation.labels)), rel=1e-9)
+        right = (logits.argmax(dim=1) == validation.labels).double().mean()
         assert fit.accuracy == pytest.approx(float(right), rel=1e-12)
 
 
-def test_a_committee_is_at_most_an_error_worse_than_its_best_member(boundary: ProbeEnsemble):
+def test_an_ensemble_is_at_most_an_error_worse_than_its_best_member(boundary: ProbeEnsemble):
     # each join may cost one standard error; these two help
     assert boundary.loss <= min(fit.loss for fit in boundary.tried) + 0.02
     assert set(boundary.members) <= set(CANDIDATES)
@@ -255,7 +255,7 @@ def test_the_order_of_the_candidates_does_not_matter(seen: tuple[Layered, Layere
     torch.testing.assert_close(again.weights, boundary.weights, rtol=0, atol=1e-9)
 
 
-def test_the_most_members_are_kept_to_by_a_draw(seen: tuple[Layered, Layered]):
+def test_no_more_members_are_chosen_than_the_most(seen: tuple[Layered, Layered]):
     found = choose(*seen, candidates=CANDIDATES, classes=10, most=1)
     assert found.members == (min((fit.loss, (fit.layer, fit.l2)) for fit in found.tried)[1],)
 
@@ -317,7 +317,7 @@ def test_there_are_never_more_than_the_most_members(most: int):
     assert len(asked) == most - 1
 
 
-def test_of_a_layer_the_l2_with_the_lowest_held_out_loss_stands_for_it():
+def test_of_a_layer_the_l2_with_the_lowest_validation_loss_stands_for_it():
     change, _ = scripted([(0.0, 0.1)])
     fits = [a_fit("a", 0.3, 1.0), a_fit("a", 0.1, 0.1), a_fit("a", 0.2, 0.01), a_fit("b", 0.15, 1.0)]
     assert [(fit.layer, fit.l2) for fit in choose_members(fits, COLUMNS, 10, change)] == [("a", 0.1), ("b", 1.0)]
@@ -332,15 +332,15 @@ def test_ties_go_to_the_one_that_was_tried_first():
 def test_the_change_in_loss_and_its_error_are_those_of_paired_samples(
     seen: tuple[Layered, Layered], both: ProbeEnsemble
 ):
-    held_out = seen[1]
-    features = held_out.side_by_side(both.layers, both.standardizers)
+    validation = seen[1]
+    features = validation.side_by_side(both.layers, both.standardizers)
     before = stacked([both.probes[0].weights, torch.zeros(10, 65)])
-    sums = held_out.standardised(both.layers, both.standardizers)(paired_losses, before, both.weights)
+    sums = validation.standardised(both.layers, both.standardizers)(paired_losses, before, both.weights)
     mean, error = mean_and_error(*sums)
 
     def losses(weights: Tensor) -> np.ndarray:
         p = (features @ weights.T).softmax(dim=1).numpy()
-        return -np.log(p[np.arange(300), held_out.labels.numpy()])
+        return -np.log(p[np.arange(300), validation.labels.numpy()])
 
     difference = losses(both.weights) - losses(before)
     assert mean == pytest.approx(difference.mean(), rel=1e-9)
@@ -352,17 +352,19 @@ def test_equal_values_have_no_error_though_their_sums_are_rounded():
     assert mean_and_error(count, value + value + value, 3 * value.square())[1] == pytest.approx(0, abs=1e-8)
 
 
-# -- the calibration_sums of the held-out samples --------------------------------------------------------------------
+# -- the calibration_sums of the validation samples --------------------------------------------------------------------
 
 
-def test_the_held_out_audit_is_the_survey_of_the_boundarys_logits(seen: tuple[Layered, Layered], both: ProbeEnsemble):
-    held_out = seen[1]
-    found, temperature = validation_sums(held_out.standardised(both.layers, both.standardizers), both.weights)
-    expected = calibration.calibration_sums(mean_logits(both, held_out), held_out.labels, temperature)
-    for part, known in zip(found.sums(), expected, strict=True):
+def test_validation_sums_are_the_calibration_sums_of_the_ensembles_logits(
+    seen: tuple[Layered, Layered], both: ProbeEnsemble
+):
+    validation = seen[1]
+    found, temperature = validation_sums(validation.standardised(both.layers, both.standardizers), both.weights)
+    expected = calibration.calibration_sums(mean_logits(both, validation), validation.labels, temperature)
+    for part, known in zip(vars(found).values(), expected, strict=True):
         torch.testing.assert_close(part, known)
 
     def loss(t: float) -> float:
-        return float(torch.nn.functional.cross_entropy(t * mean_logits(both, held_out), held_out.labels))
+        return float(torch.nn.functional.cross_entropy(t * mean_logits(both, validation), validation.labels))
 
     assert loss(temperature) <= min(loss(0.99 * temperature), loss(1.01 * temperature))

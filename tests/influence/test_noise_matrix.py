@@ -11,9 +11,18 @@ import torch
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
-from posttrain.influence import calibration, noise_matrix
-from posttrain.influence.calibration import CalibrationSums, NoiseModel, Prior
-from posttrain.influence.ensemble import with_transition
+from posttrain.influence import noise_matrix
+from posttrain.influence.calibration import CalibrationSums, calibration_sums
+from posttrain.influence.noise_model import (
+    UNKNOWN,
+    NoiseModel,
+    PosteriorSums,
+    Prior,
+    estimate_noise_model,
+    posterior_sums,
+    with_transition,
+)
+from posttrain.influence.noise_rate import NoiseEstimate
 from posttrain.influence.probe import in_memory
 
 
@@ -51,51 +60,51 @@ class Simulated:
 
 
 def calibrated(
-    held_out: Simulated, live: Simulated, *, memory: float = 0.0, kept: Tensor | None = None, **removed: Any
+    validation: Simulated, live: Simulated, *, memory: float = 0.0, kept: Tensor | None = None, **removed: Any
 ) -> tuple[NoiseModel, Tensor]:
-    """The noise_model by those of the live samples that are kept, and the logits of all, which remember their labels.
+    """The noise model by those of the live samples that are kept, and the logits of all, which remember their labels.
 
-    `removed`: what `calibration.noise_model` is told of the others.
+    `removed`: what `estimate_noise_model` is told of the others.
     """
     logits = live.logits + memory * torch.nn.functional.one_hot(live.labels, live.logits.shape[1])
     own = slice(None) if kept is None else kept
     mine, given = logits[own], live.labels[own]
-    surveys = [
-        CalibrationSums(*calibration.calibration_sums(z, y, 1.0))
-        for z, y in ((held_out.logits, held_out.labels), (mine, given))
+    sums = [
+        CalibrationSums(*calibration_sums(z, y, 1.0))
+        for z, y in ((validation.logits, validation.labels), (mine, given))
     ]
 
-    def posterior_sums(by: NoiseModel) -> calibration.PosteriorSums:
-        return calibration.PosteriorSums(*calibration.posterior_sums(by, mine, given))
+    def sums_under(model: NoiseModel) -> PosteriorSums:
+        return PosteriorSums(*posterior_sums(model, mine, given))
 
     unit = torch.eye(logits.shape[1], dtype=torch.float64)
-    reduce = in_memory(held_out.logits, held_out.labels, 501)
-    found = calibration.estimate(surveys[0], surveys[1], 1.0, **removed)
-    return with_transition(found, reduce, unit, posterior_sums, removed.get("prior", calibration.UNKNOWN)), logits
+    reduce = in_memory(validation.logits, validation.labels, 501)
+    found = estimate_noise_model(sums[0], sums[1], 1.0, **removed)
+    return with_transition(found, reduce, unit, sums_under, removed.get("prior", UNKNOWN)), logits
 
 
-# -- votes -------------------------------------------------------------------------------------------------
+# -- joint -------------------------------------------------------------------------------------------------
 
 
-def test_votes_are_powers_of_the_probabilities_by_given_label_and_add_up():
+def test_the_confident_joint_holds_powers_of_the_probabilities_by_given_label_and_add_up():
     live = Simulated(60, symmetric(4, 0.3), apart=1.0, seed=0)
-    votes = np.zeros((4, 4))
+    joint = np.zeros((4, 4))
     for p, y in zip(live.p.tolist(), live.labels.tolist(), strict=True):
         for c in range(4):
-            votes[c, y] += p[c] ** 4
-    whole = noise_matrix.votes(live.p, live.labels)
-    np.testing.assert_allclose(whole.numpy(), votes, rtol=1e-12)
-    parts = [noise_matrix.votes(p, y) for p, y in zip(live.p.split(7), live.labels.split(7), strict=True)]
+            joint[c, y] += p[c] ** 4
+    whole = noise_matrix.confident_joint(live.p, live.labels)
+    np.testing.assert_allclose(whole.numpy(), joint, rtol=1e-12)
+    parts = [noise_matrix.confident_joint(p, y) for p, y in zip(live.p.split(7), live.labels.split(7), strict=True)]
     torch.testing.assert_close(torch.stack(parts).sum(dim=0), whole)
-    assert float(noise_matrix.votes(live.p[:0], live.labels[:0]).abs().sum()) == 0
+    assert float(noise_matrix.confident_joint(live.p[:0], live.labels[:0]).abs().sum()) == 0
 
 
 # -- T -----------------------------------------------------------------------------------------------------
 
 
-def by_hand(votes: np.ndarray, count: float, rate: float) -> np.ndarray:
-    classes = len(votes)
-    joint = votes * (count / votes.sum())
+def by_hand(joint: np.ndarray, count: float, rate: float) -> np.ndarray:
+    classes = len(joint)
+    joint = joint * (count / joint.sum())
     size = joint.sum(axis=1)
     found = np.zeros((classes, classes))
     for c in range(classes):
@@ -121,40 +130,40 @@ def by_hand(votes: np.ndarray, count: float, rate: float) -> np.ndarray:
 @pytest.mark.parametrize("classes", [2, 3, 10])
 @pytest.mark.parametrize("rate", [0.05, 0.4])
 def test_the_estimate_equals_a_plain_loop(classes: int, rate: float):
-    votes = np.random.default_rng(classes).gamma(0.5, 40.0, size=(classes, classes)) + 50 * np.eye(classes)
-    found = noise_matrix.estimate(torch.from_numpy(votes * (3000 / votes.sum())), rate)
-    np.testing.assert_allclose(found.numpy(), by_hand(votes, 3000.0, rate), rtol=1e-9)
+    joint = np.random.default_rng(classes).gamma(0.5, 40.0, size=(classes, classes)) + 50 * np.eye(classes)
+    found = noise_matrix.estimate(torch.from_numpy(joint * (3000 / joint.sum())), rate)
+    np.testing.assert_allclose(found.numpy(), by_hand(joint, 3000.0, rate), rtol=1e-9)
     torch.testing.assert_close(found.sum(dim=1), torch.ones(classes).double())
     torch.testing.assert_close(found.diagonal(), torch.full((classes,), 1 - rate).double())
 
 
 @pytest.mark.parametrize("sizes", [[100, 100, 100, 100], [1000, 300, 30, 10]], ids=["balanced", "100:1"])
 @pytest.mark.parametrize("rate", [0.0, 0.2, 0.5])
-def test_confusions_that_go_both_ways_alike_have_no_direction(sizes: list[int], rate: float):
+def test_confusions_that_go_both_ways_alike_has_no_direction(sizes: list[int], rate: float):
     alike = np.eye(4)
     alike[:2, :2] = [[0.7, 0.3], [0.3, 0.7]]
     for confusion in (symmetric(4, rate), alike):
-        votes = torch.from_numpy(np.array(sizes, dtype=float)[:, None] * confusion)
-        found = noise_matrix.estimate(votes, rate)
+        joint = torch.from_numpy(np.array(sizes, dtype=float)[:, None] * confusion)
+        found = noise_matrix.estimate(joint, rate)
         np.testing.assert_allclose(found.numpy(), symmetric(4, rate), atol=1e-12)
 
 
 def test_one_wrong_label_in_a_class_of_two_says_nothing_and_the_same_share_of_many_much():
-    votes = np.diag([500.0, 500.0, 1.0])
-    votes[2, 0] = 1.0
-    found = noise_matrix.estimate(torch.from_numpy(votes), 0.2)
-    votes[2] *= 100
-    sure = noise_matrix.estimate(torch.from_numpy(votes), 0.2)
+    joint = np.diag([500.0, 500.0, 1.0])
+    joint[2, 0] = 1.0
+    found = noise_matrix.estimate(torch.from_numpy(joint), 0.2)
+    joint[2] *= 100
+    sure = noise_matrix.estimate(torch.from_numpy(joint), 0.2)
     assert float(found[2, 0]) == pytest.approx(0.1)
     assert float(sure[2, 0]) > 0.18
 
 
-def test_votes_without_a_class_or_of_one_class_alone_have_no_direction():
-    votes = np.zeros((4, 4))
-    votes[:3, :3] = 50 * symmetric(3, 0.2)
+def test_a_confident_joint_without_a_class_or_of_one_class_alone_has_no_direction():
+    joint = np.zeros((4, 4))
+    joint[:3, :3] = 50 * symmetric(3, 0.2)
     single = np.zeros((4, 4))
     single[2, 2] = 100
-    for of in (votes, single, np.zeros((4, 4))):
+    for of in (joint, single, np.zeros((4, 4))):
         found = noise_matrix.estimate(torch.from_numpy(of), 0.2)
         np.testing.assert_allclose(found.numpy(), symmetric(4, 0.2), atol=1e-12)
 
@@ -173,12 +182,12 @@ def test_a_label_is_never_held_to_be_wrong_always(rate: float):
     "noise", [symmetric(10, 0.3), paired(10, 0.2), paired(10, 0.4), mixed(10, 0.3)], ids=["any", "20", "40", "both"]
 )
 def test_the_matrix_by_which_labels_were_drawn_is_found_again(noise: np.ndarray, memory: float, apart: float):
-    held_out = Simulated(4000, noise, apart=apart, seed=0)
-    found, _ = calibrated(held_out, Simulated(8000, noise, apart=apart, seed=1), memory=memory)
+    validation = Simulated(4000, noise, apart=apart, seed=0)
+    found, _ = calibrated(validation, Simulated(8000, noise, apart=apart, seed=1), memory=memory)
     # the rate is known to a few hundredths, a tenth of it has no direction in any case, and where classes overlap a
     # part of what is confused one way is still taken for confusion
     assert float((found.transition - torch.from_numpy(noise)).abs().max()) < (0.1 if apart > 2 else 0.12)
-    torch.testing.assert_close(found.held_out_transition, found.transition)
+    torch.testing.assert_close(found.validation_transition, found.transition)
 
 
 # -- from labels to classes --------------------------------------------------------------------------------
@@ -213,21 +222,21 @@ def test_each_step_makes_the_labels_likelier(monkeypatch: pytest.MonkeyPatch):
 
 def test_the_sharpness_losses_equal_a_plain_loop_and_add_up():
     noise = torch.from_numpy(mixed(4, 0.3))
-    held_out = Simulated(40, noise.numpy(), apart=1.0, seed=0)
+    validation = Simulated(40, noise.numpy(), apart=1.0, seed=0)
     unit, at = torch.eye(4).double(), torch.tensor(0.7, dtype=torch.float64)
-    count, losses = noise_matrix.sharpness_losses(held_out.logits, held_out.labels, unit, at, noise)
+    count, losses = noise_matrix.sharpness_losses(validation.logits, validation.labels, unit, at, noise)
     assert float(count) == 40
-    p = noise_matrix.noise_corrected((0.7 * held_out.logits).softmax(dim=1), noise)
+    p = noise_matrix.noise_corrected((0.7 * validation.logits).softmax(dim=1), noise)
     for k in (0, 20, 56):
         s = 0.25 * 48 ** (k / 56)
         known = 0.0
-        for row, y in zip(p.tolist(), held_out.labels.tolist(), strict=True):
+        for row, y in zip(p.tolist(), validation.labels.tolist(), strict=True):
             sharper = [c**s for c in row]
             known -= math.log(sum(c * float(noise[i, y]) for i, c in enumerate(sharper)) / sum(sharper))
         assert float(losses[k]) == pytest.approx(known, rel=1e-9)
     parts = [
         noise_matrix.sharpness_losses(z, y, unit, at, noise)[1]
-        for z, y in zip(held_out.logits.split(7), held_out.labels.split(7), strict=True)
+        for z, y in zip(validation.logits.split(7), validation.labels.split(7), strict=True)
     ]
     torch.testing.assert_close(torch.stack(parts).sum(dim=0), losses)
 
@@ -235,12 +244,12 @@ def test_the_sharpness_losses_equal_a_plain_loop_and_add_up():
 @pytest.mark.parametrize("flattened", [0.4, 0.7, 1.0])
 def test_probes_that_are_less_sure_of_a_class_than_they_might_be_are_found_out(flattened: float):
     noise = symmetric(6, 0.3)
-    held_out = Simulated(20_000, noise, apart=2.0, seed=0)
-    p = (held_out.p**flattened) / (held_out.p**flattened).sum(dim=1, keepdim=True)
+    validation = Simulated(20_000, noise, apart=2.0, seed=0)
+    p = (validation.p**flattened) / (validation.p**flattened).sum(dim=1, keepdim=True)
     logits = (p @ torch.from_numpy(noise)).log()
     one = torch.tensor(1.0, dtype=torch.float64)
     _, losses = noise_matrix.sharpness_losses(
-        logits, held_out.labels, torch.eye(6).double(), one, torch.from_numpy(noise)
+        logits, validation.labels, torch.eye(6).double(), one, torch.from_numpy(noise)
     )
     assert noise_matrix.best_sharpness(losses) == pytest.approx(1 / flattened, rel=0.15)
 
@@ -259,7 +268,7 @@ def test_where_no_sharpness_is_better_than_another_there_is_none():
 def test_the_odds_of_a_wrong_label_are_calibrated(noise: np.ndarray, apart: float):
     live = Simulated(10_000, noise, apart=apart, seed=1)
     found, logits = calibrated(Simulated(4000, noise, apart=apart, seed=0), live)
-    likely = torch.sigmoid(found.judge(logits, live.labels).mislabel_odds).numpy()
+    likely = torch.sigmoid(found.posterior(logits, live.labels).mislabel_odds).numpy()
     bins = np.minimum((10 * likely).astype(int), 9)
     error = sum(abs((likely - live.wrong)[bins == b].sum()) for b in range(10)) / len(likely)
     assert error < 0.06
@@ -269,10 +278,10 @@ def test_the_odds_are_those_of_bayes_where_everything_is_known():
     noise = mixed(5, 0.3)
     live = Simulated(500, noise, apart=2.0, seed=1)
     known_t = torch.from_numpy(noise)
-    estimate = calibration.NoiseEstimate(0.3, 0.2, 0.4, 0.5, 30, 100, found=True)
+    estimate = NoiseEstimate(0.3, 0.2, 0.4, 0.5, 30, 100, found=True)
     found = (
         NoiseModel(1.0, 0.0, estimate, 0.3, 0.3, 0.3, known_t, known_t, known_t)
-        .judge(live.logits, live.labels)
+        .posterior(live.logits, live.labels)
         .mislabel_odds
     )
     joint = live.p * known_t.T[live.labels]
@@ -292,7 +301,7 @@ def test_more_pair_flips_are_found_than_by_the_margin_and_no_fewer_symmetric_one
     found, logits = calibrated(Simulated(3000, noise, apart=2.0, seed=0, sizes=sizes), live, memory=1.0)
     own = logits.gather(1, live.labels[:, None])[:, 0]
     margin = logits.scatter(1, live.labels[:, None], -torch.inf).max(dim=1).values - own
-    odds = found.judge(logits, live.labels).mislabel_odds
+    odds = found.posterior(logits, live.labels).mislabel_odds
     ours, plain = (float(average_precision_score(live.wrong, score.numpy())) for score in (odds, margin))
     assert ours >= plain + gain
 
@@ -306,7 +315,10 @@ def test_under_pair_flips_more_suggestions_are_the_true_class_than_without_direc
         suggested = p.scatter(1, live.labels[:, None], -torch.inf).argmax(dim=1)
         return float((suggested == live.true).numpy()[live.wrong].mean())
 
-    assert right(found.judge(logits, live.labels).posterior) > right(found.probabilities(logits, live.labels)) + 0.05
+    assert (
+        right(found.posterior(logits, live.labels).class_posterior)
+        > right(found.probabilities(logits, live.labels)) + 0.05
+    )
 
 
 # -- rounds ------------------------------------------------------------------------------------------------
@@ -322,21 +334,21 @@ def test_under_pair_flips_more_suggestions_are_the_true_class_than_without_direc
     ],
 )
 def test_directions_do_not_fade_as_the_labels_that_went_them_are_removed(noise: np.ndarray, memory: float):
-    held_out = Simulated(4000, noise, apart=2.0, seed=0)
+    validation = Simulated(4000, noise, apart=2.0, seed=0)
     live = Simulated(8000, noise, apart=2.0, seed=1)
-    kept, support = torch.ones(8000, dtype=torch.bool), 0.0
-    first, logits = calibrated(held_out, live, memory=memory)
+    kept, self_confidence = torch.ones(8000, dtype=torch.bool), 0.0
+    first, logits = calibrated(validation, live, memory=memory)
     found, wrong = first, torch.from_numpy(live.wrong)
-    whole = first.judge(logits, live.labels).mislabel_odds > 0
+    whole = first.posterior(logits, live.labels).mislabel_odds > 0
     faded: list[float] = []
     for _ in range(5):
-        odds = found.judge(logits, live.labels).mislabel_odds.masked_fill(~kept, -torch.inf)
+        odds = found.posterior(logits, live.labels).mislabel_odds.masked_fill(~kept, -torch.inf)
         gone = odds.argsort(descending=True)[:800]
         gone = gone[odds[gone] > 0]
         own = found.probabilities(logits[gone], live.labels[gone]).gather(1, live.labels[gone][:, None])
-        support, kept = support + float(own.sum()), kept.index_fill(0, gone, False)
-        removed = {"removed": int((~kept).sum()), "removed_support": support, "prior": first.prior}
-        found, _ = calibrated(held_out, live, memory=memory, kept=kept, **removed)
+        self_confidence, kept = self_confidence + float(own.sum()), kept.index_fill(0, gone, False)
+        removed = {"removed": int((~kept).sum()), "removed_self_confidence": self_confidence, "prior": first.prior}
+        found, _ = calibrated(validation, live, memory=memory, kept=kept, **removed)
         faded.append(float((found.transition - first.transition).abs().max()))
     # no more than by half
     assert max(faded) < 0.6 * float((noise - np.diag(np.diag(noise))).max())
@@ -348,26 +360,29 @@ def test_directions_do_not_fade_as_the_labels_that_went_them_are_removed(noise: 
 
 def test_a_prior_and_the_live_samples_tell_half_each():
     first, live = torch.tensor([[30.0, 10.0], [0.0, 60.0]]).double(), torch.tensor([[3.0, 0.0], [0.0, 1.0]]).double()
-    torch.testing.assert_close(Prior().joined(live, 80.0), 20 * live)
-    torch.testing.assert_close(Prior(first).joined(live, 80.0), (first + 25 * live) / 2)
-    torch.testing.assert_close(Prior(first).joined(0 * live, 0.0), first / 2)
+    torch.testing.assert_close(Prior().averaged(live, 80.0), 20 * live)
+    torch.testing.assert_close(Prior(first).averaged(live, 80.0), (first + 25 * live) / 2)
+    torch.testing.assert_close(Prior(first).averaged(0 * live, 0.0), first / 2)
 
 
 def test_a_round_that_found_nothing_holds_nothing():
     clean = Simulated(4000, symmetric(10, 0.0), apart=3.0, seed=0)
     found, _ = calibrated(clean, Simulated(4000, symmetric(10, 0.0), apart=3.0, seed=1))
-    assert not found.noise.found and found.prior == calibration.UNKNOWN
+    assert not found.noise.found and found.prior == UNKNOWN
 
 
-def test_rates_hold_where_they_are_of_the_held_out_labels():
+def test_rates_hold_where_they_are_of_the_validation_labels():
     noise = symmetric(10, 0.3)
-    held_out, live = (Simulated(4000, noise, apart=3.0, seed=seed) for seed in (0, 1))
-    found, _ = calibrated(held_out, live)
-    assert (found.prior.live_rate, found.prior.held_out_rate) == (found.live_rate, found.held_out_rate)
+    validation, live = (Simulated(4000, noise, apart=3.0, seed=seed) for seed in (0, 1))
+    found, _ = calibrated(validation, live)
+    assert (found.prior.live_noise_rate, found.prior.validation_noise_rate) == (
+        found.live_noise_rate,
+        found.validation_noise_rate,
+    )
     # somebody has looked through these
-    held_out.labels = held_out.true
-    held_out.logits = held_out.p.clamp_min(1e-300).log()
+    validation.labels = validation.true
+    validation.logits = validation.p.clamp_min(1e-300).log()
     live.logits = live.p.clamp_min(1e-300).log()
-    found, _ = calibrated(held_out, live)
-    assert found.noise.source == "live" and found.live_rate == pytest.approx(0.3, abs=0.05)
-    assert (found.prior.live_rate, found.prior.held_out_rate) == (None, 0.0)
+    found, _ = calibrated(validation, live)
+    assert found.noise.source == "live" and found.live_noise_rate == pytest.approx(0.3, abs=0.05)
+    assert (found.prior.live_noise_rate, found.prior.validation_noise_rate) == (None, 0.0)

@@ -19,9 +19,10 @@ from refits import CLASSES, Problem, digits, grouped_digits, over_blocks, refits
 from scipy.stats import rankdata
 from torch import Tensor
 
-from posttrain.influence.calibration import NoiseEstimate, NoiseModel
 from posttrain.influence.curvature import EkfacCurvature, Kind, loo_residual, measure
 from posttrain.influence.ensemble import stacked
+from posttrain.influence.noise_model import NoiseModel
+from posttrain.influence.noise_rate import NoiseEstimate
 from posttrain.influence.probe import Probe, Standardizer, fit, moments, residuals
 from posttrain.influence.scores import SCORES, Evidence, Score, evidence, joint_evidence, label_margin
 
@@ -56,9 +57,9 @@ def fitted(problem: Problem) -> Probe:
 
 
 def evidence_of(problem: Problem, probe: Probe, kind: Kind) -> Evidence:
-    draw = torch.from_numpy(np.random.default_rng(9).random(len(problem.labels)))
+    uniform = torch.from_numpy(np.random.default_rng(9).random(len(problem.labels)))
     curvature = measure(problem.reduce, probe, kind)
-    return evidence(problem.features, problem.labels, probe.weights, curvature, draw)
+    return evidence(problem.features, problem.labels, probe.weights, curvature, uniform)
 
 
 PROBLEMS: dict[str, Callable[[int], Problem]] = {
@@ -88,7 +89,7 @@ def refitted(samples: str, seed: int) -> Case:
     after = torch.einsum("nd,bcd->bnc", problem.features, without).log_softmax(dim=2)
     truth: dict[Score, Tensor] = {
         "loo_margin": label_margin(own, problem.labels[rows]),
-        # without an noise_model
+        # without a noise model
         "mislabel_odds": -torch.logit(likely),
         "parameter": (without - probe.weights).flatten(1).norm(dim=1),
         "data": (before.exp() * (before - after)).sum(dim=2).mean(dim=1),
@@ -210,11 +211,11 @@ def test_features_stored_as_float16_are_as_true_to_the_refits_as_float64_ones(ca
         assert spearman(SCORES[name](rough), SCORES[name](case.found[kind])) >= 0.995, name
 
 
-# -- of a ensemble, against refitting every member without the sample ---------------------------------------
+# -- of an ensemble, against refitting every member without the sample ---------------------------------------
 
 
 @dataclass(frozen=True)
-class CommitteeCase:
+class EnsembleCase:
     """Two probes on the same digits, pixels and random units, and the truth from refits of both."""
 
     members: tuple[Problem, Problem]
@@ -224,7 +225,7 @@ class CommitteeCase:
 
 
 @pytest.fixture(scope="module", params=[0, 2])
-def ensemble(request: pytest.FixtureRequest) -> CommitteeCase:
+def ensemble(request: pytest.FixtureRequest) -> EnsembleCase:
     members = digits(400, seed=request.param), digits(400, units=64, seed=request.param)
     pixels, labels = members[0], members[0].labels
     assert torch.equal(labels, members[1].labels)
@@ -251,30 +252,30 @@ def ensemble(request: pytest.FixtureRequest) -> CommitteeCase:
         "parameter": torch.tensor(moved, dtype=torch.float64),
         "data": (kl[0] + kl[1]) / 2,
     }
-    return CommitteeCase(members, found, rows, truth)
+    return EnsembleCase(members, found, rows, truth)
 
 
 @pytest.mark.parametrize(("kind", "least"), [("exact", 0.99), ("ekfac", 0.95)])
 @pytest.mark.parametrize("score", ["loo_margin", "parameter", "data"])
-def test_a_committees_scores_rank_as_refits_of_all_members_do(
-    ensemble: CommitteeCase, score: Score, kind: Kind, least: float
+def test_an_ensembles_scores_rank_as_refits_of_all_members_do(
+    ensemble: EnsembleCase, score: Score, kind: Kind, least: float
 ):
     assert spearman(SCORES[score](ensemble.found[kind])[ensemble.rows], ensemble.truth[score]) >= least
 
 
 @pytest.mark.parametrize("score", ["parameter", "data"])
-def test_a_committees_exact_influence_is_what_refits_of_all_members_show(ensemble: CommitteeCase, score: Score):
+def test_an_ensembles_exact_influence_is_what_refits_of_all_members_show(ensemble: EnsembleCase, score: Score):
     found, truth = SCORES[score](ensemble.found["exact"])[ensemble.rows], ensemble.truth[score]
     assert pearson(found, truth) >= 0.95
     assert 0.98 <= float((found / truth).median()) <= 1.02
 
 
-def test_a_committees_loo_margin_says_on_which_side_the_sample_falls_in_the_refits(ensemble: CommitteeCase):
+def test_an_ensembles_loo_margin_says_on_which_side_the_sample_falls_in_the_refits(ensemble: EnsembleCase):
     found = SCORES["loo_margin"](ensemble.found["exact"])[ensemble.rows]
     assert float(((found > 0) == (ensemble.truth["loo_margin"] > 0)).double().mean()) >= 0.99
 
 
-def test_a_committees_baselines_are_those_of_the_mean_logits(ensemble: CommitteeCase):
+def test_an_ensembles_baselines_are_those_of_the_mean_logits(ensemble: EnsembleCase):
     found = ensemble.found["exact"]
     mean = torch.stack([m.features @ fitted(m).weights.T for m in ensemble.members]).mean(dim=0)
     labels = ensemble.members[0].labels
@@ -285,7 +286,7 @@ def test_a_committees_baselines_are_those_of_the_mean_logits(ensemble: Committee
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_committee_of_one_probe_twice_scores_as_the_probe_does(one: Case, kind: Kind):
+def test_an_ensemble_of_one_probe_twice_scores_as_the_probe_does(one: Case, kind: Kind):
     single = one.found[kind]
     twice = replace(single, members=single.members * 2)
     for name in SCORES:
@@ -298,19 +299,21 @@ def test_a_committee_of_one_probe_twice_scores_as_the_probe_does(one: Case, kind
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_an_audit_the_odds_are_those_of_any_other_label(any_case: Case, kind: Kind):
+def test_without_a_noise_model_the_odds_are_those_of_any_other_label(any_case: Case, kind: Kind):
     found = any_case.found[kind]
     p = found.loo_logits.softmax(dim=1).gather(1, found.labels[:, None])[:, 0]
     torch.testing.assert_close(SCORES["mislabel_odds"](found), ((1 - p) / p).log(), rtol=1e-6, atol=1e-9)
 
 
-def test_only_the_odds_depend_on_the_audit(one: Case):
+def test_only_the_odds_depend_on_the_noise_model(one: Case):
     noise = NoiseEstimate(0.2, 0.1, 0.3, 0.4, 10, 50, found=True)
     mixed = torch.full((10, 10), 0.2 / 9, dtype=torch.float64).fill_diagonal_(0.8)
     noise_model = NoiseModel(1.7, 0.6, noise, 0.2, 0.2, 0.2, mixed, mixed, mixed, sharpness=1.2)
     calibrated = replace(one.found["exact"], noise_model=noise_model)
     odds = SCORES["mislabel_odds"](calibrated)
-    torch.testing.assert_close(odds, noise_model.judge(calibrated.loo_logits, calibrated.labels).mislabel_odds.to(odds))
+    torch.testing.assert_close(
+        odds, noise_model.posterior(calibrated.loo_logits, calibrated.labels).mislabel_odds.to(odds)
+    )
     assert odds.dtype == calibrated.loo_logits.dtype
     for name in SCORES:
         if name != "mislabel_odds":
@@ -399,12 +402,12 @@ def test_the_factored_scores_are_the_first_order_of_their_formulas(plain: Plain)
     torch.testing.assert_close(SCORES["data"](found), data, rtol=1e-4, atol=1e-9)
 
 
-def test_random_depends_on_the_draw_alone(one: Case):
-    draw = torch.rand(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+def test_random_depends_on_the_random_number_alone(one: Case):
+    uniform = torch.rand(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for problem in (one.problem, digits(400, units=64, seed=3)):
         curvature = measure(problem.reduce, one.probe, "ekfac")
-        found = evidence(problem.features, problem.labels, one.probe.weights, curvature, draw)
-        assert torch.equal(SCORES["random"](found), draw)
+        found = evidence(problem.features, problem.labels, one.probe.weights, curvature, uniform)
+        assert torch.equal(SCORES["random"](found), uniform)
 
 
 @pytest.mark.parametrize("kind", ["exact", "ekfac"])
@@ -428,7 +431,7 @@ def test_scores_do_not_depend_on_the_batch_that_a_sample_is_in(one: Case):
     whole = one.found["exact"]
     part = slice(100, 137)
     again = evidence(
-        one.problem.features[part], one.problem.labels[part], one.probe.weights, curvature, whole.draw[part]
+        one.problem.features[part], one.problem.labels[part], one.probe.weights, curvature, whole.uniform[part]
     )
     for name, score in SCORES.items():
         torch.testing.assert_close(score(again), score(whole)[part], msg=name)

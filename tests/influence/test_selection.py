@@ -35,7 +35,7 @@ def cut_into(ids, labels, scores, pieces: int):
 
 
 def taken_ids(selection, blocks) -> list:
-    return [i for block in blocks() for i in block[0][selection.taken(*block)].tolist()]
+    return [i for block in blocks() for i in block[0][selection.mask(*block)].tolist()]
 
 
 # Few distinct values: heavy ties. Any float32: the whole range of bits, infinities and zeros of both signs.
@@ -120,9 +120,9 @@ def test_scores_that_change_between_two_passes_are_an_error():
 def test_a_cut_knows_its_score():
     scores: Sequence[float] = [3.0, 2.0, 1.0]
     blocks = cut_into(np.arange(3), np.zeros(3, dtype=np.int64), np.array(scores, dtype=np.float32), 1)
-    [cut] = select(blocks, classes=1, at_most=2, caps=np.array([3]), threshold=-np.inf).cuts
+    [cut] = select(blocks, classes=1, at_most=2, caps=np.array([3]), threshold=-np.inf).thresholds
     assert 1.0 < cut.score < 2.0 or cut.score == np.nextafter(np.float32(2), np.float32(0))
-    [nothing] = select(blocks, classes=1, at_most=0, caps=np.array([3]), threshold=-np.inf).cuts
+    [nothing] = select(blocks, classes=1, at_most=0, caps=np.array([3]), threshold=-np.inf).thresholds
     assert nothing.score == np.inf
 
 
