@@ -189,6 +189,37 @@ class Cleaned:
     ended: str
 
 
+def select_scored(
+    scored: Scored, samples: InMemory, history: Sequence[Round], removal: Removal, classes: int
+) -> Choice:
+    """The live samples that most likely have a wrong label, as far as budget, estimate and class floors allow."""
+    noise = scored.noise_model.noise
+    # the validation labels stay as noisy as they are: a later, lower estimate is chance
+    most = max([noise.most, *(done.metrics.get("noise_most", 0.0) for done in history)])
+    share = None if removal.max_share == "estimated" else removal.max_share
+    still = policy.allowance(history, most if share is None else share)
+    scores = scored.columns[removal.score].astype(np.float32)
+    if removal.score != "random":
+        scores[scored.columns["mislabel_odds"] <= removal.min_log_odds] = -np.inf
+    ids = scored.rows if samples.ids is None else samples.ids[scored.rows]
+    live, whole = (np.bincount(own, minlength=classes) for own in (scored.labels, samples.labels.numpy()))
+    block = (ids, scored.labels, scores)
+    selection = select(
+        lambda: [block],
+        classes=classes,
+        at_most=min(policy.in_one_round(len(scores), removal.budget), still),
+        caps=policy.caps(live, whole, removal.class_floor),
+        threshold=-np.inf,
+    )
+    gone = selection.mask(*block)
+    metrics = {
+        **noise_metrics(noise),
+        "acted_on_self_confidence": float(scored.columns["self_confidence"][gone].sum(dtype=np.float64)),
+    }
+    counts = RoundCounts(selection.candidates, noise_sentence(noise), still == 0, share)
+    return Choice(Removed(Rows.of(0, scored.rows[gone])), counts, metrics, scored)
+
+
 @dataclass(frozen=True)
 class _Rounds:
     """The steps of a round on samples in memory."""
@@ -240,32 +271,7 @@ class _Rounds:
         return Scored(columns, live.labels.numpy(), rows, found.noise_model)
 
     def select(self, state: State[ProbeEnsemble, Fitted], scored: Scored) -> Choice:
-        removal, noise = self.removal, scored.noise_model.noise
-        most = max([noise.most, *(done.metrics.get("noise_most", 0.0) for done in state.history)])
-        share = None if removal.max_share == "estimated" else removal.max_share
-        still = policy.allowance(state.history, most if share is None else share)
-        scores = scored.columns[removal.score].astype(np.float32)
-        if removal.score != "random":
-            scores[scored.columns["mislabel_odds"] <= removal.min_log_odds] = -np.inf
-        ids = scored.rows if self.samples.ids is None else self.samples.ids[scored.rows]
-        live, samples = (
-            np.bincount(own, minlength=self.classes) for own in (scored.labels, self.samples.labels.numpy())
-        )
-        block = (ids, scored.labels, scores)
-        selection = select(
-            lambda: [block],
-            classes=self.classes,
-            at_most=min(policy.in_one_round(len(scores), removal.budget), still),
-            caps=policy.caps(live, samples, removal.class_floor),
-            threshold=-np.inf,
-        )
-        gone = selection.mask(*block)
-        metrics = {
-            **noise_metrics(noise),
-            "acted_on_self_confidence": float(scored.columns["self_confidence"][gone].sum(dtype=np.float64)),
-        }
-        counts = RoundCounts(selection.candidates, noise_sentence(noise), still == 0, share)
-        return Choice(Removed(Rows.of(0, scored.rows[gone])), counts, metrics, scored)
+        return select_scored(scored, self.samples, state.history, self.removal, self.classes)
 
     def refine(
         self, state: State[ProbeEnsemble, Fitted], features: None, fitted: Fitted, live: Live

@@ -32,7 +32,7 @@ from pipelines.benchmarks.detection_findings import (
     table,
 )
 from pipelines.benchmarks.detection_report import report
-from pipelines.benchmarks.ours import Ours, ours
+from pipelines.benchmarks.first_round import FirstRound, first_round
 from posttrain.vision import models
 
 Folds = Literal["train", "kept", "none"]
@@ -51,7 +51,7 @@ def measure(case: Case, folder: Path, folds: Folds = "train") -> Finding:
     trained = cases.trained(case, data, folder)
     both = found is None
     if found is None:
-        found = _of_ours(case, data, trained.weights, ours(case, data, trained.weights))
+        found = _of_ours(case, data, trained.weights, first_round(case, data, trained.weights))
     probabilities = None
     # an empty one fails where a peer asks for it all the same
     out_of_sample = OutOfSample(np.empty((0, data.classes)), 0.0, fresh=False)
@@ -85,7 +85,7 @@ def measure(case: Case, folder: Path, folds: Folds = "train") -> Finding:
     return found
 
 
-def _of_ours(case: Case, data: Data, weights: bytes, found: Ours) -> Finding:
+def _of_ours(case: Case, data: Data, weights: bytes, found: FirstRound) -> Finding:
     model = cases.loaded(case, weights)
     wrong = data.train.given != data.train.true
     right = found.suggested == data.train.true

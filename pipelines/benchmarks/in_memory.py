@@ -9,20 +9,21 @@ import torch
 
 from pipelines.benchmarks import cases
 from pipelines.benchmarks.cases import Case, Data, Part
-from pipelines.benchmarks.ours import InMemory, embedded, evidence
+from pipelines.benchmarks.first_round import embedded, joined
 from pipelines.benchmarks.training import refining, round_seed, trained_on
 from posttrain import policy, rounds
 from posttrain.config import Probe as ProbeSection
 from posttrain.config import Removal
-from posttrain.influence import ensemble, scores, selection
+from posttrain.in_memory import Scored, select_scored
+from posttrain.influence import ensemble, selection
 from posttrain.influence.ensemble import ProbeEnsemble
+from posttrain.influence.in_memory import InMemory
 from posttrain.influence.noise_model import UNKNOWN, Prior
-from posttrain.live import Live, Rows
-from posttrain.live import Removal as Removed
-from posttrain.rounds import Outcome, RoundCounts, Selected, State, Steps
+from posttrain.influence.score_round import PreviousRemovals, score_round
+from posttrain.live import Live
+from posttrain.rounds import Outcome, Selected, State, Steps
 from posttrain.runs.fit import Choice
-from posttrain.runs.noise_report import noise_sentence
-from posttrain.schema import Round
+from posttrain.schema import Round, stream_seed
 from posttrain.vision import layers, models
 
 PROBE = ProbeSection()
@@ -58,14 +59,6 @@ class Features:
 
     train: InMemory
     validation: InMemory
-
-
-@dataclass(frozen=True)
-class Taken(Selected):
-    """What a round takes out."""
-
-    self_confidence: float
-    """Sum over those that go."""
 
 
 @dataclass(frozen=True)
@@ -122,12 +115,8 @@ class CleaningInMemory:
     steps: list[int] = field(default_factory=list)
     """Gradient steps of each round."""
     estimates: list[Estimate] = field(default_factory=list)
-    _removed_self_confidence: float = 0.0
-    """Sum of the removed samples' given labels' probabilities."""
     _prior: Prior = UNKNOWN
     """What the first round that found wrong labels saw of them."""
-    _most: float = 0.0
-    """Largest share of wrong labels that any round thought possible."""
     _features: tuple[bytes, Features] = field(init=False)
     _chosen: tuple[bytes, ProbeEnsemble] = field(init=False)
 
@@ -159,46 +148,30 @@ class CleaningInMemory:
             self._chosen = (state.model.weights, chosen)
         return chosen
 
-    def score(self, state: State[Model, ProbeEnsemble], features: Features, boundary: ProbeEnsemble) -> scores.Evidence:
-        """The calibrated evidence on the live samples."""
-        live = replace(self.data, train=self.data.train.rows(self.kept))
-        train, removed = rows(features.train, self.kept), int((~self.kept).sum())
-        found = evidence(
-            self.case,
-            live,
-            train,
+    def score(self, state: State[Model, ProbeEnsemble], features: Features, boundary: ProbeEnsemble) -> Scored:
+        """The scores of the live samples."""
+        kept = self.mask(state.live)
+        found = score_round(
+            rows(features.train, kept),
             features.validation,
             boundary,
-            removed=removed,
-            removed_self_confidence=self._removed_self_confidence,
+            seed=stream_seed("control", self.case.seed),
+            previous=PreviousRemovals(
+                policy.acted_on(state.history),
+                sum(done.metrics.get("acted_on_self_confidence", 0.0) for done in state.history),
+            ),
             prior=self._prior,
         )
-        assert found.noise_model is not None
         noise = found.noise_model.noise
         if self._prior.confident_joint is None:
             self._prior = found.noise_model.prior
         self.estimates.append(Estimate(noise.rate, noise.low, noise.high, noise.found))
-        return found
+        labels = self.data.train.given[kept].astype(np.int64)
+        return Scored(joined(found.tables), labels, np.flatnonzero(kept), found.noise_model)
 
-    def select(self, state: State[Model, ProbeEnsemble], found: scores.Evidence) -> Taken:
-        """The round's cut: at most the budget, at most what is estimated to be wrong, no class below its floor."""
-        assert found.noise_model is not None
-        noise, live = found.noise_model.noise, int(self.kept.sum())
-        self._most = max(self._most, noise.most)
-        in_all = policy.allowance(state.history, self._most)
-        cut, gone = taken(
-            self.data.train,
-            self.kept,
-            scores.SCORES[self.removal.score](found).float().numpy(),
-            classes=self.data.classes,
-            at_most=min(policy.in_one_round(live, self.removal.budget), in_all),
-            threshold=self.removal.min_log_odds,
-        )
-        self_confidence = float(
-            scores.suggestion(found.leave_one_out).self_confidence[torch.from_numpy(gone[self.kept])].sum()
-        )
-        counts = RoundCounts(cut.candidates, noise_sentence(noise), in_all == 0)
-        return Taken(Removed(Rows.of(0, np.flatnonzero(gone))), counts, {}, self_confidence)
+    def select(self, state: State[Model, ProbeEnsemble], scored: Scored) -> Selected:
+        """What the round removes, by the rules of a run."""
+        return select_scored(scored, self.start.features.train, state.history, self.removal, self.data.classes)
 
     def refine(
         self, state: State[Model, ProbeEnsemble], features: Features, boundary: ProbeEnsemble, live: Live
@@ -229,9 +202,8 @@ class CleaningInMemory:
             test = embedded(self.case, network, model.boundary.layers, self.data.test, PROBE.max_features)
         return boundary_accuracies(model.boundary, test)
 
-    def commit(self, state: State[Model, ProbeEnsemble], selected: Taken, done: Round) -> Round:
+    def commit(self, state: State[Model, ProbeEnsemble], selected: Selected, done: Round) -> Round:
         """Take the round's samples out."""
-        self._removed_self_confidence += selected.self_confidence
         self.kept = self.mask(state.live)
         return done
 
@@ -276,8 +248,7 @@ class CleaningInMemory:
 
 def rows(features: InMemory, kept: np.ndarray) -> InMemory:
     """The features of the samples in a mask [n]."""
-    mask = torch.from_numpy(kept)
-    return InMemory({name: own[mask] for name, own in features.features.items()}, features.labels[mask])
+    return replace(features.rows(torch.from_numpy(kept)), blocks=features.blocks)
 
 
 def taken(

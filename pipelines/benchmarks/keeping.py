@@ -59,16 +59,16 @@ def careless(pool: type[Any]) -> Iterator[None]:
     """Runs in here keep no scores but those of finished rounds, wait for no disk, and hold no lock on their folder."""
     from posttrain.store import folder, lock
 
-    real = pool.score
+    real = pool.leave_one_out
 
     @contextlib.contextmanager
-    def alone(folder: object) -> Iterator[Any]:
+    def unlocked(folder: object) -> Iterator[Any]:
         yield types.SimpleNamespace(assert_held=lambda: None)
 
     with (
-        unittest.mock.patch.object(pool, "score", lambda self, view, verdict, kept: real(self, view, verdict)),
-        unittest.mock.patch.object(folder, "_make_last", lambda path: None),
-        unittest.mock.patch.object(lock, "alone", alone),
+        unittest.mock.patch.object(pool, "leave_one_out", lambda self, view, plan, number: real(self, view, plan)),
+        unittest.mock.patch.object(folder, "_sync", lambda path: None),
+        unittest.mock.patch.object(lock, "run_lock", unlocked),
     ):
         yield
 

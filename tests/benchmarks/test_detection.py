@@ -16,7 +16,7 @@ from pipelines.benchmarks.baselines import PEERS, Context, Measured
 from pipelines.benchmarks.cases import Case, Data
 from pipelines.benchmarks.detection_findings import AFTER_FOLDS, DEFAULT, Removed, removed, table
 from pipelines.benchmarks.detection_report import report
-from pipelines.benchmarks.ours import Ours
+from pipelines.benchmarks.first_round import FirstRound
 from posttrain.influence.noise_rate import NoiseEstimate
 
 NOISY = Case("digits", "symmetric 40", "memorised", 0)
@@ -28,7 +28,7 @@ def wrong_of(case: Case) -> np.ndarray:
     return train.given != train.true
 
 
-def stand_in(case: Case, data: Data, weights: bytes) -> Ours:
+def stand_in(case: Case, data: Data, weights: bytes) -> FirstRound:
     """An oracle with errors: known scores, the true labels as suggestions but for the first tenth."""
     n = len(data.train)
     wrong = data.train.given != data.train.true
@@ -36,7 +36,7 @@ def stand_in(case: Case, data: Data, weights: bytes) -> Ours:
     scores = wrong + draw.normal(size=n)
     suggested = data.train.true.copy()
     suggested[: n // 10] = (suggested[: n // 10] + 1) % data.classes
-    return Ours(
+    return FirstRound(
         scores={DEFAULT: scores, "worse": wrong + 2 * draw.normal(size=n)},
         suggested=suggested,
         confidence=draw.random(n),

@@ -8,7 +8,7 @@ import torch
 
 from pipelines.benchmarks import cases, in_memory
 from pipelines.benchmarks.cases import Case, Data
-from pipelines.benchmarks.ours import ours
+from pipelines.benchmarks.first_round import first_round
 from posttrain.live import Live
 from posttrain.rounds import State
 from posttrain.schema import Round
@@ -32,7 +32,7 @@ def test_the_first_round_takes_the_samples_whose_label_is_most_likely_wrong(
     run = in_memory.CleaningInMemory(NOISY, data, "head", start, removal=once)
     outcome = run.clean()
     assert outcome.reason == "removal.max_rounds = 1 reached"
-    odds = ours(NOISY, data, start.weights).scores["mislabel_odds"]
+    odds = first_round(NOISY, data, start.weights).scores["mislabel_odds"]
     tenth = int(0.1 * len(data.train))
     assert set(np.flatnonzero(~run.kept)) == set(np.argsort(-odds)[:tenth])
 
