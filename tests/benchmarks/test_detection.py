@@ -76,7 +76,7 @@ def quick(two_epochs: None, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         **{name: PEERS[name] for name in ("aum", "knn", "random")},
     }
     monkeypatch.setattr(detection, "PEERS", {name: counting(name, peer) for name, peer in used.items()})
-    monkeypatch.setattr(detection, "ours", counting("ours", stand_in))
+    monkeypatch.setattr(detection, "first_round", counting("ours", stand_in))
     return asked
 
 
