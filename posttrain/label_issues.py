@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from posttrain.errors import ConfigError, DataError
+from posttrain.given_arrays import Scale, as_layers, as_samples
 from posttrain.in_memory import Cleaned, OutOfFold, ValidationSet, clean_in_memory
 from posttrain.influence.in_memory import InMemory
 from posttrain.influence.scores import SCORES
@@ -25,13 +26,10 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import ArrayLike
 
-    Features = ArrayLike | Tensor | Mapping[str, ArrayLike | Tensor]
+    from posttrain.given_arrays import Features
 
 FOLDS = 5
 """Of the out-of-fold predictions where there is no validation set."""
-
-ONE_LAYER = "features"
-"""Name of the layer where features come as one matrix."""
 
 
 @dataclass(frozen=True)
@@ -166,96 +164,6 @@ class LabelIssues:
         )
 
 
-@dataclass(frozen=True)
-class Scale:
-    """Centres and scales the columns of one layer by the training samples, as tables need it: float32 alone would lose
-    what varies little around a large mean."""
-
-    mean: Tensor
-    std: Tensor
-
-    @classmethod
-    def of(cls, features: Tensor) -> Scale:
-        values = features.double()
-        std = values.std(dim=0, correction=0)
-        return cls(values.mean(dim=0), torch.where(std > 0, std, torch.ones_like(std)))
-
-    def __call__(self, features: Tensor, name: str) -> Tensor:
-        if features.shape[1] != len(self.mean):
-            raise DataError(f"{name} has {features.shape[1]} columns, and the training features have {len(self.mean)}")
-        return ((features.double() - self.mean) / self.std).float()
-
-
-def as_layers(features: Features, name: str) -> dict[str, Tensor]:
-    """Features as {layer: [n, d]}; one matrix becomes the layer `ONE_LAYER`. Raises DataError."""
-    given = features if isinstance(features, Mapping) else {ONE_LAYER: features}
-    if not given:
-        raise DataError(f"{name} is empty; give a matrix [samples, columns], or one for each layer")
-    layers: dict[str, Tensor] = {}
-    for layer, matrix in given.items():
-        where = name if len(given) == 1 else f"{name}[{layer!r}]"
-        try:
-            tensor = matrix.detach().cpu() if isinstance(matrix, Tensor) else torch.from_numpy(_as_numbers(matrix))
-        except (TypeError, ValueError) as error:
-            raise DataError(f"{where} is no matrix of numbers ({error}); encode text and categories first") from None
-        if tensor.ndim != 2:
-            shape = tuple(tensor.shape)
-            raise DataError(f"{where} has the shape {shape}; give one row per sample, as features.reshape(n, -1) does")
-        if not bool(torch.isfinite(tensor).all()):
-            row = int((~torch.isfinite(tensor)).any(dim=1).nonzero()[0])
-            raise DataError(f"{where} holds a value that is not finite (first in row {row}); fill or drop it")
-        layers[str(layer)] = tensor
-    lengths = {layer: len(tensor) for layer, tensor in layers.items()}
-    if len(set(lengths.values())) > 1:
-        raise DataError(f"{name}: the layers have different numbers of samples: {lengths}")
-    return layers
-
-
-def _as_numbers(matrix: Any) -> np.ndarray:
-    if hasattr(matrix, "toarray"):
-        matrix = matrix.toarray()  # scipy's sparse matrices
-    array = np.asarray(matrix)
-    if array.dtype.kind not in "fiub":
-        array = array.astype(np.float64)
-    return np.ascontiguousarray(array, dtype=array.dtype if array.dtype in (np.float32, np.float64) else np.float64)
-
-
-def as_classes(labels: ArrayLike, name: str, classes: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """(class numbers int64 [n], the distinct labels, sorted); labels are numbers or text. Raises DataError."""
-    given = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
-    if given.ndim != 1:
-        raise DataError(f"{name} has the shape {given.shape}; give one label per sample (of one-hot rows the argmax)")
-    if given.dtype.kind == "f":
-        if not np.isfinite(given).all():
-            raise DataError(f"{name}[{int(np.argmin(np.isfinite(given)))}] is no label; leave such samples out")
-        if (given != np.floor(given)).any():
-            at = int(np.argmax(given != np.floor(given)))
-            raise DataError(f"{name}[{at}] is {given[at]}, no whole number: are they classes?")
-        given = given.astype(np.int64)
-    elif given.dtype.kind == "O":
-        if (
-            missing := next((at for at, label in enumerate(given) if label is None or label != label), None)
-        ) is not None:
-            raise DataError(f"{name}[{missing}] is {given[missing]}, no label; leave such samples out")
-        if len({type(label) for label in given}) > 1:
-            raise DataError(
-                f"{name} mixes {', '.join(sorted({type(label).__name__ for label in given}))}; use one type"
-            )
-        given = np.array(given.tolist())
-    if classes is None:
-        classes, numbers = np.unique(given, return_inverse=True)
-        if len(classes) < 2:
-            raise DataError(f"{name} holds {len(classes)} class(es); at least two are needed")
-        return numbers.astype(np.int64), classes
-    if given.dtype.kind != classes.dtype.kind and {given.dtype.kind, classes.dtype.kind} - set("iub"):
-        raise DataError(f"{name} are {given.dtype} and the training labels {classes.dtype}; give both in one type")
-    numbers = np.searchsorted(classes, given).clip(max=len(classes) - 1)
-    if (unknown := classes[numbers] != given).any():
-        at = int(np.argmax(unknown))
-        raise DataError(f"{name}[{at}] is {given[at]!r}, a class that no training label has ({len(classes)} classes)")
-    return numbers.astype(np.int64), classes
-
-
 def find_label_issues(
     features: Features,
     labels: ArrayLike,
@@ -293,33 +201,26 @@ def find_label_issues(
     >>> issues.is_issue[:9].all()
     np.True_
     """
-    given, classes = as_classes(labels, "labels")
-    layers = as_layers(features, "features")
-    count = len(next(iter(layers.values())))
-    if count != len(given):
-        raise DataError(f"features has {count} rows and labels has {len(given)}; give one label per row")
+    layers, given, classes = as_samples(features, labels)
     scales = {name: Scale.of(matrix) for name, matrix in layers.items()}
     varied = tuple(name for name, matrix in layers.items() if bool((matrix != matrix[:1]).any()))
     if not varied:
         raise DataError("features: all samples have the same features, so that no label can be told from another")
     live = InMemory({name: scales[name](layers[name], name) for name in varied}, torch.from_numpy(given))
-    probe = _section("Probe", l2=l2)
-    removal = _section(
-        "Removal",
-        score=score,
-        threshold=threshold,
-        max_share=max_share,
-        budget=budget,
-        class_floor=class_floor,
-        max_rounds=max_rounds,
-    )
-    if validation is None:
-        calibrated_on = OutOfFold.by_id(np.arange(count), given, FOLDS, seed)
-    else:
+    bounds = {"budget": budget, "class_floor": class_floor, "max_rounds": max_rounds, "max_share": max_share}
+    removal = _section("Removal", score=score, threshold=threshold, **bounds)
+    calibrated_on: OutOfFold | ValidationSet = OutOfFold.by_id(np.arange(len(given)), given, FOLDS, seed)
+    if validation is not None:
         calibrated_on = _validation_set(validation, scales, varied, classes)
     with shown(progress) as tell:
         cleaned = clean_in_memory(
-            live, calibrated_on, classes=len(classes), probe=probe, removal=removal, seed=seed, tell=tell
+            live,
+            calibrated_on,
+            classes=len(classes),
+            probe=_section("Probe", l2=l2),
+            removal=removal,
+            seed=seed,
+            tell=tell,
         )
     return _issues(cleaned, given, classes, scales, getattr(features, "index", None), out_of_fold=validation is None)
 
@@ -356,12 +257,9 @@ def _validation_set(
 ) -> ValidationSet:
     if not isinstance(given, Sequence) or len(given) != 2:
         raise DataError("validation has to be a pair (features, labels)")
-    own, numbers = as_layers(given[0], "validation features"), as_classes(given[1], "validation labels", classes)[0]
+    own, numbers, _ = as_samples(*given, of="validation ", classes=classes)
     if missing := [name for name in layers if name not in own]:
         raise DataError(f"the validation features lack the layer {missing[0]!r}; they have {list(own)}")
-    count = len(next(iter(own.values())))
-    if count != len(numbers):
-        raise DataError(f"the validation features have {count} rows and its labels are {len(numbers)}")
     features = {name: scales[name](own[name], f"validation features[{name!r}]") for name in layers}
     return ValidationSet(InMemory(features, torch.from_numpy(numbers)))
 
