@@ -282,8 +282,8 @@ def test_an_unknown_key_that_is_near_to_nothing_comes_with_those_there_are():
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("removal:\n  budget: 0.1\n  budget: 0.2\n", "line 3: found duplicate key \"budget\""),
-        ("run:\n  path: x\nrun:\n  seed: 1\n", "line 3: found duplicate key \"run\""),
+        ("removal:\n  budget: 0.1\n  budget: 0.2\n", "line 3: found duplicate key \"budget\"; keep one of the two"),
+        ("run:\n  path: x\nrun:\n  seed: 1\n", "line 3: found duplicate key \"run\"; keep one of the two"),
         ("removal: {budget: 0.1\n", "line 2: expected ',' or '}'"),
         ("run:\n\tpath: x\n", "line 2: "),
         ("- removal\n", "a run file is a mapping"),
@@ -295,7 +295,7 @@ def test_an_unknown_key_that_is_near_to_nothing_comes_with_those_there_are():
         ("model: {arguments: {when: 2020-01-01}}", "model.arguments"),
         ("run: {path: *nowhere}", "found undefined alias 'nowhere'"),
         ("run: {path: a\0b}", "special characters are not allowed"),
-        ("run: {path: " + "[" * 1500, "nested too deeply"),
+        ("run: {path: " + "[" * 1500, "nested too deeply; write it with fewer levels"),
         (b"run: {path: \xff}", "not UTF-8"),
     ],
     ids=range(15),

@@ -25,6 +25,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import posttrain
+from pipelines.benchmarks.baselines import package
 from pipelines.benchmarks.hardware import hardware
 
 RESULTS = Path(__file__).parent / "results" / "features.md"
@@ -85,9 +86,8 @@ def with_posttrain(features: np.ndarray, given: np.ndarray) -> tuple[np.ndarray,
 
 def with_cleanlab(features: np.ndarray, given: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """As a user of cleanlab would: five-fold logistic regression, self-confidence, its own cut."""
-    from cleanlab.filter import find_label_issues
-    from cleanlab.rank import get_label_quality_scores
-
+    find_label_issues = package("cleanlab.filter").find_label_issues
+    get_label_quality_scores = package("cleanlab.rank").get_label_quality_scores
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     probabilities: Any = cross_val_predict(model, features, given, cv=5, method="predict_proba")
     return -get_label_quality_scores(given, probabilities), find_label_issues(given, probabilities)

@@ -40,12 +40,13 @@ def load(text: str | bytes, *, where: str) -> Any:
     except MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
         problem = (error.problem or error.context or "").partition(" with value ")[0]
-        problem += "; leave the tag out" if "tag" in problem else ""
+        ways_out = {"tag": "leave the tag out", "duplicate key": "keep one of the two"}
+        problem += "".join(f"; {way_out}" for sign, way_out in ways_out.items() if sign in problem)
         raise ConfigError(f"{where}{line}: {' '.join(problem.split())}") from None
     except YAMLError as error:
         raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
     except RecursionError:
-        raise ConfigError(f"{where}: nested too deeply") from None
+        raise ConfigError(f"{where}: nested too deeply; write it with fewer levels") from None
     # ruamel's constructors raise these for a value that does not fit its tag, such as !!timestamp x
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError) as error:
         raise ConfigError(f"{where}: a value cannot be read: {' '.join(str(error).split())}") from None
