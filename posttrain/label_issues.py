@@ -20,7 +20,7 @@ from posttrain.given_arrays import Scale, as_layers, as_samples
 from posttrain.in_memory import Cleaned, OutOfFold, ValidationSet, clean_in_memory
 from posttrain.influence.in_memory import InMemory
 from posttrain.influence.scores import SCORES
-from posttrain.runs.noise_report import noise_sentence, round_metrics
+from posttrain.runs.noise_report import noise_sentence
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -296,7 +296,7 @@ def _issues(
             f"{noise_sentence(noise)}, by {where}",
         ),
         probe=FittedProbe(classes, fitted.members, weight.double(), bias.double(), cleaned.last.temperature, scales),
-        rounds=tuple({"round": done.number, **round_metrics(done)} for done in cleaned.history),
+        rounds=tuple({"round": done.number, **done.figures} for done in cleaned.history),
         ended=cleaned.ended,
         _index=index,
     )

@@ -134,3 +134,15 @@ class Round:
     """By step."""
     ended: str = ""
     """Why no further round follows, where that was decided before this one."""
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """All that is known of the round, by name: counts, metrics, and the seconds of each step."""
+        return {
+            "live": self.live,
+            "candidates": self.candidates,
+            "removed": self.removed,
+            "relabelled": self.relabelled,
+            **self.metrics,
+            **{f"seconds_{name.replace(' ', '_')}": value for name, value in self.seconds.items()},
+        }

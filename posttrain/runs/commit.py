@@ -13,7 +13,6 @@ from posttrain.report.figures import ScoreHistogram
 from posttrain.rounds import State
 from posttrain.runs.context import Run
 from posttrain.runs.networks import feature_network, write_checkpoint
-from posttrain.runs.noise_report import round_metrics
 from posttrain.runs.select import Choice
 from posttrain.schema import Round
 from posttrain.store.scores import delete_score_shards
@@ -86,7 +85,7 @@ def tell_round(run: Run, done: Round, histogram: ScoreHistogram | None = None) -
     run.tracking.log_round(
         done.number,
         params={"score": settings.score, "budget": settings.budget, "scope": run.config.refine.scope},
-        metrics=round_metrics(done),
+        metrics=done.figures,
         figures={} if histogram is None else {"scores.png": histogram.png()},
         artifacts=artifacts,
     )

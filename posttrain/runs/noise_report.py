@@ -1,11 +1,10 @@
-"""The label noise of a run in figures and in a sentence, and the metrics of a round: for the summary and MLflow."""
+"""The label noise of a run in figures and in a sentence, for the summary and MLflow."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
 from posttrain.influence.noise_rate import MIN_CONFIDENT, NoiseEstimate
-from posttrain.schema import Round
 
 
 def noise_metrics(noise: NoiseEstimate) -> dict[str, float]:
@@ -55,15 +54,3 @@ def noise_sentence(noise: NoiseEstimate) -> str:
         f"{noise.disagreeing} have another label"
     )
     return f"{seen} ({interval})" if noise.found else f"{seen}, no more than in a clean set"
-
-
-def round_metrics(done: Round) -> dict[str, float]:
-    """All that is known of a round, by name: counts, metrics, and the seconds of each step."""
-    return {
-        "live": done.live,
-        "candidates": done.candidates,
-        "removed": done.removed,
-        "relabelled": done.relabelled,
-        **done.metrics,
-        **{f"seconds_{name.replace(' ', '_')}": value for name, value in done.seconds.items()},
-    }

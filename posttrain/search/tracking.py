@@ -21,8 +21,6 @@ class SearchTracking:
 
     def catch_up(self, trial: Trial) -> None:
         """Tell of all that the trial's folder holds and MLflow does not know yet."""
-        from posttrain.runs.noise_report import round_metrics
-
         history, number = trial.ledger.rounds(), trial.number
         end = trial.ended()
         if not history and not end:
@@ -34,7 +32,7 @@ class SearchTracking:
             )
         told = self._trials[number]
         for done in history[self._rounds.get(number, 0) :]:
-            told.log_round(done.number, params={}, metrics=round_metrics(done), figures={}, artifacts=[])
+            told.log_round(done.number, params={}, metrics=done.figures, figures={}, artifacts=[])
         self._rounds[number] = len(history)
         if end and number not in self._ended:
             self._ended.add(number)

@@ -23,7 +23,6 @@ from posttrain.runs.clean import cleaned
 from posttrain.runs.context import Run
 from posttrain.runs.inputs import Inputs
 from posttrain.runs.leakage import Leaks
-from posttrain.runs.noise_report import round_metrics
 from posttrain.schema import Round
 from posttrain.store.folder import RunFolder
 from posttrain.store.ledger import Ledger
@@ -117,4 +116,4 @@ def run_trial(number: int, shared: Shared, report: Report) -> None:
 
 def reported(done: Round) -> Mapping[str, Any]:
     """What Ray Tune is told of a round."""
-    return {**round_metrics(done), ROUND: done.number, FINAL: False}
+    return {**done.figures, ROUND: done.number, FINAL: False}
