@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import ray
 import torch
-from torch import Tensor
 
 from posttrain.cluster.partitioning import Partition
+from posttrain.cluster.training_step import Batch, joined
 from posttrain.errors import StepError
 from posttrain.live import Live
 from posttrain.schema import FILE, IMAGE, LABEL, SAMPLE_ID, ImageSpec
@@ -42,30 +43,36 @@ class LiveImages:
         height, width = spec.size
         rows = max((p.rows for p in partitions), default=1)
         self._window = max(1, window_bytes // max(1, rows * spec.channels * height * width))
-        self._whole: tuple[Tensor, Tensor] | None = None
+        self._first = dict(
+            zip((p.index for p in partitions), accumulate((p.rows for p in partitions), initial=0), strict=False)
+        )
+        """Position of each partition's first row."""
+        self.samples = sum(p.rows for p in partitions)
+        """Positions that samples may have: rows of all partitions, live or not."""
+        self._whole: Batch | None = None
         self._readable = 0
         self._unreadable: str | None = None
         """The first image that could not be read, and why."""
 
-    def batches(self, size: int, steps: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """`steps` batches (uint8 [n, c, h, w], labels [n]); begins again where the rank has fewer samples."""
+    def batches(self, size: int, steps: int, epoch: int) -> Iterator[Batch]:
+        """`steps` batches; begins again where the rank has fewer samples."""
         taken, again = 0, 0
         while taken < steps:
             generator = np.random.default_rng([self._seed, epoch, again])
             before = taken
-            rest: tuple[Tensor, Tensor] | None = None
-            for pixels, labels in self._windows(generator):
+            rest: Batch | None = None
+            for window in self._windows(generator):
                 if rest is not None:
-                    pixels, labels = torch.cat([rest[0], pixels]), torch.cat([rest[1], labels])
-                whole = len(labels) // size * size
+                    window = joined([rest, window])
+                whole = len(window.labels) // size * size
                 for start in range(0, whole, size):
                     if taken == steps:
                         return
-                    yield pixels[start : start + size], labels[start : start + size]
+                    yield window.at(slice(start, start + size))
                     taken += 1
-                rest = (pixels[whole:], labels[whole:]) if whole < len(labels) else None
+                rest = window.at(slice(whole, None)) if whole < len(window.labels) else None
             # a batch of one would leave batch normalisation without a variance
-            if rest is not None and len(rest[1]) > 1 and taken < steps:
+            if rest is not None and len(rest.labels) > 1 and taken < steps:
                 yield rest
                 taken += 1
             elif rest is not None and taken == steps - 1:
@@ -79,23 +86,20 @@ class LiveImages:
                 raise StepError("a training worker has fewer than two samples; use fewer ray.train_workers")
             again += 1
 
-    def _windows(self, generator: np.random.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    def _windows(self, generator: np.random.Generator) -> Iterator[Batch]:
         if self._window >= len(self._partitions):
             if self._whole is None:
                 self._whole = self._decode(self._partitions)
-            order = torch.from_numpy(generator.permutation(len(self._whole[1])))
             # gathered batch by batch in `batches` would copy less at once, but a permuted copy is one line
-            yield self._whole[0][order], self._whole[1][order]
+            yield self._whole.at(torch.from_numpy(generator.permutation(len(self._whole.labels))))
             return
         visit = generator.permutation(len(self._partitions))
         for start in range(0, len(visit), self._window):
-            chosen = tuple(self._partitions[i] for i in visit[start : start + self._window])
-            pixels, labels = self._decode(chosen)
-            order = torch.from_numpy(generator.permutation(len(labels)))
-            yield pixels[order], labels[order]
+            window = self._decode(tuple(self._partitions[i] for i in visit[start : start + self._window]))
+            yield window.at(torch.from_numpy(generator.permutation(len(window.labels))))
 
-    def _decode(self, partitions: tuple[Partition, ...]) -> tuple[Tensor, Tensor]:
-        pixels, labels = [], []
+    def _decode(self, partitions: tuple[Partition, ...]) -> Batch:
+        parts = []
         for partition in partitions:
             block = self._get(partition.block)
             rows = self._live.rows(partition.index, block.num_rows)
@@ -109,12 +113,13 @@ class LiveImages:
                 row = block.slice(int(np.flatnonzero(~readable)[0]), 1)
                 where = f"{row[FILE][0].as_py() or ''} sample_id {row[SAMPLE_ID][0].as_py()!r}".strip()
                 self._unreadable = f"{where}: {reasons[0]}"
-            given = self._live.labels(partition.index, rows, block[LABEL].to_numpy())
+            given = self._live.labels(partition.index, rows, block[LABEL].to_numpy())[readable]
+            positions = self._first[partition.index] + np.asarray(rows)[readable]
+            found = Batch(decoded, *(torch.from_numpy(part.astype(np.int64)) for part in (given, positions)))
             # before the first embedding nothing has been quarantined yet
-            kept = torch.from_numpy(given[readable] >= 0)
-            pixels.append(decoded[kept])
-            labels.append(torch.from_numpy(given[readable].astype(np.int64))[kept])
-        if not pixels:
+            parts.append(found.at(found.labels >= 0))
+        if not parts:
             height, width = self._spec.size
-            return torch.empty(0, self._spec.channels, height, width, dtype=torch.uint8), torch.empty(0).long()
-        return torch.cat(pixels), torch.cat(labels)
+            empty = torch.empty(0).long()
+            return Batch(torch.empty(0, self._spec.channels, height, width, dtype=torch.uint8), empty, empty)
+        return joined(parts)

@@ -7,34 +7,35 @@ partitions, so that its result does not depend on files or blocks.
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import logging
 import math
 import sys
 import time
 import uuid
-from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal
 
 import ray
 import ray.train
 import ray.train.torch
 import torch
 from ray.train.torch import TorchTrainer
-from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from posttrain.cluster.devices import BatchSize, computing_in, gpu_name, moved
+from posttrain.cluster.devices import BatchSize, gpu_name
 from posttrain.cluster.failures import raise_cause
 from posttrain.cluster.live_images import LiveImages
 from posttrain.cluster.network import Network, load_network
 from posttrain.cluster.partitioning import Progress, Split
+from posttrain.cluster.training_step import Batch, Passes
 from posttrain.errors import RecipeError, StepError
 from posttrain.live import Live
-from posttrain.schema import ImageSpec, Precision
+from posttrain.schema import METHODS, ImageSpec, Method, Precision
 from posttrain.store.folder import RunFolder
 from posttrain.vision.augmentation import augmentation
-from posttrain.vision.images import normalize
+from posttrain.vision.losses import Noise, Size, Twins, mixed_up, objective
 from posttrain.vision.weights import to_bytes
 
 RESTARTS_OF_A_TRAINING = 5
@@ -57,6 +58,12 @@ class Training:
     """Stop after the first epoch whose mean accuracy on the training data (as given, labels included) reaches this."""
     max_steps: int | None = None
     """Stop after this many steps, whatever the epochs: for controls."""
+    method: Method = "cross_entropy"
+    """What is minimised; see `vision.losses`."""
+    method_arguments: dict[str, float] = field(default_factory=dict)
+    """In place of the paper's settings."""
+    ema: float | None = None
+    """Decay of the moving average of the weights by step, which is what training leaves behind; None: the last ones."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,7 @@ def train(
     folder: RunFolder,
     run_name: str,
     progress: Progress,
+    noise: Noise | None = None,
 ) -> Trained:
     """The network after training on the split's live samples, under their present labels.
 
@@ -100,6 +108,7 @@ def train(
         "partitions": split.partitions,
         "live": live,
         "training": training,
+        "noise": noise,
         "seed": seed,
         "threads": None if workers == 0 else 1,
         "gpu": gpus_per_worker > 0,
@@ -176,7 +185,10 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config["seed"] * 1_000_003 + rank)
         # convolutions on the CPU and on tensor cores take this layout: 16 s an epoch on two cores instead of 25
-        model = load_network(network).to(device).to(memory_format=torch.channels_last).train()
+        model = load_network(network)
+        if training.method == "co_teaching":
+            model = Twins(model, _twin(model, network.spec.head))
+        model = model.to(device).to(memory_format=torch.channels_last).train()
         parallel = ray.train.torch.prepare_model(model, move_to_device=device) if world > 1 else model
         images = LiveImages(
             config["partitions"][rank::world],
@@ -195,6 +207,8 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
                 device=device,
                 seed=config["seed"],
                 progress=config.get("progress", lambda done, total: None),
+                classes=network.spec.classes,
+                noise=config["noise"],
                 precision=network.precision,
             )
         except StepError as error:
@@ -202,7 +216,14 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
                 raise
             # raised, Ray Train would take it for a lost worker, and begin again
             return {"failed": str(error)}
-    return {"weights": to_bytes(model), "gpu": gpu_name(device), **outcome}
+    return {"weights": to_bytes(model.first if isinstance(model, Twins) else model), "gpu": gpu_name(device), **outcome}
+
+
+def _twin(model: torch.nn.Module, head: str) -> torch.nn.Module:
+    """A copy with a head of its own: two networks that start alike would stay alike."""
+    twin = copy.deepcopy(model)
+    twin.get_submodule(head).reset_parameters()  # pyright: ignore[reportCallIssue]  the head is a Linear
+    return twin
 
 
 def fit_network(
@@ -216,6 +237,8 @@ def fit_network(
     device: torch.device,
     seed: int,
     progress: Progress,
+    classes: int,
+    noise: Noise | None = None,
     precision: Precision = "float32",
 ) -> dict[str, Any]:
     """The training loop itself; every rank takes the same number of steps.
@@ -228,19 +251,28 @@ def fit_network(
     optimizer = _optimizer(model, training)
     total_steps = min(steps_per_epoch * training.epochs, training.max_steps or sys.maxsize)
     augment = augmentation(training.augment, spec.size)
-    passes = _Passes(model, optimizer, BatchSize(per_rank), spec, world, device, precision)
+    goal = objective(training.method, Size(classes, images.samples, total_steps), training.method_arguments, noise)
+    arguments = {**METHODS[training.method], **training.method_arguments}
+    mix = partial(mixed_up, classes=classes, **arguments) if training.method == "mixup" else None
+    passes = Passes(model, optimizer, goal, mix, BatchSize(per_rank), spec, world, device, precision)
+    own = getattr(model, "module", model)
+    average = None
+    if training.ema is not None:
+        average = AveragedModel(own, multi_avg_fn=get_ema_multi_avg_fn(training.ema), use_buffers=True)
     taken = 0
     epochs, accuracy, loss_mean = 0, 0.0, 0.0
     for epoch in range(training.epochs):
         generator = torch.Generator().manual_seed((seed * 10_007 + epoch) * 2 + 1)
         sums = torch.zeros(3, dtype=torch.float64, device=device)
-        for pixels, labels in images.batches(per_rank, min(steps_per_epoch, total_steps - taken), epoch):
+        for batch in images.batches(per_rank, min(steps_per_epoch, total_steps - taken), epoch):
             if training.schedule == "cosine":
                 share = taken / total_steps
                 for group in optimizer.param_groups:
                     group["lr"] = training.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
-            sums += passes.step(augment(pixels, generator), labels)
+            sums += passes.step(replace(batch, pixels=augment(batch.pixels, generator)))
             taken += 1
+            if average is not None:
+                average.update_parameters(own)
             progress(min(taken * per_rank * world, live * training.epochs), live * training.epochs)
         if world > 1:
             torch.distributed.all_reduce(sums)
@@ -254,102 +286,9 @@ def fit_network(
         reached = training.until_train_accuracy is not None and accuracy >= training.until_train_accuracy
         if reached or taken >= total_steps:
             break
+    if average is not None:
+        own.load_state_dict(average.module.state_dict())
     return {"epochs": epochs, "steps": taken, "accuracy": accuracy, "loss": loss_mean, "part": passes.batch.reduced}
-
-
-class _Passes:
-    """Steps of the optimizer, each in as many forward and backward passes as memory asks for."""
-
-    _SETTLING = 3
-    """Steps until memory is known to suffice. In these the ranks all-reduce an out-of-memory flag before the gradients:
-    a rank that ran out of memory in the middle of that exchange would leave the others waiting for ever."""
-
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
-        batch: BatchSize,
-        spec: ImageSpec,
-        world: int,
-        device: torch.device,
-        precision: Precision,
-    ) -> None:
-        self.batch = batch
-        self._model, self._optimizer, self._spec = model, optimizer, spec
-        self._world, self._device = world, device
-        self._precision: Precision = precision
-        # the gradients of float16 would vanish; the scaler skips a step where they overflow
-        self._scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
-        self._settled, self._settled_size = 0, 0
-
-    def step(self, pixels: Tensor, labels: Tensor) -> Tensor:
-        """One step on uint8 [n, c, h, w] and labels [n]; float64 (sum of losses, correct, n)."""
-        sums = self.batch.run(lambda size: self._gradients(pixels, labels, size))
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
-        return sums
-
-    def _gradients(self, pixels: Tensor, labels: Tensor, size: int) -> Tensor:
-        if size != self._settled_size:
-            self._settled, self._settled_size = 0, size
-        settling = self._settled < self._SETTLING
-        before = [buffer.clone() for buffer in self._model.buffers()] if settling else []
-        self._optimizer.zero_grad(set_to_none=True)
-        sums, short = None, False
-        try:
-            sums = self._accumulated(pixels, labels, size, apart=settling)
-        except torch.OutOfMemoryError:
-            if not settling and self._world > 1:
-                raise StepError(
-                    f"a training worker ran out of memory after {self._SETTLING} steps of {size} samples went well; "
-                    "lower batch_size of this section of the run file"
-                ) from None
-            short = True
-        if settling and self._world > 1:
-            flag = torch.tensor(float(short), device=self._device)
-            torch.distributed.all_reduce(flag)
-            short = bool(flag)
-        if sums is None or short:
-            # statistics of batch normalisation: the step begins anew
-            for buffer, kept in zip(self._model.buffers(), before, strict=False):
-                buffer.copy_(kept)
-            self._optimizer.zero_grad(set_to_none=True)
-            raise torch.OutOfMemoryError(f"a step of {len(labels)} samples, {size} at a time")
-        if settling:
-            self._settled += 1
-            if self._world > 1:
-                _average_gradients(self._model, self._world)
-        return sums
-
-    def _accumulated(self, pixels: Tensor, labels: Tensor, size: int, *, apart: bool) -> Tensor:
-        """Adds up the gradients of the mean loss; with `apart` every rank's stay its own."""
-        parts = math.ceil(len(labels) / size)
-        sums = torch.zeros(3, dtype=torch.float64, device=self._device)
-        for number, (images, given) in enumerate(
-            zip(pixels.tensor_split(parts), labels.tensor_split(parts), strict=True)
-        ):
-            alone = self._world > 1 and (apart or number < parts - 1)
-            with cast(Any, self._model).no_sync() if alone else contextlib.nullcontext():
-                inputs = normalize(moved(images, self._device), self._spec.mean, self._spec.std)
-                inputs = inputs.contiguous(memory_format=torch.channels_last)
-                targets = moved(given, self._device)
-                with computing_in(self._precision, self._device):
-                    logits = self._model(inputs)
-                loss = cross_entropy(logits.float(), targets)
-                self._scaler.scale(loss * (len(given) / len(labels))).backward()
-            with torch.no_grad():
-                correct = (logits.argmax(dim=1) == targets).sum()
-                sums += torch.stack([loss.detach() * len(targets), correct, correct.new_tensor(len(targets))]).double()
-        return sums
-
-
-def _average_gradients(model: torch.nn.Module, world: int) -> None:
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    torch.distributed.all_reduce(flat)
-    flat /= world
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
 
 
 def _optimizer(model: torch.nn.Module, training: Training) -> torch.optim.Optimizer:
