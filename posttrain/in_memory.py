@@ -274,7 +274,7 @@ class _Rounds:
         return select_scored(scored, self.samples, state.history, self.removal, self.classes)
 
     def refine(
-        self, state: State[ProbeEnsemble, Fitted], features: None, fitted: Fitted, live: Live
+        self, state: State[ProbeEnsemble, Fitted], features: None, fitted: Fitted, selected: Choice, live: Live
     ) -> tuple[ProbeEnsemble, Fitted]:
         again = self.fitted(live)
         return again.ensemble, again

@@ -92,7 +92,7 @@ class Steps(Generic[Features, Probe, Scores, Choice, Model]):
     fit: Callable[[State[Model, Probe], Features], Probe]
     score: Callable[[State[Model, Probe], Features, Probe], Scores]
     select: Callable[[State[Model, Probe], Scores], Choice]
-    refine: Callable[[State[Model, Probe], Features, Probe, Live], tuple[Model, Probe | None]]
+    refine: Callable[[State[Model, Probe], Features, Probe, Choice, Live], tuple[Model, Probe | None]]
     """The model on the samples that are live after the removal, and the probe, where that was fitted on them anew."""
     evaluate: Callable[[State[Model, Probe], Model], dict[str, float]]
     commit: Callable[[State[Model, Probe], Choice, Round], Round]
@@ -132,7 +132,7 @@ def clean(
             return Outcome(state, nothing_left(state, selected), LastLook(probe, selected.metrics))
 
         live = state.live.without(selected.removal)
-        model, refitted = steps.refine(state, features, probe, live)
+        model, refitted = steps.refine(state, features, probe, selected, live)
         metrics = {**steps.evaluate(state, model), **selected.metrics}
         removed, relabelled = len(selected.removal.removed), len(selected.removal.relabelled)
         done = Round(state.number + 1, live.count, candidates, removed, relabelled, metrics)

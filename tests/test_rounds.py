@@ -91,7 +91,7 @@ class Fakes:
             counts = RoundCounts(left, ESTIMATE, in_all == 0)
             return Selected(Removal(Rows.of(0, removed), new), counts, {"noise": left / 100})
 
-        def refine(state: FakeState, features: str, probe: str, live: Live) -> tuple[int, str]:
+        def refine(state: FakeState, features: str, probe: str, selected: Selected, live: Live) -> tuple[int, str]:
             self._called("refine", state.number + 1, features, probe, live)
             return state.model + 1, f"{probe}, again"
 

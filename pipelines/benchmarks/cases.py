@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.cluster.training import Training, fit_network
+from posttrain.cluster.training_step import Batch
 from posttrain.schema import ImageSpec, stream_seed, uniform
 from posttrain.vision import models, noise
 from posttrain.vision.images import decode_column, normalize
@@ -290,15 +291,16 @@ class Images:
         self._part, self._seed, self._on_epoch = part, seed, on_epoch
         self._labels = torch.from_numpy(part.given)
         self.last = np.empty(0, np.int64)
+        self.samples = len(part)
 
-    def batches(self, size: int, steps: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, size: int, steps: int, epoch: int) -> Iterator[Batch]:
         self._on_epoch(epoch)
         order = np.random.default_rng([self._seed, epoch]).permutation(len(self._part))
         for step in range(steps):
             self.last = order[step * size : (step + 1) * size]
             if len(self.last) < 2:
                 return
-            yield self._part.pixels[self.last], self._labels[self.last]
+            yield Batch(self._part.pixels[self.last], self._labels[self.last], torch.from_numpy(self.last))
 
 
 @dataclass
@@ -365,6 +367,7 @@ def train(
             device=_device,
             seed=seed,
             progress=lambda done, total: None,
+            classes=case.classes,
         )
     seconds = time.perf_counter() - began
     for hook in hooks:

@@ -174,7 +174,12 @@ class CleaningInMemory:
         return select_scored(scored, self.start.features.train, state.history, self.removal, self.data.classes)
 
     def refine(
-        self, state: State[Model, ProbeEnsemble], features: Features, boundary: ProbeEnsemble, live: Live
+        self,
+        state: State[Model, ProbeEnsemble],
+        features: Features,
+        boundary: ProbeEnsemble,
+        selected: Selected,
+        live: Live,
     ) -> tuple[Model, None]:
         """The model without this round's samples: the boundary drawn again, or the whole network trained on."""
         kept = self.mask(live)

@@ -43,9 +43,8 @@ class LiveImages:
         height, width = spec.size
         rows = max((p.rows for p in partitions), default=1)
         self._window = max(1, window_bytes // max(1, rows * spec.channels * height * width))
-        self._first = dict(
-            zip((p.index for p in partitions), accumulate((p.rows for p in partitions), initial=0), strict=False)
-        )
+        first_rows = accumulate((p.rows for p in partitions), initial=0)
+        self._first = {p.index: first for p, first in zip(partitions, first_rows, strict=False)}
         """Position of each partition's first row."""
         self.samples = sum(p.rows for p in partitions)
         """Positions that samples may have: rows of all partitions, live or not."""

@@ -29,7 +29,7 @@ from posttrain.cluster.failures import raise_cause
 from posttrain.cluster.live_images import LiveImages
 from posttrain.cluster.network import Network, load_network
 from posttrain.cluster.partitioning import Progress, Split
-from posttrain.cluster.training_step import Batch, Passes
+from posttrain.cluster.training_step import Passes
 from posttrain.errors import RecipeError, StepError
 from posttrain.live import Live
 from posttrain.schema import METHODS, ImageSpec, Method, Precision

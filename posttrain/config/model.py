@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, JsonValue, field_validator, model_validator
 
 from posttrain.config.section import Section, Text
+from posttrain.schema import METHODS, Method
 
 Byte = Annotated[int, Field(ge=0, le=255)]
 
@@ -77,6 +78,26 @@ class Training(Section):
     """sgd (with Nesterov momentum where momentum is above 0) or adamw."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate over time. constant, or cosine: it falls to 0 over all steps."""
+    method: Method = "cross_entropy"
+    """What is minimised, to learn with noisy labels: cross_entropy, label_smoothing, mixup, gce (generalised
+    cross-entropy), sce (symmetric cross-entropy), bootstrapping, elr (early-learning regularisation), forward (loss
+    correction with the estimated transition matrix), co_teaching (two networks that choose samples for each other), sop
+    (sparse over-parameterisation)."""
+    method_arguments: dict[str, float] = Field(default={})
+    """Arguments of the method, in place of those of its paper: smoothing (label_smoothing), alpha (mixup), q (gce),
+    alpha, beta and log_zero (sce), beta (bootstrapping), strength and momentum (elr), ramp (co_teaching), rate_u and
+    rate_v (sop)."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Decay, by step, of a moving average of the weights, which training leaves behind. null: the last weights."""
+
+    @model_validator(mode="after")
+    def _arguments_of_the_method(self) -> Self:
+        known = METHODS[self.method]
+        for name in self.method_arguments:
+            if name not in known:
+                has = f"has {' and '.join(known)}" if known else "has none"
+                raise ValueError(f"method_arguments.{name} is no argument of method = {self.method}, which {has}")
+        return self
 
 
 class Pretrain(Training):

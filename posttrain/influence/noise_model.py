@@ -110,6 +110,12 @@ class NoiseModel:
         live_noise_rate = self.live_noise_rate if self.noise.source == "validation" else None
         return Prior(self.confident_joint, live_noise_rate, self.validation_noise_rate)
 
+    def after_removal(self, live: int, removed: int) -> tuple[float, Float[Tensor, "classes classes"]]:
+        """The share of wrong labels and their T among `live` samples, once `removed` wrong ones are gone."""
+        left = live - removed
+        rate = max(0.0, self.remaining_noise_rate * live - removed) / left if left else 0.0
+        return rate, noise_matrix.estimate(self.confident_joint, rate)
+
     def with_confident_joint(self, joint: Tensor) -> NoiseModel:
         """The same with both T estimated from this V, in samples."""
         return replace(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from posttrain.cluster.network import Network
+from posttrain.influence.score_round import score_round
 from posttrain.live import Live
 from posttrain.rounds import REFERENCE, State
 from posttrain.runs.commit import commit_without_removal, tell_round
@@ -15,7 +16,8 @@ from posttrain.runs.fit import Fitted, fitted, refitted
 from posttrain.runs.networks import network_of, read_checkpoint
 from posttrain.runs.quarantine import quarantined_before, readable_validation_samples
 from posttrain.runs.refine import train
-from posttrain.schema import Round
+from posttrain.schema import NEEDS_NOISE, Round
+from posttrain.vision.losses import Noise
 
 
 def begin_or_resume(run: Run) -> State[Network, Fitted]:
@@ -40,9 +42,31 @@ def first_model(run: Run) -> Network:
 
     network = network_of(run, untrained(run.config, run.inputs))
     live, seed = run.live_at_start(), run.config.run.seed
-    model = train(run, network, run.config.pretrain, live, name="pretrain", seed=seed)
+    noise = _noise_seen_first(run, network) if run.config.pretrain.method in NEEDS_NOISE else None
+    model = train(run, network, run.config.pretrain, live, name="pretrain", seed=seed, noise=noise)
     run.folder.write_bytes(path, model.weights)
     return model
+
+
+def _noise_seen_first(run: Run, network: Network) -> Noise:
+    """The label noise by the network once trained with cross-entropy, as Patrini et al. (2017) estimate T first."""
+    settings, live = run.config.pretrain, run.live_at_start()
+    plain = settings.model_copy(update={"method": "cross_entropy", "method_arguments": {}})
+    run.progress.say(f"pretrain.method = {settings.method} needs an estimate of the label noise: cross-entropy first")
+    model = train(run, network, plain, live, name="pretrain", seed=run.config.run.seed)
+    backbone, live = features_of(run, model, live, ("train", "validation"))
+    with run.progress.step("fit"):
+        probe = fitted(run, backbone, live, (), 0)
+    found = score_round(
+        probe.samples,
+        probe.validation,
+        probe.ensemble,
+        seed=0,
+        curvature_kind=run.config.probe.curvature,
+        exact_limit=run.config.probe.exact_limit,
+        step=run.progress.step,
+    )
+    return Noise(found.noise_model.remaining_noise_rate, found.noise_model.transition)
 
 
 def begin(run: Run, model: Network) -> State[Network, Fitted]:

@@ -13,7 +13,9 @@ from posttrain.rounds import State
 from posttrain.runs.context import Run
 from posttrain.runs.fit import Fitted, refitted
 from posttrain.runs.networks import network_of
+from posttrain.runs.select import Choice
 from posttrain.vision import models
+from posttrain.vision.losses import Noise
 from posttrain.vision.probed_network import with_probe
 from posttrain.vision.weights import to_bytes
 
@@ -31,6 +33,7 @@ class Train(Protocol):
         name: str,
         seed: int,
         max_steps: int | None = None,
+        noise: Noise | None = None,
     ) -> Network: ...
 
 
@@ -43,8 +46,12 @@ def train(
     name: str,
     seed: int,
     max_steps: int | None = None,
+    noise: Noise | None = None,
 ) -> Network:
-    """The network trained on the live samples, through Ray Train; `name` is that of the step."""
+    """The network trained on the live samples, through Ray Train.
+
+    `name` is that of the step; `noise` is what is known of the live labels, where the method needs it.
+    """
     run.workers.make_room()
     if run.train_workers:
         # Ray Train waits for ever for CPUs and GPUs that the scoring workers hold
@@ -62,6 +69,7 @@ def train(
             folder=run.folder,
             run_name=f"{name}-{seed}",
             progress=tell,
+            noise=noise,
         )
     epochs, steps = f"epoch{'s' * (trained.epochs != 1)}", f"step{'s' * (trained.steps != 1)}"
     run.progress.say(
@@ -76,7 +84,14 @@ def train(
 
 
 def refine(
-    run: Run, state: State[Network, Fitted], backbone: str, fitted: Fitted, live: Live, *, train: Train = train
+    run: Run,
+    state: State[Network, Fitted],
+    backbone: str,
+    fitted: Fitted,
+    selected: Choice,
+    live: Live,
+    *,
+    train: Train = train,
 ) -> tuple[Network, Fitted | None]:
     """The model on what is live after the removal, and the ensemble, where it was fitted on that anew."""
     settings = run.config.refining
@@ -86,7 +101,7 @@ def refine(
             again = refitted(run, fitted.choice, fitted.ensemble.members, live)
             return with_boundary_as_head(run, state.first, again), again
     seed = run.config.run.seed + 1000 * (state.number + 1)
-    return train(run, state.model, settings, live, name="refine", seed=seed), None
+    return train(run, state.model, settings, live, name="refine", seed=seed, noise=selected.noise), None
 
 
 def with_boundary_as_head(run: Run, network: Network, fitted: Fitted) -> Network:

@@ -14,7 +14,7 @@ import torch
 from posttrain import policy
 from posttrain.cluster.network import Network
 from posttrain.errors import DataError, StepError
-from posttrain.influence.noise_model import Prior
+from posttrain.influence.noise_model import NoiseModel, Prior
 from posttrain.influence.noise_rate import NoiseEstimate
 from posttrain.influence.score_round import PreviousRemovals, score_round
 from posttrain.rounds import State
@@ -34,9 +34,13 @@ class Scored:
     path: str
     class_counts: np.ndarray
     """Live samples of each class."""
-    noise: NoiseEstimate
+    noise_model: NoiseModel
     metrics: dict[str, float]
     """What fitting and scoring found out."""
+
+    @property
+    def noise(self) -> NoiseEstimate:
+        return self.noise_model.noise
 
 
 def score(run: Run, state: State[Network, Fitted], backbone: str, fitted: Fitted) -> Scored:
@@ -70,7 +74,7 @@ def score(run: Run, state: State[Network, Fitted], backbone: str, fitted: Fitted
         "live_noise": noise_model.live_noise_rate,
         "validation_noise": noise_model.validation_noise_rate,
     }
-    return Scored(path, counts, noise_model.noise, metrics)
+    return Scored(path, counts, noise_model, metrics)
 
 
 def _previous_removals(run: Run, state: State[Network, Fitted]) -> PreviousRemovals:

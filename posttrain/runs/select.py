@@ -22,6 +22,7 @@ from posttrain.runs.noise_report import noise_sentence
 from posttrain.runs.score import Scored
 from posttrain.schema import LABEL, PARTITION, ROW, SAMPLE_ID, SELF_CONFIDENCE
 from posttrain.store.results import reason
+from posttrain.vision.losses import Noise
 
 # pyarrow makes these functions when it is imported: a type checker sees none of them
 pc = cast(Any, pyarrow.compute)
@@ -39,6 +40,8 @@ class Choice(Selected):
     histogram: ScoreHistogram
     self_confidence: float
     """Sum over all these samples."""
+    noise: Noise
+    """Of the samples that stay."""
 
 
 def select(run: Run, state: State[Any, Any], scored: Scored, *, quota: Quota = None) -> Choice:
@@ -80,6 +83,7 @@ def select(run: Run, state: State[Any, Any], scored: Scored, *, quota: Quota = N
         scored.metrics,
         ScoreHistogram(settings.score, edges, kept, gone, lowest),
         float(pc.sum(acted_on[SELF_CONFIDENCE]).as_py() or 0.0),
+        Noise(*scored.noise_model.after_removal(int(scored.class_counts.sum()), acted_on.num_rows)),
     )
 
 

@@ -22,6 +22,7 @@ from posttrain.cluster.devices import BatchSize, computing_in, moved
 from posttrain.cluster.embedding import embed_block
 from posttrain.cluster.network import Network
 from posttrain.cluster.training import Training, fit_network
+from posttrain.cluster.training_step import Batch
 from posttrain.cluster.workers import Workers
 from posttrain.config import RunFile, load
 from posttrain.errors import ConfigError, StepError
@@ -65,11 +66,12 @@ class Digits:
         data: Any = load_digits()
         self.pixels = torch.from_numpy((data.images[:count] * 255 / 16).round().astype(np.uint8))[:, None]
         self.labels = torch.from_numpy(data.target[:count].astype(np.int64))
+        self.samples = count
 
-    def batches(self, size: int, steps: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, size: int, steps: int, epoch: int) -> Iterator[Batch]:
         order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(epoch))
         for batch in order.split(size)[:steps]:
-            yield self.pixels[batch], self.labels[batch]
+            yield Batch(self.pixels[batch], self.labels[batch], batch)
 
     def block(self) -> pa.Table:
         count = len(self.labels)
@@ -119,6 +121,7 @@ def trained(model: nn.Module, digits: Digits, *, device: torch.device = CPU, **o
         device=device,
         seed=0,
         progress=lambda done, total: None,
+        classes=10,
         **options,
     )
 
@@ -230,12 +233,12 @@ if short and rank == 1:
     t.ShortOfMemory(10).watch(model)
 class Half(t.Digits):
     def batches(self, size, steps, epoch):
-        for pixels, labels in super().batches(2 * size, steps, epoch):
-            yield pixels[rank::2], labels[rank::2]
+        for batch in super().batches(2 * size, steps, epoch):
+            yield batch.at(slice(rank, None, 2))
 digits = Half()
 training = t.Training(3, 64, "sgd", 0.05, 0.9, 0.0, "constant", "none")
 found = t.fit_network(DistributedDataParallel(model), digits, training, spec=t.IMAGES, live=256, world=2,
-                      device=t.CPU, seed=0, progress=lambda done, total: None)
+                      device=t.CPU, seed=0, progress=lambda done, total: None, classes=10)
 torch.save({{"weights": model.state_dict(), "part": found["part"], "loss": found["loss"]}}, out)
 torch.distributed.destroy_process_group()
 """

@@ -126,9 +126,9 @@ def test_the_network_is_trained_on_the_new_labels(
     def noting(model: Any, images: Any, *arguments: Any, **options: Any) -> Any:
         # one epoch without augmentation holds every live image once
         step, pixels, labels = options["live"] // 8, [], []
-        for batch, given in images.batches(8, step + 1, 0):
-            pixels += [image.numpy().tobytes() for image in batch]
-            labels += given.tolist()
+        for batch in images.batches(8, step + 1, 0):
+            pixels += [image.numpy().tobytes() for image in batch.pixels]
+            labels += batch.labels.tolist()
         ids = {digits.images[i].tobytes(): i for i in digits.splits["train"]}
         seen.append({ids[image]: label for image, label in zip(pixels, labels, strict=True) if image in ids})
         return fit(model, images, *arguments, **options)
