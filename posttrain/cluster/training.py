@@ -22,6 +22,7 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.train.torch import TorchTrainer
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from posttrain.cluster.devices import BatchSize, gpu_name
@@ -29,7 +30,7 @@ from posttrain.cluster.failures import raise_cause
 from posttrain.cluster.live_images import LiveImages
 from posttrain.cluster.network import Network, load_network
 from posttrain.cluster.partitioning import Progress, Split
-from posttrain.cluster.training_step import Passes
+from posttrain.cluster.training_step import Mix, Passes
 from posttrain.errors import RecipeError, StepError
 from posttrain.live import Live
 from posttrain.schema import METHODS, ImageSpec, Method, Precision
@@ -251,44 +252,73 @@ def fit_network(
     optimizer = _optimizer(model, training)
     total_steps = min(steps_per_epoch * training.epochs, training.max_steps or sys.maxsize)
     augment = augmentation(training.augment, spec.size)
-    goal = objective(training.method, Size(classes, images.samples, total_steps), training.method_arguments, noise)
-    arguments = {**METHODS[training.method], **training.method_arguments}
-    mix = partial(mixed_up, classes=classes, **arguments) if training.method == "mixup" else None
-    passes = Passes(model, optimizer, goal, mix, BatchSize(per_rank), spec, world, device, precision)
-    own = getattr(model, "module", model)
-    average = None
-    if training.ema is not None:
-        average = AveragedModel(own, multi_avg_fn=get_ema_multi_avg_fn(training.ema), use_buffers=True)
+    passes = Passes(
+        model,
+        optimizer,
+        objective(training.method, Size(classes, images.samples, total_steps), training.method_arguments, noise),
+        _mix(training, classes),
+        BatchSize(per_rank),
+        spec,
+        world,
+        device,
+        precision,
+    )
+    average = _average(model, training.ema)
     taken = 0
     epochs, accuracy, loss_mean = 0, 0.0, 0.0
     for epoch in range(training.epochs):
         generator = torch.Generator().manual_seed((seed * 10_007 + epoch) * 2 + 1)
         sums = torch.zeros(3, dtype=torch.float64, device=device)
         for batch in images.batches(per_rank, min(steps_per_epoch, total_steps - taken), epoch):
-            if training.schedule == "cosine":
-                share = taken / total_steps
-                for group in optimizer.param_groups:
-                    group["lr"] = training.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+            _set_learning_rate(optimizer, training, taken / total_steps)
             sums += passes.step(replace(batch, pixels=augment(batch.pixels, generator)))
             taken += 1
             if average is not None:
-                average.update_parameters(own)
+                average.update_parameters(_of_ranks(model))
             progress(min(taken * per_rank * world, live * training.epochs), live * training.epochs)
         if world > 1:
             torch.distributed.all_reduce(sums)
         loss_mean, accuracy = float(sums[0] / sums[2]), float(sums[1] / sums[2])
-        if not math.isfinite(loss_mean):
-            raise RecipeError(
-                f"training diverged in epoch {epoch + 1} (loss {loss_mean}); lower the learning rate "
-                f"({training.learning_rate:g}) of this section of the run file"
-            )
         epochs = epoch + 1
+        _refuse_divergence(loss_mean, epochs, training)
         reached = training.until_train_accuracy is not None and accuracy >= training.until_train_accuracy
         if reached or taken >= total_steps:
             break
     if average is not None:
-        own.load_state_dict(average.module.state_dict())
+        _of_ranks(model).load_state_dict(average.module.state_dict())
     return {"epochs": epochs, "steps": taken, "accuracy": accuracy, "loss": loss_mean, "part": passes.batch.reduced}
+
+
+def _refuse_divergence(loss: float, epoch: int, training: Training) -> None:
+    if not math.isfinite(loss):
+        raise RecipeError(
+            f"training diverged in epoch {epoch} (loss {loss}); lower the learning rate "
+            f"({training.learning_rate:g}) of this section of the run file"
+        )
+
+
+def _of_ranks(model: torch.nn.Module) -> torch.nn.Module:
+    """The network itself, which DistributedDataParallel wraps."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _average(model: torch.nn.Module, decay: float | None) -> AveragedModel | None:
+    if decay is None:
+        return None
+    return AveragedModel(_of_ranks(model), multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+def _set_learning_rate(optimizer: torch.optim.Optimizer, training: Training, done: float) -> None:
+    """The learning rate after a share of all steps."""
+    if training.schedule == "cosine":
+        for group in optimizer.param_groups:
+            group["lr"] = training.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _mix(training: Training, classes: int) -> Mix | None:
+    if training.method != "mixup":
+        return None
+    return partial(mixed_up, classes=classes, **{**METHODS["mixup"], **training.method_arguments})
 
 
 def _optimizer(model: torch.nn.Module, training: Training) -> torch.optim.Optimizer:

@@ -26,9 +26,11 @@ from posttrain.cluster.training_step import Batch
 from posttrain.cluster.workers import Workers
 from posttrain.config import RunFile, load
 from posttrain.errors import ConfigError, StepError
-from posttrain.schema import FILE, IMAGE, LABEL, SAMPLE_ID, ImageSpec, ModelSpec, Precision
+from posttrain.schema import FILE, IMAGE, LABEL, METHODS, SAMPLE_ID, ImageSpec, Method, ModelSpec, Precision
 from posttrain.vision import models
 from posttrain.vision.embedding import pooled
+from posttrain.vision.images import normalize
+from posttrain.vision.losses import Noise
 from posttrain.vision.weights import to_bytes
 
 CPU = torch.device("cpu")
@@ -110,6 +112,8 @@ def trained(model: nn.Module, digits: Digits, *, device: torch.device = CPU, **o
         weight_decay=1e-4,
         schedule="constant",
         augment="crop",
+        method=options.pop("method", "cross_entropy"),
+        ema=options.pop("ema", None),
     )
     return fit_network(
         model,
@@ -486,3 +490,28 @@ def test_memory_that_really_does_not_suffice_halves_the_batch() -> None:
 def test_a_batch_goes_to_the_gpu_unchanged() -> None:
     batch = torch.arange(300).reshape(3, 100)
     assert torch.equal(moved(batch, torch.device("cuda")).cpu(), batch)
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "co_teaching"])
+def test_every_method_learns_the_digits(digits: Digits, method: Method) -> None:
+    model = mlp()
+    noise = Noise(0.1, 0.9 * torch.eye(10) + 0.01 * torch.ones(10, 10))
+    found = trained(model, digits, epochs=12, method=method, noise=noise)
+    assert found["steps"] == 12 * 4
+    with torch.inference_mode():
+        logits = model.eval()(normalize(digits.pixels, IMAGES.mean, IMAGES.std))
+    assert float((logits.argmax(dim=1) == digits.labels).double().mean()) > 0.9
+
+
+def test_training_leaves_the_moving_average_of_its_weights_behind(digits: Digits) -> None:
+    decay, seen = 0.9, []
+    model = mlp()
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(module[1].weight.detach().clone()))
+    trained(model, digits, epochs=2, ema=decay)
+    last = mlp()
+    trained(last, digits, epochs=2)
+    # the first update takes the weights as they are
+    average = seen[1]
+    for weight in [*seen[2:], last[1].weight.detach()]:
+        average = decay * average + (1 - decay) * weight
+    assert torch.allclose(model[1].weight, average, atol=1e-6)
