@@ -76,7 +76,8 @@ def clean(
     """A clean data set and a better model: by a run file, or from a torch module and data sets.
 
     `clean(config)` does what `posttrain clean` does, on Ray, with checkpoints in `run.path`: called again, it goes on
-    where it was. Progress goes to standard error; `quiet=False` prints the summary table, `verbose` Ray's own messages.
+    where it was. It takes its settings from the run file alone; `load` takes others. Progress goes to standard error;
+    `quiet=False` prints the summary table, `verbose` Ray's own messages.
 
     `clean(model=..., train=..., validation=...)` finds label issues as `find_label_issues_with` does, with the same
     `options`, in this process, and gives the model the boundary that was fitted on what is left as its new head.
@@ -88,8 +89,16 @@ def clean(
     if (config is None) == (model is None):
         raise DataError("give clean either a run file (posttrain.load) or model=, train= and validation=")
     if config is not None:
+        others = {"train": train, "validation": validation, "path": path}
+        if given := [*(name for name, value in others.items() if value is not None), *options]:
+            raise ConfigError(
+                f"clean(config) does not take {', '.join(given)}: its settings are those of the run file; change them "
+                "with load(path, {'removal.budget': 0.03})"
+            )
         return _clean_run(config, verbose=verbose, quiet=quiet)
     assert model is not None
+    if verbose or not quiet:
+        raise ConfigError("clean(model=...) prints nothing: verbose and quiet belong to clean(config)")
     if train is None or validation is None:
         raise DataError(
             "clean(model=...) needs train= and validation=, data sets; the model must not have seen the latter"

@@ -237,3 +237,14 @@ def test_data_sets_that_do_not_fit_the_model_are_refused_in_one_sentence():
         posttrain.clean()
     with pytest.raises(DataError, match="needs train= and validation="):
         posttrain.clean(model=model, train=whole)
+
+
+def test_a_run_file_and_a_model_take_no_settings_of_each_other(tmp_path: Any):
+    config = posttrain.load(overrides={"run.path": str(tmp_path / "run")})
+    for given in ({"path": tmp_path / "other"}, {"budget": 0.03}, {"bugdet": 0.03}, {"train": []}):
+        with pytest.raises(ConfigError, match=f"does not take {next(iter(given))}: .*load"):
+            posttrain.clean(config, **given)
+    assert not list(tmp_path.iterdir())
+    for given in ({"verbose": True}, {"quiet": False}):
+        with pytest.raises(ConfigError, match="belong to clean"):
+            posttrain.clean(model=torch.nn.Linear(3, 10), **given)
