@@ -86,5 +86,15 @@ def first_model_stays(first: float, last: float, samples: int) -> bool:
     return _exceeds(first, last, samples)
 
 
+def probes_become_head(rounds: int, before: float, after: float, samples: int) -> bool:
+    """Whether probes become the head of a network that stays as it is, as a run with the scope `head` decides it.
+
+    `before` and `after` are the validation accuracies of the model and of the probes, `rounds` those that removed.
+    """
+    if rounds:
+        return not first_model_stays(before, after, samples)
+    return boundary_becomes_head("head", 0, before, after, samples)
+
+
 def _exceeds(accuracy: float, other: float, samples: int) -> bool:
     return accuracy - other > 2 * math.sqrt(2) * standard_error(other, samples)

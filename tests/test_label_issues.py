@@ -220,7 +220,21 @@ def test_a_torch_module_is_cleaned_by_its_own_layers_and_gets_a_better_head(tmp_
     with torch.no_grad():
         before, after = ((own(images).argmax(dim=1).numpy() == test).mean() for own in (model, result.model))
     assert after > before + 0.05
+    assert result.summary["validation_accuracy_after"] > result.summary["validation_accuracy_before"]
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"removed.csv", "model.safetensors"}
+
+
+def test_a_model_stays_as_it_came_where_nothing_is_removed_and_the_probes_are_not_clearly_better():
+    features, labels = digits_whole()
+    model = trained(features[:900], labels[:900])
+    train, validation = (Pictures(features[part], labels[part]) for part in (slice(900), slice(900, 1300)))
+    result = posttrain.clean(model=model, train=train, validation=validation, progress=False)
+    with torch.no_grad():
+        right = (model(validation.images).argmax(dim=1).numpy() == labels[900:1300]).mean()
+        torch.testing.assert_close(result.model(validation.images), model(validation.images))
+    summary = result.summary
+    assert summary["removed"] == 0 and not summary["head_replaced"]
+    assert summary["validation_accuracy_before"] == summary["validation_accuracy_after"] == right
 
 
 def test_data_sets_that_do_not_fit_the_model_are_refused_in_one_sentence():

@@ -77,3 +77,13 @@ def test_without_a_round_chance_alone_hardly_ever_replaces_the_head(scope: polic
     # beyond two standard errors on one side: 2.3 % of normal differences
     assert taken == pytest.approx(0.023, abs=0.006)
     assert not policy.boundary_becomes_head(scope, 0, 1.0, 1.0, 500)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "after", "replaced"), [(0, 0.88, False), (0, 0.93, True), (2, 0.86, True), (2, 0.83, False)]
+)
+def test_probes_replace_a_head_after_rounds_unless_clearly_worse_and_without_one_only_if_clearly_better(
+    rounds: int, after: float, replaced: bool
+):
+    # two standard errors of a difference: 0.041 around 0.88 of 500, 0.046 around 0.84
+    assert policy.probes_become_head(rounds, 0.88, after, 500) == replaced
