@@ -66,6 +66,14 @@ def as_layers(features: Features, name: str) -> dict[str, Tensor]:
     return layers
 
 
+def row_index(features: Features) -> Any:
+    """The index of a data frame, or of the first one among several layers; None where there is none."""
+    import pandas as pd
+
+    given = features.values() if isinstance(features, Mapping) else [features]
+    return next((matrix.index for matrix in given if isinstance(matrix, pd.DataFrame)), None)
+
+
 def _as_numbers(matrix: Any) -> np.ndarray:
     if hasattr(matrix, "toarray"):
         matrix = matrix.toarray()  # scipy's sparse matrices

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from posttrain.errors import ConfigError, DataError
-from posttrain.given_arrays import Scale, as_layers, as_samples
+from posttrain.given_arrays import Scale, as_layers, as_samples, row_index
 from posttrain.in_memory import Cleaned, OutOfFold, ValidationSet, clean_in_memory
 from posttrain.influence.in_memory import InMemory
 from posttrain.influence.scores import SCORES
@@ -222,7 +222,7 @@ def find_label_issues(
             seed=seed,
             tell=tell,
         )
-    return _issues(cleaned, given, classes, scales, getattr(features, "index", None), out_of_fold=validation is None)
+    return _issues(cleaned, given, classes, scales, row_index(features), out_of_fold=validation is None)
 
 
 @contextmanager

@@ -114,6 +114,16 @@ def test_labels_may_be_text_and_features_of_any_kind(digits: tuple[np.ndarray, .
     assert {"is_label_issue", "label_quality", "given_label", "predicted_label"} <= set(table.columns)
 
 
+def test_a_table_of_issues_has_the_index_of_a_data_frame_and_none_of_a_list():
+    features, labels = load_wine(return_X_y=True)
+    names = [f"row {at}" for at in range(len(labels))]
+    frame = pd.DataFrame(features, index=names)
+    given: Any
+    for given, index in ((frame, names), ({"columns": frame}, names), (features.tolist(), range(len(labels)))):
+        table = posttrain.find_label_issues(given, labels, max_rounds=1, progress=False).to_frame()
+        assert list(table.index) == list(index)
+
+
 def test_the_scale_of_a_column_does_not_matter(digits: tuple[np.ndarray, ...], issues: posttrain.LabelIssues):
     features, _, given = digits
     found = posttrain.find_label_issues(1e4 + 1e-3 * features, given, progress=False)
