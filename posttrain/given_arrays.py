@@ -96,10 +96,12 @@ def as_classes(labels: ArrayLike, name: str, classes: np.ndarray | None = None) 
             raise DataError(f"{name}[{at}] is {given[at]}, no whole number: are they classes?")
         given = given.astype(np.int64)
     elif given.dtype.kind == "O":
-        if (
-            missing := next((at for at, label in enumerate(given) if label is None or label != label), None)
-        ) is not None:
-            raise DataError(f"{name}[{missing}] is {given[missing]}, no label; leave such samples out")
+        import pandas as pd
+
+        # pandas' own missing value is neither equal nor unequal to itself
+        if (missing := np.asarray(pd.isna(given))).any():
+            at = int(np.argmax(missing))
+            raise DataError(f"{name}[{at}] is {given[at]}, no label; leave such samples out")
         if len({type(label) for label in given}) > 1:
             raise DataError(
                 f"{name} mixes {', '.join(sorted({type(label).__name__ for label in given}))}; use one type"

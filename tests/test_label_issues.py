@@ -147,6 +147,8 @@ BAD: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
     "text": ([["a"], ["b"]], [0, 1], {}, DataError, "no matrix of numbers"),
     "fractions": (np.eye(2), [0.5, 1.0], {}, DataError, r"labels\[0\] is 0.5"),
     "missing label": (np.eye(2), [None, "a"], {}, DataError, r"labels\[0\] is None"),
+    "missing text": (np.eye(3), pd.Series(["a", None, "b"], dtype="string"), {}, DataError, r"labels\[1\] is <NA>"),
+    "missing number": (np.eye(3), pd.Series([0, 1, None], dtype="Int64"), {}, DataError, r"labels\[2\] is .*no label"),
     "one-hot": (np.eye(2), np.eye(2), {}, DataError, "argmax"),
     "budget": (np.eye(2), [0, 1], {"budget": 2.0}, ConfigError, "budget"),
     "score": (np.eye(2), [0, 1], {"score": "best"}, ConfigError, "score"),
