@@ -53,13 +53,7 @@ def load(path: str | Path | None = None, overrides: Mapping[str, Any] | None = N
     given = [
         f"{key}={yaml.dump(value).removesuffix('...' + chr(10)).strip()}" for key, value in (overrides or {}).items()
     ]
-    if (
-        path is not None
-        and isinstance(raw := yaml.load(Path(path).read_bytes(), where=str(path)), Mapping)
-        and "job" in raw
-    ):
-        return config.load_job(path, given)
-    return config.load(path, given)
+    return config.load_either(path, given)
 
 
 def clean(
