@@ -21,6 +21,7 @@ from posttrain.in_memory import Cleaned, OutOfFold, ValidationSet, clean_in_memo
 from posttrain.influence.in_memory import InMemory
 from posttrain.influence.scores import SCORES
 from posttrain.runs.noise_report import noise_sentence
+from posttrain.schema import label_quality
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -108,7 +109,7 @@ class LabelIssues:
     label_quality: np.ndarray
     """float64: probability that the given label is right, the lower the more suspect."""
     predicted: np.ndarray
-    """int64: the likeliest class, as all the other samples have it."""
+    """int64: the likeliest class, predicted without the sample itself; it may be the given one."""
     suggested: np.ndarray
     """int64: the likeliest class other than the given label."""
     confidence: np.ndarray
@@ -283,7 +284,7 @@ def _issues(
         given=given,
         is_issue=cleaned.removed_in > 0,
         round=cleaned.removed_in,
-        label_quality=1 / (1 + np.exp(columns["mislabel_odds"].astype(np.float64))),
+        label_quality=label_quality(columns["mislabel_odds"]),
         predicted=columns["predicted_label"].astype(np.int64),
         suggested=columns["suggested_label"].astype(np.int64),
         confidence=columns["confidence"].astype(np.float64),
