@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from posttrain.influence.in_memory import InMemory
 from posttrain.influence.scores import SCORES
 from posttrain.runs.noise_report import noise_sentence
 from posttrain.schema import label_quality
+from posttrain.store.results import label_sentences
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -138,13 +140,13 @@ class LabelIssues:
 
     def why(self, sample: int) -> str:
         """One sentence on the label of a sample."""
-        given, suggested = self.classes[self.given[sample]], self.classes[self.suggested[sample]]
-        wrong = 100 * (1 - self.label_quality[sample])
-        # rounded down, and never 100 %
-        return (
-            f"label {given} is wrong with a probability of {'over 99' if wrong >= 99 else int(wrong)} %; "
-            f"most likely otherwise: {suggested}"
-        )
+        return self._sentences(slice(sample, sample + 1 or None))[0]
+
+    def _sentences(self, samples: slice) -> list[str]:
+        names = np.array([str(name) for name in self.classes])
+        given, suggested = (pa.array(names[of[samples]]) for of in (self.given, self.suggested))
+        said = label_sentences(given, self.label_quality[samples], suggested, pa.array(self.confidence[samples]))
+        return said.to_pylist()
 
     def to_frame(self) -> pd.DataFrame:
         """A row per sample: cleanlab's columns, and suggested label, confidence, round and the reason."""
@@ -159,7 +161,7 @@ class LabelIssues:
                 "suggested_label": self.classes[self.suggested],
                 "confidence": self.confidence,
                 "round": self.round,
-                "why": [self.why(sample) for sample in range(len(self))],
+                "why": self._sentences(slice(None)),
             },
             index=self._index,
         )

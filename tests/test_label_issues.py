@@ -136,6 +136,8 @@ def test_ranked_has_the_removed_first_and_why_names_both_labels(issues: posttrai
     assert issues.is_issue[ranked[: issues.is_issue.sum()]].all()
     worst = ranked[0]
     assert str(issues.suggested[worst]) in issues.why(worst) and "wrong" in issues.why(worst)
+    table = issues.to_frame()
+    assert all(issues.why(at) == table["why"][at] for at in ranked[:3]) and issues.why(-1) == table["why"].iloc[-1]
 
 
 BAD: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {

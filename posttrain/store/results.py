@@ -144,6 +144,17 @@ def reason(table: pa.Table, score: str, number: int, classes: Sequence[str]) -> 
     if score == "random":
         return pa.array([f"sampled at random in round {number} (control)"] * table.num_rows, pa.string())
     names = pa.array(classes)
+    said = label_sentences(
+        names.take(table[LABEL]),
+        label_quality(table["mislabel_odds"].to_numpy()),
+        names.take(table["suggested_label"]),
+        table["confidence"],
+    )
+    return pc.binary_join_element_wise(said, pa.scalar(f"among the highest {score} of round {number}"), "; ")
+
+
+def label_sentences(given: Any, quality: np.ndarray, suggested: Any, confidence: Any) -> Any:
+    """How likely each given label is wrong, and what else the sample likely is; class names are arrow arrays."""
 
     def percent(share: Any) -> Any:
         # down, and never 100 %: the odds are too sure where they are high
@@ -151,16 +162,15 @@ def reason(table: pa.Table, score: str, number: int, classes: Sequence[str]) -> 
         text = pc.cast(pc.cast(pc.min_element_wise(percents, 99.0), pa.int64()), pa.string())
         return pc.binary_join_element_wise(pc.if_else(pc.greater_equal(percents, 99.0), "over ", ""), text, "")
 
-    wrong = pa.array(1 - label_quality(table["mislabel_odds"].to_numpy()))
     return pc.binary_join_element_wise(
         "label ",
-        names.take(table[LABEL]),
-        " is wrong with ",
-        percent(wrong),
-        " %: the others label it ",
-        names.take(table["suggested_label"]),
+        given,
+        " is wrong with a probability of ",
+        percent(pa.array(1 - quality)),
+        " %; most likely class instead: ",
+        suggested,
         " (",
-        percent(table["confidence"]),
-        pa.scalar(f" %); among the highest {score} of round {number}"),
+        percent(confidence),
+        " %)",
         "",
     )

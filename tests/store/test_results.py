@@ -276,9 +276,9 @@ def test_every_removal_has_a_reason_in_words(run: Finished):
     assert results.reason(table, "loo_margin", 1, CLASSES).to_pylist() == [
         f"label {said}; among the highest loo_margin of round 1"
         for said in (
-            "cat is wrong with over 99 %: the others label it dog (97 %)",
-            "dog is wrong with 50 %: the others label it hen (50 %)",
-            "hen is wrong with over 99 %: the others label it cat (over 99 %)",
+            "cat is wrong with a probability of over 99 %; most likely class instead: dog (97 %)",
+            "dog is wrong with a probability of 50 %; most likely class instead: hen (50 %)",
+            "hen is wrong with a probability of over 99 %; most likely class instead: cat (over 99 %)",
         )
     ]
 
