@@ -100,8 +100,8 @@ class Steps(Generic[Features, Probe, Scores, Choice, Model]):
 
 
 @dataclass(frozen=True)
-class LastLook(Generic[Probe]):
-    """What was found by the steps that no round followed, as nothing was to be done."""
+class FinalScoring(Generic[Probe]):
+    """Probe and metrics of the scoring after which no round followed."""
 
     probe: Probe
     metrics: dict[str, float]
@@ -113,7 +113,7 @@ class Outcome(Generic[Model, Probe]):
 
     state: State[Model, Probe]
     reason: str
-    last_look: LastLook[Probe] | None = None
+    final_scoring: FinalScoring[Probe] | None = None
 
 
 def clean(
@@ -129,7 +129,7 @@ def clean(
         selected = steps.select(state, scores)
         candidates = selected.counts.candidates
         if selected.acted_on == 0 or candidates < limits.minimum * state.live.count:
-            return Outcome(state, nothing_left(state, selected), LastLook(probe, selected.metrics))
+            return Outcome(state, nothing_left(state, selected), FinalScoring(probe, selected.metrics))
 
         live = state.live.without(selected.removal)
         model, refitted = steps.refine(state, features, probe, live)
@@ -175,10 +175,10 @@ def nothing_left(state: State[Model, Probe], selected: Selected) -> str:
         done = policy.acted_on(state.history)
         of_user = None if counts.share is None else f"removal.max_share = {counts.share:g}"
         if not done:
-            return f"no sample goes: {of_user + '; ' if of_user else ''}{counts.estimate}"
+            return f"nothing is removed: {of_user + '; ' if of_user else ''}{counts.estimate}"
         most = f"{of_user} allows" if of_user else "may be wrong"
         return f"{done} samples were removed or relabelled, as many as {most}; {counts.estimate}"
     if counts.candidates and not acted_on:
         looks = "1 sample looks" if counts.candidates == 1 else f"{counts.candidates} samples look"
-        return f"{looks} wrong, but the budget or the class floors let none of them go"
+        return f"{looks} wrong, but the class floors or the budget allow none of them to be removed"
     return f"what is left no longer looks wrong: {counts.candidates} of {state.live.count} samples would be candidates"

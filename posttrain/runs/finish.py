@@ -37,7 +37,7 @@ def finish(run: Run, outcome: Outcome[Network, Fitted], began: float) -> dict[st
         "steps": {name: round(seconds, 2) for name, seconds in run.progress.seconds.items()},
         "files": files,
     }
-    # those of the last look, which was no round
+    # those of the final scoring, which was no round
     delete_score_shards(folder, scored)
     folder.clear_half_written()
     if isinstance(tracking, Outbox):
@@ -48,9 +48,9 @@ def finish(run: Run, outcome: Outcome[Network, Fitted], began: float) -> dict[st
 
 
 def _summary(run: Run, outcome: Outcome[Network, Fitted]) -> dict[str, Any]:
-    state, look = outcome.state, outcome.last_look
+    state, scoring = outcome.state, outcome.final_scoring
     first, last = state.history[0].metrics, state.history[-1].metrics
-    choices = [look.probe.choice] if look else chosen_in(run, state.history)[-1:]
+    choices = [scoring.probe.choice] if scoring else chosen_in(run, state.history)[-1:]
     return {
         "run": without_credentials(run.config.run.path),
         "rounds": state.number,
@@ -60,7 +60,7 @@ def _summary(run: Run, outcome: Outcome[Network, Fitted]) -> dict[str, Any]:
         "relabelled": sum(done.relabelled for done in state.history),
         "quarantined": quarantined(state.live),
         "leakage": run.leaks.counts(),
-        "noise": noise_summary([*(done.metrics for done in state.history), *([look.metrics] if look else [])]),
+        "noise": noise_summary([*(done.metrics for done in state.history), *([scoring.metrics] if scoring else [])]),
         "boundary": choices[0].as_record() if choices else None,
         **{
             f"{split}_accuracy_{when}": metrics.get(f"{split}_accuracy")

@@ -203,7 +203,7 @@ def test_no_more_than_the_given_share_goes_in_all_rounds_together(run: Run, tmp_
 def test_where_removal_share_is_0_nothing_goes(run: Run, tmp_path: Path) -> None:
     summary = run(tmp_path / "run", removal={"max_share": 0.0})
     assert (summary["removed"], summary["live"]) == (0, 900)
-    assert summary["ended"].startswith("no sample goes: removal.max_share = 0;")
+    assert summary["ended"].startswith("nothing is removed: removal.max_share = 0;")
     assert summary["validation_accuracy_after"] >= summary["validation_accuracy_before"]
 
 
