@@ -121,7 +121,7 @@ class LabelIssues:
     noise: Noise
     probe: FittedProbe
     rounds: tuple[Mapping[str, Any], ...]
-    """For each round: live samples, candidates, removed, and its metrics."""
+    """For each round: live samples, candidates, removed, and its metrics. The first is the start: nothing removed."""
     ended: str
     """Why no further round followed."""
     _index: Any = field(default=None, repr=False)
@@ -130,7 +130,8 @@ class LabelIssues:
         return len(self.given)
 
     def __repr__(self) -> str:
-        rounds = "1 round" if len(self.rounds) == 1 else f"{len(self.rounds)} rounds"
+        number = sum(done["removed"] > 0 for done in self.rounds)
+        rounds = "1 round" if number == 1 else f"{number} rounds"
         return f"<LabelIssues: {int(self.is_issue.sum()):,} of {len(self):,} labels, in {rounds}; {self.noise}>"
 
     @property

@@ -32,6 +32,11 @@ def acted_on(history: Sequence[Round]) -> int:
     return sum(done.removed + done.relabelled for done in history)
 
 
+def rounds_that_acted(history: Sequence[Round]) -> int:
+    """Rounds that removed or relabelled something; one that only changed the model does not count."""
+    return sum(done.removed + done.relabelled > 0 for done in history)
+
+
 def allowance(
     history: Sequence[Round], share: float, *, previously_removed: int = 0, previously_relabelled: int = 0
 ) -> int:

@@ -92,6 +92,7 @@ def test_of_clean_labels_next_to_nothing_is_removed():
     features, labels = digits_whole()
     found = posttrain.find_label_issues(features[:900], labels[:900], progress=False)
     assert found.is_issue.mean() <= 0.01 and not found.noise.found
+    assert "0 of 900 labels, in 0 rounds" in repr(found) and found.rounds[0]["removed"] == 0
 
 
 def test_a_validation_set_serves_in_place_of_folds(digits: tuple[np.ndarray, ...]):

@@ -32,6 +32,12 @@ def test_what_former_runs_dealt_with_counts_along():
     assert policy.allowance(HISTORY, 0.4, previously_removed=250, previously_relabelled=200) == 0
 
 
+def test_a_round_that_only_changed_the_model_is_not_counted():
+    relabelled, changed = Round(3, 940, 3, 0, 3, {}), Round(4, 940, 0, 0, 0, {}, ended="nothing left")
+    assert policy.rounds_that_acted((*HISTORY, relabelled, changed)) == 3
+    assert policy.rounds_that_acted(HISTORY[:1]) == 0
+
+
 def test_a_round_takes_a_share_of_the_live_samples_but_always_one():
     assert policy.in_one_round(940, 0.05) == 47
     assert policy.in_one_round(3, 0.05) == 1

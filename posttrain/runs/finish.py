@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from posttrain import policy
 from posttrain.cluster.network import Network
 from posttrain.config import without_credentials
 from posttrain.errors import StepError
@@ -53,7 +54,7 @@ def _summary(run: Run, outcome: Outcome[Network, Fitted]) -> dict[str, Any]:
     choices = [scoring.probe.choice] if scoring else chosen_in(run, state.history)[-1:]
     return {
         "run": without_credentials(run.config.run.path),
-        "rounds": state.number,
+        "rounds": policy.rounds_that_acted(state.history),
         "ended": outcome.reason,
         "live": state.live.count,
         "removed": sum(done.removed for done in state.history),
@@ -89,7 +90,8 @@ def _log_results(run: Run, tracking: Tracking | Outbox, outcome: Outcome[Network
         if run.config.tracking.log_model:
             log_model(tracking, outcome.state.model, run.folder.local / "model.safetensors")
     leaks = {f"leaked_{name}": float(count["samples"]) for name, count in (run.leaks.counts() or {}).items()}
-    tracking.log_metrics({"rounds": outcome.state.number, **leaks}, step=outcome.state.number)
+    rounds = policy.rounds_that_acted(outcome.state.history)
+    tracking.log_metrics({"rounds": rounds, **leaks}, step=outcome.state.number)
     return (
         f"mlflow ui --backend-store-uri {tracking.uri}"
         if tracking.uri.startswith("sqlite:")
