@@ -21,7 +21,7 @@ from posttrain.given_arrays import Scale, as_layers, as_samples, row_index
 from posttrain.in_memory import Cleaned, OutOfFold, ValidationSet, clean_in_memory
 from posttrain.influence.in_memory import InMemory
 from posttrain.influence.scores import SCORES
-from posttrain.runs.noise_report import noise_sentence
+from posttrain.runs.noise_report import Wording, noise_sentence
 from posttrain.schema import label_quality
 from posttrain.store.results import label_sentences
 
@@ -226,7 +226,7 @@ def find_label_issues(
             seed=seed,
             tell=tell,
         )
-    return _issues(cleaned, given, classes, scales, row_index(features), out_of_fold=validation is None)
+    return _issues(cleaned, given, classes, scales, row_index(features), calibrated_on.wording)
 
 
 @contextmanager
@@ -274,12 +274,10 @@ def _issues(
     classes: np.ndarray,
     scales: Mapping[str, Scale],
     index: Any,
-    *,
-    out_of_fold: bool,
+    wording: Wording,
 ) -> LabelIssues:
     columns, fitted = cleaned.columns, cleaned.ensemble
     weight, bias = fitted.fold()
-    where = "out-of-fold predictions (no validation set was given)" if out_of_fold else "the validation set"
     noise = cleaned.first.noise
     known = noise.doubt is None
     return LabelIssues(
@@ -297,7 +295,7 @@ def _issues(
             noise.low if known else None,
             noise.high if known else None,
             noise.found,
-            f"{noise_sentence(noise)}, by {where}",
+            noise_sentence(noise, wording),
         ),
         probe=FittedProbe(classes, fitted.members, weight.double(), bias.double(), cleaned.last.temperature, scales),
         rounds=tuple({"round": done.number, **done.figures} for done in cleaned.history),

@@ -72,7 +72,7 @@ def test_what_is_removed_is_mostly_wrong_and_the_rate_is_in_its_interval(
     assert issues.is_issue[wrong].mean() > 0.85
     assert issues.noise.found and issues.noise.low is not None and issues.noise.high is not None
     assert issues.noise.low < wrong.mean() < issues.noise.high
-    assert "out-of-fold" in str(issues.noise)
+    assert "out-of-fold" in str(issues.noise) and "validation" not in str(issues.noise)
 
 
 def test_the_probe_on_what_is_left_is_better_than_one_on_all(digits: tuple[np.ndarray, ...]):
@@ -82,6 +82,8 @@ def test_the_probe_on_what_is_left_is_better_than_one_on_all(digits: tuple[np.nd
     found = posttrain.find_label_issues(features, given, progress=False)
     nothing_removed = posttrain.find_label_issues(features, given, max_share=0.0, progress=False)
     assert not nothing_removed.is_issue.any()
+    # no run file, so that no section of one is named
+    assert nothing_removed.ended.startswith("nothing is removed: max_share = 0;")
     assert found.probe.score(x_new, y_new) > nothing_removed.probe.score(x_new, y_new) + 0.03
     probabilities = found.probe.predict_proba(x_new)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1)
@@ -95,11 +97,18 @@ def test_of_clean_labels_next_to_nothing_is_removed():
     assert "0 of 900 labels, in 0 rounds" in repr(found) and found.rounds[0]["removed"] == 0
 
 
+def test_too_few_samples_are_answered_with_what_can_be_done_in_python():
+    features = digits_whole()[0][:40]
+    found = posttrain.find_label_issues(features, np.arange(40) % 2, progress=False)
+    assert found.noise.why == "fewer than 50 samples tell nothing of their labels; give at least 50 samples, better 500"
+    assert found.noise.why in found.ended and "data." not in found.ended
+
+
 def test_a_validation_set_serves_in_place_of_folds(digits: tuple[np.ndarray, ...]):
     features, labels, given = digits
     x, y = (part[900:1500] for part in digits_whole())
     found = posttrain.find_label_issues(features, given, validation=(x, flipped(y, 0.2)), progress=False)
-    assert (given != labels)[found.is_issue].mean() > 0.85 and "validation set" in str(found.noise)
+    assert (given != labels)[found.is_issue].mean() > 0.85 and "validation samples" in str(found.noise)
 
 
 def test_labels_may_be_text_and_features_of_any_kind(digits: tuple[np.ndarray, ...], issues: posttrain.LabelIssues):

@@ -18,7 +18,7 @@ from posttrain.live import Live, NewLabels, Removal, Rows
 from posttrain.report.figures import ScoreHistogram
 from posttrain.rounds import RoundCounts, Selected, State
 from posttrain.runs.context import Run
-from posttrain.runs.noise_report import noise_sentence
+from posttrain.runs.noise_report import OF_RUN, noise_sentence
 from posttrain.runs.score import Scored
 from posttrain.schema import LABEL, PARTITION, ROW, SAMPLE_ID, SELF_CONFIDENCE
 from posttrain.store.results import reason
@@ -76,7 +76,7 @@ def select(run: Run, state: State[Any, Any], scored: Scored, *, quota: Quota = N
     share = None if settings.max_share == "estimated" else settings.max_share
     return Choice(
         removal,
-        RoundCounts(selection.candidates, noise_sentence(scored.noise), still == 0, share),
+        RoundCounts(selection.candidates, noise_sentence(scored.noise, OF_RUN), still == 0, share),
         scored.metrics,
         ScoreHistogram(settings.score, edges, kept, gone, lowest),
         float(pc.sum(acted_on[SELF_CONFIDENCE]).as_py() or 0.0),
