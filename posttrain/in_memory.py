@@ -213,13 +213,9 @@ def select_scored(
 ) -> Choice:
     """The live samples that most likely have a wrong label, as far as budget, estimate and class floors allow."""
     noise = scored.noise_model.noise
-    # the validation labels stay as noisy as they are: a later, lower estimate is chance
-    most = max([noise.most, *(done.metrics.get("noise_most", 0.0) for done in history)])
-    share = None if removal.max_share == "estimated" else removal.max_share
-    still = policy.allowance(history, most if share is None else share)
-    scores = scored.columns[removal.score].astype(np.float32)
-    if removal.score != "random":
-        scores[scored.columns["mislabel_odds"] <= removal.min_log_odds] = -np.inf
+    still = policy.allowance(history, policy.largest_share(history, noise.most, removal.max_share))
+    above = None if removal.score == "random" else removal.min_log_odds
+    scores = policy.candidate_scores(scored.columns[removal.score], scored.columns["mislabel_odds"], above)
     ids = scored.rows if samples.ids is None else samples.ids[scored.rows]
     live, whole = (np.bincount(own, minlength=classes) for own in (scored.labels, samples.labels.numpy()))
     block = (ids, scored.labels, scores)
@@ -235,6 +231,7 @@ def select_scored(
         **noise_metrics(noise),
         "acted_on_self_confidence": float(scored.columns["self_confidence"][gone].sum(dtype=np.float64)),
     }
+    share = None if removal.max_share == "estimated" else removal.max_share
     counts = RoundCounts(selection.candidates, noise_sentence(noise, wording), still == 0, share)
     return Choice(Removed(Rows.of(0, scored.rows[gone])), counts, metrics, scored)
 

@@ -49,6 +49,25 @@ def allowance(
     return max(0, int(share * of) - acted_on(history) - previously_removed - previously_relabelled)
 
 
+def largest_share(history: Sequence[Round], most: float, max_share: float | Literal["estimated"]) -> float:
+    """The share of all samples that the rounds together may act on, for `allowance`.
+
+    `most`: the share that may be wrong by this round's estimate. It counts only where `max_share` is `estimated`.
+    """
+    if max_share != "estimated":
+        return max_share
+    # the validation labels stay as noisy as they are: a later, lower estimate is chance
+    return max([most, *(done.metrics.get("noise_most", 0.0) for done in history)])
+
+
+def candidate_scores(scores: np.ndarray, mislabel_odds: np.ndarray, min_log_odds: float | None) -> np.ndarray:
+    """float32 [n]: the scores, -inf where the label does not look wrong; without `min_log_odds` all may be selected."""
+    scores = scores.astype(np.float32)
+    if min_log_odds is not None:
+        scores[mislabel_odds <= min_log_odds] = -np.inf
+    return scores
+
+
 def in_one_round(live: int, budget: float) -> int:
     """Most samples to act on in one round: a share of the live ones, at least one."""
     return max(1, int(budget * live))
