@@ -53,13 +53,7 @@ def load(path: str | Path | None = None, overrides: Mapping[str, Any] | None = N
     given = [
         f"{key}={yaml.dump(value).removesuffix('...' + chr(10)).strip()}" for key, value in (overrides or {}).items()
     ]
-    if (
-        path is not None
-        and isinstance(raw := yaml.load(Path(path).read_bytes(), where=str(path)), Mapping)
-        and "job" in raw
-    ):
-        return config.load_job(path, given)
-    return config.load(path, given)
+    return config.load_either(path, given)
 
 
 def clean(
@@ -76,10 +70,13 @@ def clean(
     """A clean data set and a better model: by a run file, or from a torch module and data sets.
 
     `clean(config)` does what `posttrain clean` does, on Ray, with checkpoints in `run.path`: called again, it goes on
-    where it was. Progress goes to standard error; `quiet=False` prints the summary table, `verbose` Ray's own messages.
+    where it was. It takes its settings from the run file alone; `load` takes others. Progress goes to standard error;
+    `quiet=False` prints the summary table, `verbose` Ray's own messages.
 
     `clean(model=..., train=..., validation=...)` finds label issues as `find_label_issues_with` does, with the same
     `options`, in this process, and gives the model the boundary that was fitted on what is left as its new head.
+    The model stays as it came where that is clearly better by its accuracy on `validation`, and, where nothing was
+    removed, unless the boundary is clearly better: by more than two standard errors of a difference.
     With `path` it writes `removed.csv`, `summary.json` and `model.safetensors` into that folder; it keeps no
     checkpoints.
 
@@ -88,8 +85,16 @@ def clean(
     if (config is None) == (model is None):
         raise DataError("give clean either a run file (posttrain.load) or model=, train= and validation=")
     if config is not None:
+        others = {"train": train, "validation": validation, "path": path}
+        if given := [*(name for name, value in others.items() if value is not None), *options]:
+            raise ConfigError(
+                f"clean(config) does not take {', '.join(given)}: its settings are those of the run file; change them "
+                "with load(path, {'removal.budget': 0.03})"
+            )
         return _clean_run(config, verbose=verbose, quiet=quiet)
     assert model is not None
+    if verbose or not quiet:
+        raise ConfigError("clean(model=...) prints nothing: verbose and quiet belong to clean(config)")
     if train is None or validation is None:
         raise DataError(
             "clean(model=...) needs train= and validation=, data sets; the model must not have seen the latter"
@@ -122,36 +127,29 @@ def _clean_model(
 ) -> Result:
     import json
 
-    import torch
-
-    from posttrain.torch_datasets import sample
-    from posttrain.vision import models
-    from posttrain.vision.probed_network import ProbedNetwork
+    from posttrain import policy, torch_datasets
     from posttrain.vision.weights import to_bytes
 
     issues = find_label_issues_with(model, train, validation=validation, **options)
+    loading = {"batch_size": options.get("batch_size", 256), "num_workers": options.get("num_workers", 0)}
+    before = torch_datasets.accuracy(model, validation, **loading)
+    rounds, probes = len(issues.rounds) - 1, issues.rounds[-1]["validation_accuracy"]
+    # as map-style data sets, they have a length
+    replaced = policy.probes_become_head(rounds, before, probes, len(validation))  # pyright: ignore[reportArgumentType]
     refined = copy.deepcopy(model).cpu().eval()
-    head = models.find_head(refined, classes=len(issues.classes), name=options.get("head"))
-    weight, bias = issues.probe.linear()
-    layers = [name for name, _ in issues.probe.layers]
-    if layers == [head]:
-        models.replace_head(refined, head, weight.float(), bias.float())
-    else:
-        example = torch.stack([sample(train, 0)[0]] * 2)
-        width = options.get("max_features", 256)
-        refined = ProbedNetwork(refined, head, layers, width, len(issues.classes), example).eval()
-        models.replace_head(refined, "probe", weight.float(), bias.float())
-    found = issues.to_frame()
-    removed = found.loc[issues.is_issue]
-    last = issues.rounds[-1]
+    if replaced:
+        refined = _with_probes_as_head(refined, train, issues, options)
+    removed = issues.to_frame().loc[issues.is_issue]
     summary = {
-        "rounds": len(issues.rounds) - 1,
+        "rounds": rounds,
         "ended": issues.ended,
         "live": len(issues) - len(removed),
         "removed": len(removed),
         "noise": {"rate": issues.noise.rate, "low": issues.noise.low, "high": issues.noise.high},
+        "head_replaced": replaced,
+        "validation_accuracy_before": before,
         "validation_accuracy_boundary": issues.rounds[0]["validation_accuracy"],
-        "validation_accuracy_after": last["validation_accuracy"],
+        "validation_accuracy_after": probes if replaced else before,
     }
     if path is not None:
         folder = RunFolder(str(path))
@@ -159,6 +157,29 @@ def _clean_model(
         folder.write_bytes(folder.path("model.safetensors"), to_bytes(refined))
         folder.write_bytes(folder.path("summary.json"), json.dumps(summary, indent=2).encode())
     return Result(refined, removed, summary, issues)
+
+
+def _with_probes_as_head(
+    model: nn.Module, train: Dataset[Any], issues: LabelIssues, options: Mapping[str, Any]
+) -> nn.Module:
+    """The model, changed in place, with the probes that were fitted on what is left in place of its head."""
+    import torch
+
+    from posttrain.torch_datasets import sample
+    from posttrain.vision import models
+    from posttrain.vision.probed_network import ProbedNetwork
+
+    head = models.find_head(model, classes=len(issues.classes), name=options.get("head"))
+    weight, bias = issues.probe.linear()
+    layers = [name for name, _ in issues.probe.layers]
+    if layers == [head]:
+        models.replace_head(model, head, weight.float(), bias.float())
+        return model
+    example = torch.stack([sample(train, 0)[0]] * 2)
+    width = options.get("max_features", 256)
+    probed = ProbedNetwork(model, head, layers, width, len(issues.classes), example).eval()
+    models.replace_head(probed, "probe", weight.float(), bias.float())
+    return probed
 
 
 def find_label_issues_with(

@@ -1,7 +1,8 @@
-"""The command line: `posttrain clean`, `posttrain pretrain`, `posttrain tune`, `posttrain schema`.
+"""The command line: `posttrain` with `clean`, `pretrain`, `tune`, `retrain`, `rollback` or `schema`.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 failed after work had
-begun, 2 the input has to change, 130 interrupted, 143 terminated. Nothing heavy is imported before it is needed.
+begun, 2 the input has to change, 130 interrupted, 143 terminated; of `retrain` also 10 not promoted and 11 alarm.
+Nothing heavy is imported before it is needed.
 """
 
 from __future__ import annotations

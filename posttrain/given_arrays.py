@@ -66,6 +66,14 @@ def as_layers(features: Features, name: str) -> dict[str, Tensor]:
     return layers
 
 
+def row_index(features: Features) -> Any:
+    """The index of a data frame, or of the first one among several layers; None where there is none."""
+    import pandas as pd
+
+    given = features.values() if isinstance(features, Mapping) else [features]
+    return next((matrix.index for matrix in given if isinstance(matrix, pd.DataFrame)), None)
+
+
 def _as_numbers(matrix: Any) -> np.ndarray:
     if hasattr(matrix, "toarray"):
         matrix = matrix.toarray()  # scipy's sparse matrices
@@ -88,10 +96,12 @@ def as_classes(labels: ArrayLike, name: str, classes: np.ndarray | None = None) 
             raise DataError(f"{name}[{at}] is {given[at]}, no whole number: are they classes?")
         given = given.astype(np.int64)
     elif given.dtype.kind == "O":
-        if (
-            missing := next((at for at, label in enumerate(given) if label is None or label != label), None)
-        ) is not None:
-            raise DataError(f"{name}[{missing}] is {given[missing]}, no label; leave such samples out")
+        import pandas as pd
+
+        # pandas' own missing value is neither equal nor unequal to itself
+        if (missing := np.asarray(pd.isna(given))).any():
+            at = int(np.argmax(missing))
+            raise DataError(f"{name}[{at}] is {given[at]}, no label; leave such samples out")
         if len({type(label) for label in given}) > 1:
             raise DataError(
                 f"{name} mixes {', '.join(sorted({type(label).__name__ for label in given}))}; use one type"

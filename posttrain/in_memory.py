@@ -22,7 +22,14 @@ from posttrain.influence.selection import select
 from posttrain.live import Live, Rows
 from posttrain.live import Removal as Removed
 from posttrain.rounds import Outcome, RoundCounts, Selected, State, Steps
-from posttrain.runs.noise_report import noise_metrics, noise_sentence
+from posttrain.runs.noise_report import (
+    OF_RUN,
+    OF_VALIDATION_SET,
+    OUT_OF_FOLD,
+    Wording,
+    noise_metrics,
+    noise_sentence,
+)
 from posttrain.schema import Round, stream_seed, uniform
 
 Members = Sequence[tuple[str, float]]
@@ -34,6 +41,11 @@ class Validation(Protocol):
 
     @property
     def count(self) -> int: ...
+
+    @property
+    def wording(self) -> Wording:
+        """What its samples are called."""
+        ...
 
     def choose(self, live: InMemory, candidates: Members, classes: int) -> Members:
         """The members that the candidates' losses speak for."""
@@ -49,6 +61,7 @@ class ValidationSet:
     """Samples of their own, on which no model was trained."""
 
     own: InMemory
+    wording: Wording = OF_VALIDATION_SET
 
     @property
     def count(self) -> int:
@@ -72,6 +85,7 @@ class OutOfFold:
     fold: np.ndarray
     """int [samples]."""
     folds: int
+    wording: Wording = OUT_OF_FOLD
 
     @classmethod
     def by_id(cls, ids: np.ndarray, labels: np.ndarray, folds: int, seed: int) -> OutOfFold:
@@ -190,17 +204,18 @@ class Cleaned:
 
 
 def select_scored(
-    scored: Scored, samples: InMemory, history: Sequence[Round], removal: Removal, classes: int
+    scored: Scored,
+    samples: InMemory,
+    history: Sequence[Round],
+    removal: Removal,
+    classes: int,
+    wording: Wording = OF_RUN,
 ) -> Choice:
     """The live samples that most likely have a wrong label, as far as budget, estimate and class floors allow."""
     noise = scored.noise_model.noise
-    # the validation labels stay as noisy as they are: a later, lower estimate is chance
-    most = max([noise.most, *(done.metrics.get("noise_most", 0.0) for done in history)])
-    share = None if removal.max_share == "estimated" else removal.max_share
-    still = policy.allowance(history, most if share is None else share)
-    scores = scored.columns[removal.score].astype(np.float32)
-    if removal.score != "random":
-        scores[scored.columns["mislabel_odds"] <= removal.min_log_odds] = -np.inf
+    still = policy.allowance(history, policy.largest_share(history, noise.most, removal.max_share))
+    above = None if removal.score == "random" else removal.min_log_odds
+    scores = policy.candidate_scores(scored.columns[removal.score], scored.columns["mislabel_odds"], above)
     ids = scored.rows if samples.ids is None else samples.ids[scored.rows]
     live, whole = (np.bincount(own, minlength=classes) for own in (scored.labels, samples.labels.numpy()))
     block = (ids, scored.labels, scores)
@@ -216,7 +231,8 @@ def select_scored(
         **noise_metrics(noise),
         "acted_on_self_confidence": float(scored.columns["self_confidence"][gone].sum(dtype=np.float64)),
     }
-    counts = RoundCounts(selection.candidates, noise_sentence(noise), still == 0, share)
+    share = None if removal.max_share == "estimated" else removal.max_share
+    counts = RoundCounts(selection.candidates, noise_sentence(noise, wording), still == 0, share)
     return Choice(Removed(Rows.of(0, scored.rows[gone])), counts, metrics, scored)
 
 
@@ -271,7 +287,8 @@ class _Rounds:
         return Scored(columns, live.labels.numpy(), rows, found.noise_model)
 
     def select(self, state: State[ProbeEnsemble, Fitted], scored: Scored) -> Choice:
-        return select_scored(scored, self.samples, state.history, self.removal, self.classes)
+        wording = self.validation.wording
+        return select_scored(scored, self.samples, state.history, self.removal, self.classes, wording)
 
     def refine(
         self, state: State[ProbeEnsemble, Fitted], features: None, fitted: Fitted, selected: Choice, live: Live
@@ -322,7 +339,7 @@ def clean_in_memory(
         tell(f"round {state.number + 1}: {state.live.count:,} samples")
         return run.score(state, features, fitted)
 
-    limits = rounds.Limits(removal.max_rounds, removal.min_share, removal.patience)
+    limits = rounds.Limits.of(removal, section="")
     outcome: Outcome[ProbeEnsemble, Fitted] = rounds.clean(start, replace(steps, score=scored), limits)
     removed_in = np.zeros(live.samples, np.int64)
     for number, rows in run.ledger.removed_in.items():

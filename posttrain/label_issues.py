@@ -12,15 +12,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from posttrain.errors import ConfigError, DataError
-from posttrain.given_arrays import Scale, as_layers, as_samples
+from posttrain.given_arrays import Scale, as_layers, as_samples, row_index
 from posttrain.in_memory import Cleaned, OutOfFold, ValidationSet, clean_in_memory
 from posttrain.influence.in_memory import InMemory
 from posttrain.influence.scores import SCORES
-from posttrain.runs.noise_report import noise_sentence
+from posttrain.runs.noise_report import Wording, noise_sentence
+from posttrain.schema import label_quality
+from posttrain.store.results import label_sentences
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -108,7 +111,7 @@ class LabelIssues:
     label_quality: np.ndarray
     """float64: probability that the given label is right, the lower the more suspect."""
     predicted: np.ndarray
-    """int64: the likeliest class, as all the other samples have it."""
+    """int64: the likeliest class, predicted without the sample itself; it may be the given one."""
     suggested: np.ndarray
     """int64: the likeliest class other than the given label."""
     confidence: np.ndarray
@@ -118,7 +121,7 @@ class LabelIssues:
     noise: Noise
     probe: FittedProbe
     rounds: tuple[Mapping[str, Any], ...]
-    """For each round: live samples, candidates, removed, and its metrics."""
+    """For each round: live samples, candidates, removed, and its metrics. The first is the start: nothing removed."""
     ended: str
     """Why no further round followed."""
     _index: Any = field(default=None, repr=False)
@@ -127,7 +130,8 @@ class LabelIssues:
         return len(self.given)
 
     def __repr__(self) -> str:
-        rounds = "1 round" if len(self.rounds) == 1 else f"{len(self.rounds)} rounds"
+        number = sum(done["removed"] > 0 for done in self.rounds)
+        rounds = "1 round" if number == 1 else f"{number} rounds"
         return f"<LabelIssues: {int(self.is_issue.sum()):,} of {len(self):,} labels, in {rounds}; {self.noise}>"
 
     @property
@@ -137,13 +141,13 @@ class LabelIssues:
 
     def why(self, sample: int) -> str:
         """One sentence on the label of a sample."""
-        given, suggested = self.classes[self.given[sample]], self.classes[self.suggested[sample]]
-        wrong = 100 * (1 - self.label_quality[sample])
-        # rounded down, and never 100 %
-        return (
-            f"label {given} is wrong with a probability of {'over 99' if wrong >= 99 else int(wrong)} %; "
-            f"most likely otherwise: {suggested}"
-        )
+        return self._sentences(slice(sample, sample + 1 or None))[0]
+
+    def _sentences(self, samples: slice) -> list[str]:
+        names = np.array([str(name) for name in self.classes])
+        given, suggested = (pa.array(names[of[samples]]) for of in (self.given, self.suggested))
+        said = label_sentences(given, self.label_quality[samples], suggested, pa.array(self.confidence[samples]))
+        return said.to_pylist()
 
     def to_frame(self) -> pd.DataFrame:
         """A row per sample: cleanlab's columns, and suggested label, confidence, round and the reason."""
@@ -158,7 +162,7 @@ class LabelIssues:
                 "suggested_label": self.classes[self.suggested],
                 "confidence": self.confidence,
                 "round": self.round,
-                "why": [self.why(sample) for sample in range(len(self))],
+                "why": self._sentences(slice(None)),
             },
             index=self._index,
         )
@@ -222,7 +226,7 @@ def find_label_issues(
             seed=seed,
             tell=tell,
         )
-    return _issues(cleaned, given, classes, scales, getattr(features, "index", None), out_of_fold=validation is None)
+    return _issues(cleaned, given, classes, scales, row_index(features), calibrated_on.wording)
 
 
 @contextmanager
@@ -270,12 +274,10 @@ def _issues(
     classes: np.ndarray,
     scales: Mapping[str, Scale],
     index: Any,
-    *,
-    out_of_fold: bool,
+    wording: Wording,
 ) -> LabelIssues:
     columns, fitted = cleaned.columns, cleaned.ensemble
     weight, bias = fitted.fold()
-    where = "out-of-fold predictions (no validation set was given)" if out_of_fold else "the validation set"
     noise = cleaned.first.noise
     known = noise.doubt is None
     return LabelIssues(
@@ -283,7 +285,7 @@ def _issues(
         given=given,
         is_issue=cleaned.removed_in > 0,
         round=cleaned.removed_in,
-        label_quality=1 / (1 + np.exp(columns["mislabel_odds"].astype(np.float64))),
+        label_quality=label_quality(columns["mislabel_odds"]),
         predicted=columns["predicted_label"].astype(np.int64),
         suggested=columns["suggested_label"].astype(np.int64),
         confidence=columns["confidence"].astype(np.float64),
@@ -293,7 +295,7 @@ def _issues(
             noise.low if known else None,
             noise.high if known else None,
             noise.found,
-            f"{noise_sentence(noise)}, by {where}",
+            noise_sentence(noise, wording),
         ),
         probe=FittedProbe(classes, fitted.members, weight.double(), bias.double(), cleaned.last.temperature, scales),
         rounds=tuple({"round": done.number, **done.figures} for done in cleaned.history),

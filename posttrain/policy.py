@@ -32,6 +32,11 @@ def acted_on(history: Sequence[Round]) -> int:
     return sum(done.removed + done.relabelled for done in history)
 
 
+def rounds_that_acted(history: Sequence[Round]) -> int:
+    """Rounds that removed or relabelled something; one that only changed the model does not count."""
+    return sum(done.removed + done.relabelled > 0 for done in history)
+
+
 def allowance(
     history: Sequence[Round], share: float, *, previously_removed: int = 0, previously_relabelled: int = 0
 ) -> int:
@@ -42,6 +47,25 @@ def allowance(
     """
     of = history[0].live + previously_removed
     return max(0, int(share * of) - acted_on(history) - previously_removed - previously_relabelled)
+
+
+def largest_share(history: Sequence[Round], most: float, max_share: float | Literal["estimated"]) -> float:
+    """The share of all samples that the rounds together may act on, for `allowance`.
+
+    `most`: the share that may be wrong by this round's estimate. It counts only where `max_share` is `estimated`.
+    """
+    if max_share != "estimated":
+        return max_share
+    # the validation labels stay as noisy as they are: a later, lower estimate is chance
+    return max([most, *(done.metrics.get("noise_most", 0.0) for done in history)])
+
+
+def candidate_scores(scores: np.ndarray, mislabel_odds: np.ndarray, min_log_odds: float | None) -> np.ndarray:
+    """float32 [n]: the scores, -inf where the label does not look wrong; without `min_log_odds` all may be selected."""
+    scores = scores.astype(np.float32)
+    if min_log_odds is not None:
+        scores[mislabel_odds <= min_log_odds] = -np.inf
+    return scores
 
 
 def in_one_round(live: int, budget: float) -> int:
@@ -84,6 +108,16 @@ def first_model_stays(first: float, last: float, samples: int) -> bool:
     Only if it is higher by more than two standard errors of a difference. What was removed stays removed.
     """
     return _exceeds(first, last, samples)
+
+
+def probes_become_head(rounds: int, before: float, after: float, samples: int) -> bool:
+    """Whether probes become the head of a network that stays as it is, as a run with the scope `head` decides it.
+
+    `before` and `after` are the validation accuracies of the model and of the probes, `rounds` those that removed.
+    """
+    if rounds:
+        return not first_model_stays(before, after, samples)
+    return boundary_becomes_head("head", 0, before, after, samples)
 
 
 def _exceeds(accuracy: float, other: float, samples: int) -> bool:

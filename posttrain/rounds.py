@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
-from posttrain import policy
+from posttrain import config, policy
 from posttrain.live import Live, Removal
 from posttrain.schema import Round
 
@@ -35,6 +35,13 @@ class Limits:
     """Share of the live samples: a round with fewer candidates than this finds no more than a clean set would show."""
     patience: int
     """Rounds in a row whose validation accuracy lies below the best by more than two standard errors."""
+    section: str = "removal."
+    """What stands before the names of settings in messages: nothing where they come from no run file."""
+
+    @classmethod
+    def of(cls, removal: config.Removal, *, section: str = "removal.") -> Limits:
+        """Those of the section `removal` of a run file."""
+        return cls(removal.max_rounds, removal.min_share, removal.patience, section)
 
 
 @dataclass(frozen=True)
@@ -100,8 +107,8 @@ class Steps(Generic[Features, Probe, Scores, Choice, Model]):
 
 
 @dataclass(frozen=True)
-class LastLook(Generic[Probe]):
-    """What was found by the steps that no round followed, as nothing was to be done."""
+class FinalScoring(Generic[Probe]):
+    """Probe and metrics of the scoring after which no round followed."""
 
     probe: Probe
     metrics: dict[str, float]
@@ -113,7 +120,7 @@ class Outcome(Generic[Model, Probe]):
 
     state: State[Model, Probe]
     reason: str
-    last_look: LastLook[Probe] | None = None
+    final_scoring: FinalScoring[Probe] | None = None
 
 
 def clean(
@@ -129,7 +136,7 @@ def clean(
         selected = steps.select(state, scores)
         candidates = selected.counts.candidates
         if selected.acted_on == 0 or candidates < limits.minimum * state.live.count:
-            return Outcome(state, nothing_left(state, selected), LastLook(probe, selected.metrics))
+            return Outcome(state, nothing_left(state, selected, limits), FinalScoring(probe, selected.metrics))
 
         live = state.live.without(selected.removal)
         model, refitted = steps.refine(state, features, probe, selected, live)
@@ -147,7 +154,7 @@ def limit_reached(state: State[Model, Probe], limits: Limits) -> str | None:
     if state.history[-1].ended:
         return state.history[-1].ended
     if state.number >= limits.max_rounds:
-        return f"removal.max_rounds = {limits.max_rounds} reached"
+        return f"{limits.section}max_rounds = {limits.max_rounds} reached"
     first = state.history[0].metrics
     # a network may be better than any new head on it: what the rounds then do is judged from that head on
     accuracies = [first.get(REFERENCE, first["validation_accuracy"])]
@@ -168,17 +175,17 @@ def limit_reached(state: State[Model, Probe], limits: Limits) -> str | None:
     return None
 
 
-def nothing_left(state: State[Model, Probe], selected: Selected) -> str:
+def nothing_left(state: State[Model, Probe], selected: Selected, limits: Limits) -> str:
     """The reason where there is nothing (more) to do."""
     counts, acted_on = selected.counts, selected.acted_on
     if counts.exhausted:
         done = policy.acted_on(state.history)
-        of_user = None if counts.share is None else f"removal.max_share = {counts.share:g}"
+        of_user = None if counts.share is None else f"{limits.section}max_share = {counts.share:g}"
         if not done:
-            return f"no sample goes: {of_user + '; ' if of_user else ''}{counts.estimate}"
+            return f"nothing is removed: {of_user + '; ' if of_user else ''}{counts.estimate}"
         most = f"{of_user} allows" if of_user else "may be wrong"
         return f"{done} samples were removed or relabelled, as many as {most}; {counts.estimate}"
     if counts.candidates and not acted_on:
         looks = "1 sample looks" if counts.candidates == 1 else f"{counts.candidates} samples look"
-        return f"{looks} wrong, but the budget or the class floors let none of them go"
+        return f"{looks} wrong, but the class floors or the budget allow none of them to be removed"
     return f"what is left no longer looks wrong: {counts.candidates} of {state.live.count} samples would be candidates"

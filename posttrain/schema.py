@@ -102,6 +102,12 @@ def stream_seed(stream: str, *numbers: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
+def label_quality(mislabel_odds: np.ndarray) -> np.ndarray:
+    """float64: the probability that each label is right, by the log odds that it is wrong."""
+    # 1 / (1 + e^odds), without an overflow
+    return np.exp(-np.logaddexp(0, mislabel_odds.astype(np.float64)))
+
+
 def _mixed(words: np.ndarray) -> np.ndarray:
     words = words + np.uint64(0x9E3779B97F4A7C15)
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -86,6 +86,19 @@ def embed(
     return {name: torch.cat(parts) for name, parts in found.items()}, np.array(labels)
 
 
+def accuracy(model: nn.Module, dataset: Dataset[Any], *, batch_size: int, num_workers: int) -> float:
+    """The share of a data set's labels that a model predicts, computed where its parameters are."""
+    device, right, count = next(model.parameters()).device, 0, 0
+    model.eval()
+    for images, given in _batches(dataset, batch_size, num_workers):
+        with torch.no_grad():
+            output = model(images.to(device))
+        predicted = getattr(output, "logits", output).argmax(dim=1).cpu()
+        right += int((predicted == torch.tensor(given)).sum())
+        count += len(given)
+    return right / count
+
+
 def _batches(dataset: Any, batch_size: int, num_workers: int) -> Iterator[tuple[Tensor, list[Any]]]:
     loader = torch.utils.data.DataLoader(
         Samples(dataset), batch_size=batch_size, num_workers=num_workers, collate_fn=_collate

@@ -8,7 +8,21 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 import pipelines
-from posttrain.config import Data, Model, Noise, Removal, RunFile, Section, differences, dump, load, schema, yaml
+import posttrain
+from posttrain.config import (
+    Data,
+    JobFile,
+    Model,
+    Noise,
+    Removal,
+    RunFile,
+    Section,
+    differences,
+    dump,
+    load,
+    schema,
+    yaml,
+)
 from posttrain.errors import ConfigError
 
 CONFIGS = Path(pipelines.__file__).parent / "configs"
@@ -470,3 +484,16 @@ def test_values_of_a_search_are_checked_and_leave_the_rest_of_the_run_file():
     assert differences(before, after) == ["probe.l2: [1.0, 0.1, 0.01] -> [0.5]", "removal.budget: 0.05 -> 0.2"]
     with pytest.raises(ValueError, match="less than 1"):
         before.with_values({"removal.budget": 2})
+
+
+def test_the_python_loader_refuses_what_the_command_refuses_and_takes_job_files(tmp_path: Path):
+    large = tmp_path / "large.yaml"
+    large.write_text("#" * 2**20 + "\nrun: {seed: 1}\n")
+    for path, says in ((tmp_path / "nowhere.yaml", "no such run file"), (tmp_path, "cannot"), (large, "1,048,576")):
+        with pytest.raises(ConfigError, match=says):
+            posttrain.load(path)
+    job = tmp_path / "job.yaml"
+    job.write_text("job: {name: photos}\n")
+    assert isinstance(posttrain.load(), RunFile) and not isinstance(posttrain.load(), JobFile)
+    found = posttrain.load(job, {"run.seed": 3})
+    assert isinstance(found, JobFile) and (found.job.name, found.run.seed) == ("photos", 3)

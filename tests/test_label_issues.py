@@ -72,7 +72,7 @@ def test_what_is_removed_is_mostly_wrong_and_the_rate_is_in_its_interval(
     assert issues.is_issue[wrong].mean() > 0.85
     assert issues.noise.found and issues.noise.low is not None and issues.noise.high is not None
     assert issues.noise.low < wrong.mean() < issues.noise.high
-    assert "out-of-fold" in str(issues.noise)
+    assert "out-of-fold" in str(issues.noise) and "validation" not in str(issues.noise)
 
 
 def test_the_probe_on_what_is_left_is_better_than_one_on_all(digits: tuple[np.ndarray, ...]):
@@ -82,6 +82,8 @@ def test_the_probe_on_what_is_left_is_better_than_one_on_all(digits: tuple[np.nd
     found = posttrain.find_label_issues(features, given, progress=False)
     nothing_removed = posttrain.find_label_issues(features, given, max_share=0.0, progress=False)
     assert not nothing_removed.is_issue.any()
+    # no run file, so that no section of one is named
+    assert nothing_removed.ended.startswith("nothing is removed: max_share = 0;")
     assert found.probe.score(x_new, y_new) > nothing_removed.probe.score(x_new, y_new) + 0.03
     probabilities = found.probe.predict_proba(x_new)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1)
@@ -92,13 +94,21 @@ def test_of_clean_labels_next_to_nothing_is_removed():
     features, labels = digits_whole()
     found = posttrain.find_label_issues(features[:900], labels[:900], progress=False)
     assert found.is_issue.mean() <= 0.01 and not found.noise.found
+    assert "0 of 900 labels, in 0 rounds" in repr(found) and found.rounds[0]["removed"] == 0
+
+
+def test_too_few_samples_are_answered_with_what_can_be_done_in_python():
+    features = digits_whole()[0][:40]
+    found = posttrain.find_label_issues(features, np.arange(40) % 2, progress=False)
+    assert found.noise.why == "fewer than 50 samples tell nothing of their labels; give at least 50 samples, better 500"
+    assert found.noise.why in found.ended and "data." not in found.ended
 
 
 def test_a_validation_set_serves_in_place_of_folds(digits: tuple[np.ndarray, ...]):
     features, labels, given = digits
     x, y = (part[900:1500] for part in digits_whole())
     found = posttrain.find_label_issues(features, given, validation=(x, flipped(y, 0.2)), progress=False)
-    assert (given != labels)[found.is_issue].mean() > 0.85 and "validation set" in str(found.noise)
+    assert (given != labels)[found.is_issue].mean() > 0.85 and "validation samples" in str(found.noise)
 
 
 def test_labels_may_be_text_and_features_of_any_kind(digits: tuple[np.ndarray, ...], issues: posttrain.LabelIssues):
@@ -114,6 +124,16 @@ def test_labels_may_be_text_and_features_of_any_kind(digits: tuple[np.ndarray, .
     assert {"is_label_issue", "label_quality", "given_label", "predicted_label"} <= set(table.columns)
 
 
+def test_a_table_of_issues_has_the_index_of_a_data_frame_and_none_of_a_list():
+    features, labels = load_wine(return_X_y=True)
+    names = [f"row {at}" for at in range(len(labels))]
+    frame = pd.DataFrame(features, index=names)
+    given: Any
+    for given, index in ((frame, names), ({"columns": frame}, names), (features.tolist(), range(len(labels)))):
+        table = posttrain.find_label_issues(given, labels, max_rounds=1, progress=False).to_frame()
+        assert list(table.index) == list(index)
+
+
 def test_the_scale_of_a_column_does_not_matter(digits: tuple[np.ndarray, ...], issues: posttrain.LabelIssues):
     features, _, given = digits
     found = posttrain.find_label_issues(1e4 + 1e-3 * features, given, progress=False)
@@ -126,6 +146,8 @@ def test_ranked_has_the_removed_first_and_why_names_both_labels(issues: posttrai
     assert issues.is_issue[ranked[: issues.is_issue.sum()]].all()
     worst = ranked[0]
     assert str(issues.suggested[worst]) in issues.why(worst) and "wrong" in issues.why(worst)
+    table = issues.to_frame()
+    assert all(issues.why(at) == table["why"][at] for at in ranked[:3]) and issues.why(-1) == table["why"].iloc[-1]
 
 
 BAD: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
@@ -137,6 +159,8 @@ BAD: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
     "text": ([["a"], ["b"]], [0, 1], {}, DataError, "no matrix of numbers"),
     "fractions": (np.eye(2), [0.5, 1.0], {}, DataError, r"labels\[0\] is 0.5"),
     "missing label": (np.eye(2), [None, "a"], {}, DataError, r"labels\[0\] is None"),
+    "missing text": (np.eye(3), pd.Series(["a", None, "b"], dtype="string"), {}, DataError, r"labels\[1\] is <NA>"),
+    "missing number": (np.eye(3), pd.Series([0, 1, None], dtype="Int64"), {}, DataError, r"labels\[2\] is .*no label"),
     "one-hot": (np.eye(2), np.eye(2), {}, DataError, "argmax"),
     "budget": (np.eye(2), [0, 1], {"budget": 2.0}, ConfigError, "budget"),
     "score": (np.eye(2), [0, 1], {"score": "best"}, ConfigError, "score"),
@@ -220,7 +244,21 @@ def test_a_torch_module_is_cleaned_by_its_own_layers_and_gets_a_better_head(tmp_
     with torch.no_grad():
         before, after = ((own(images).argmax(dim=1).numpy() == test).mean() for own in (model, result.model))
     assert after > before + 0.05
+    assert result.summary["validation_accuracy_after"] > result.summary["validation_accuracy_before"]
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"removed.csv", "model.safetensors"}
+
+
+def test_a_model_stays_as_it_came_where_nothing_is_removed_and_the_probes_are_not_clearly_better():
+    features, labels = digits_whole()
+    model = trained(features[:900], labels[:900])
+    train, validation = (Pictures(features[part], labels[part]) for part in (slice(900), slice(900, 1300)))
+    result = posttrain.clean(model=model, train=train, validation=validation, progress=False)
+    with torch.no_grad():
+        right = (model(validation.images).argmax(dim=1).numpy() == labels[900:1300]).mean()
+        torch.testing.assert_close(result.model(validation.images), model(validation.images))
+    summary = result.summary
+    assert summary["removed"] == 0 and not summary["head_replaced"]
+    assert summary["validation_accuracy_before"] == summary["validation_accuracy_after"] == right
 
 
 def test_data_sets_that_do_not_fit_the_model_are_refused_in_one_sentence():
@@ -237,3 +275,14 @@ def test_data_sets_that_do_not_fit_the_model_are_refused_in_one_sentence():
         posttrain.clean()
     with pytest.raises(DataError, match="needs train= and validation="):
         posttrain.clean(model=model, train=whole)
+
+
+def test_a_run_file_and_a_model_take_no_settings_of_each_other(tmp_path: Any):
+    config = posttrain.load(overrides={"run.path": str(tmp_path / "run")})
+    for given in ({"path": tmp_path / "other"}, {"budget": 0.03}, {"bugdet": 0.03}, {"train": []}):
+        with pytest.raises(ConfigError, match=f"does not take {next(iter(given))}: .*load"):
+            posttrain.clean(config, **given)
+    assert not list(tmp_path.iterdir())
+    for given in ({"verbose": True}, {"quiet": False}):
+        with pytest.raises(ConfigError, match="belong to clean"):
+            posttrain.clean(model=torch.nn.Linear(3, 10), **given)

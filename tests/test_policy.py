@@ -32,6 +32,25 @@ def test_what_former_runs_dealt_with_counts_along():
     assert policy.allowance(HISTORY, 0.4, previously_removed=250, previously_relabelled=200) == 0
 
 
+def test_the_share_is_the_users_or_the_largest_estimate_so_far():
+    higher = (HISTORY[0], Round(1, 960, 90, 40, 10, {"noise_most": 0.3}), HISTORY[2])
+    assert policy.largest_share(HISTORY, 0.2, "estimated") == policy.largest_share(HISTORY[:1], 0.2, "estimated") == 0.2
+    assert policy.largest_share(higher, 0.2, "estimated") == 0.3
+    assert policy.largest_share(higher, 0.2, 0.1) == 0.1
+
+
+def test_what_does_not_look_wrong_is_no_candidate_but_of_a_control():
+    scores, odds = np.array([3.0, 2.0, 1.0], np.float32), np.array([0.1, 0.0, -1.0])
+    assert policy.candidate_scores(scores, odds, 0.0).tolist() == [3.0, -np.inf, -np.inf]
+    assert policy.candidate_scores(scores, odds, None).tolist() == scores.tolist() == [3.0, 2.0, 1.0]
+
+
+def test_a_round_that_only_changed_the_model_is_not_counted():
+    relabelled, changed = Round(3, 940, 3, 0, 3, {}), Round(4, 940, 0, 0, 0, {}, ended="nothing left")
+    assert policy.rounds_that_acted((*HISTORY, relabelled, changed)) == 3
+    assert policy.rounds_that_acted(HISTORY[:1]) == 0
+
+
 def test_a_round_takes_a_share_of_the_live_samples_but_always_one():
     assert policy.in_one_round(940, 0.05) == 47
     assert policy.in_one_round(3, 0.05) == 1
@@ -77,3 +96,13 @@ def test_without_a_round_chance_alone_hardly_ever_replaces_the_head(scope: polic
     # beyond two standard errors on one side: 2.3 % of normal differences
     assert taken == pytest.approx(0.023, abs=0.006)
     assert not policy.boundary_becomes_head(scope, 0, 1.0, 1.0, 500)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "after", "replaced"), [(0, 0.88, False), (0, 0.93, True), (2, 0.86, True), (2, 0.83, False)]
+)
+def test_probes_replace_a_head_after_rounds_unless_clearly_worse_and_without_one_only_if_clearly_better(
+    rounds: int, after: float, replaced: bool
+):
+    # two standard errors of a difference: 0.041 around 0.88 of 500, 0.046 around 0.84
+    assert policy.probes_become_head(rounds, 0.88, after, 500) == replaced

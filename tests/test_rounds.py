@@ -12,7 +12,7 @@ import pytest
 from posttrain.live import Live, NewLabels, Removal, Rows
 from posttrain.rounds import (
     REFERENCE,
-    LastLook,
+    FinalScoring,
     Limits,
     Outcome,
     RoundCounts,
@@ -141,7 +141,7 @@ def test_a_round_takes_its_steps_in_order_and_hands_each_what_the_earlier_ones_g
         model=1,
         probe="probe on features 0, again",
     )
-    assert outcome.last_look is None
+    assert outcome.final_scoring is None
 
 
 def test_the_loop_itself_takes_out_what_was_selected():
@@ -218,8 +218,8 @@ def test_nothing_is_refined_or_committed_where_nothing_may_go():
     assert names(fakes.calls) == ["embed", "fit", "score", "select"]
     assert outcome.state == start(0.9)
     assert "7 samples look wrong" in outcome.reason and "class floors" in outcome.reason
-    # what the look at the samples found is handed on: it need not be found again
-    assert outcome.last_look == LastLook("probe on features 0", {"noise": 0.07})
+    # what scoring the samples found is handed on: it need not be found again
+    assert outcome.final_scoring == FinalScoring("probe on features 0", {"noise": 0.07})
 
 
 def test_a_run_without_a_sign_of_wrong_labels_leaves_everything_as_it_was():
@@ -227,7 +227,7 @@ def test_a_run_without_a_sign_of_wrong_labels_leaves_everything_as_it_was():
     outcome = clean(start(0.9), fakes.steps(), NO_LIMIT)
     assert names(fakes.calls) == ["embed", "fit", "score", "select"]
     assert outcome.state == start(0.9)
-    assert outcome.reason == f"no sample goes: {ESTIMATE}"
+    assert outcome.reason == f"nothing is removed: {ESTIMATE}"
 
 
 @pytest.mark.parametrize("relabels", [0, 2])

@@ -9,6 +9,7 @@ from scipy.stats import chisquare
 from posttrain.schema import (
     ORDER_BITS,
     PARTITION_ROWS,
+    label_quality,
     order_key,
     partition_boundaries,
     partition_count,
@@ -107,3 +108,8 @@ def test_draws_of_different_streams_know_nothing_of_each_other():
         for number in range(4):
             control = uniform(ids, stream_seed("control", seed, number))
             assert max(abs(np.corrcoef(control, other)[0, 1]) for other in noise.values()) < 0.04
+
+
+def test_a_label_is_right_with_one_less_the_probability_that_it_is_wrong():
+    odds = np.array([np.log(0.64 / 0.36), 0.0, -800.0, 800.0, np.inf, -np.inf], np.float32)
+    np.testing.assert_allclose(label_quality(odds), [0.36, 0.5, 1, 0, 0, 1], rtol=1e-6)

@@ -68,10 +68,11 @@ def measured(
         if CONTROLS[name] is None:
             found = without_removal(run, state, steps)
         else:
-            most = config.removal.max_rounds if quota is None else len(quota)
-            # the controls go as far as the run that they are compared with
-            minimum, patience = (config.removal.min_share, config.removal.patience) if quota is None else (0.0, most)
-            outcome = rounds.clean(state, steps_of_round(run, quota=quota), rounds.Limits(most, minimum, patience))
+            limits = rounds.Limits.of(config.removal)
+            if quota is not None:
+                # the controls go as far as the run that they are compared with
+                limits = rounds.Limits(max_rounds=len(quota), minimum=0.0, patience=len(quota))
+            outcome = rounds.clean(state, steps_of_round(run, quota=quota), limits)
             summary = finish(run, conclude(run, outcome), began)
             found = {key: summary[key] for key in summary if key not in ("files", "run")}
             found["history"] = [[r.live, r.removed, r.metrics] for r in outcome.state.history]

@@ -227,8 +227,7 @@ class CleaningInMemory:
             (first,), Live(len(self.data.train)), model, model, len(self.data.validation)
         )
         steps = Steps(self.embed, self.fit, self.score, self.select, self.refine, self.evaluate, self.commit)
-        limits = rounds.Limits(self.removal.max_rounds, self.removal.min_share, self.removal.patience)
-        return rounds.clean(state, steps, limits)
+        return rounds.clean(state, steps, rounds.Limits.of(self.removal))
 
     def concluded(self, state: State[Model, ProbeEnsemble], mode: Mode) -> State[Model, ProbeEnsemble]:
         """After the last round, where `policy` says so: the boundary as the new head, or the network as it came."""

@@ -318,6 +318,8 @@ def _removals(findings: Sequence[Finding]) -> list[str]:
 def _shortened(reason: str) -> str:
     words = {
         "max_rounds": "rounds",
+        "nothing is removed": "no sign",
+        # as it is called in stored findings
         "no sample goes": "no sign",
         "were removed or relabelled": "the estimate",
         "no longer looks wrong": "nothing left",

@@ -129,7 +129,7 @@ def report(found: Sequence[Found], command: str) -> str:
         "",
         "posttrain with its default settings and `refine.scope: head`. *Estimate*: the share of wrong labels, as",
         "the run saw it in its first round, with its 95 % interval; *no sign*: not more than a clean set shows.",
-        "*ProbeEnsemble*: test accuracy of the chosen boundary with nothing removed. *Smallest class*: the smallest",
+        "*Boundary*: test accuracy of the chosen boundary with nothing removed. *Smallest class*: the smallest",
         "share that a class keeps.",
         "",
         row(HEADER),

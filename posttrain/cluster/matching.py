@@ -155,7 +155,7 @@ def _of_files(block: pa.Table, files: pa.Array) -> np.ndarray:
 def files_of_rows(split: Split, files: list[str]) -> dict[int, np.ndarray]:
     """partition -> for each of its rows the place in `files` of the file that it comes from, -1 for any other.
 
-    `files`: names as `reading` gives them. Partitions with none of theirs are left out.
+    `files`: names as in the column `file`. Partitions with none of theirs are left out.
     """
     reference = ray.put(pa.array(files, pa.string()))
     found = results(_of_files, [(partition.block, reference) for partition in split.partitions])

@@ -5,7 +5,7 @@ from posttrain.config.data import Data, Noise
 from posttrain.config.environment import Ray, Results, Run, Tracking
 from posttrain.config.job import Gate, Job
 from posttrain.config.model import Augment, Model, Pretrain, Refine, Training
-from posttrain.config.run_file import JobFile, RunFile, differences, dump, load, load_job, schema
+from posttrain.config.run_file import JobFile, RunFile, differences, dump, load, load_either, load_job, schema
 from posttrain.config.search import SEARCHED, Distribution, Search
 from posttrain.config.secrets import without_credentials, without_marks, without_secrets
 from posttrain.config.section import Section
@@ -35,6 +35,7 @@ __all__ = [
     "differences",
     "dump",
     "load",
+    "load_either",
     "load_job",
     "schema",
     "without_credentials",

@@ -40,12 +40,12 @@ class Gate(Section):
     class_drop: float = Field(default=0.05, ge=0, le=1)
     """Largest accepted loss of accuracy in any one class, as a share."""
     class_samples: int = Field(default=20, ge=1)
-    """Classes with fewer samples than this are not checked one by one; with fewer in total, there is
-    no alarm."""
+    """Classes with fewer held-out samples than this are not checked one by one."""
     alarm_share: float = Field(default=0.5, gt=0, le=1)
     """If more than this share of a new file's labels look wrong, the file is held back and the run is an alarm."""
     alarm_samples: int = Field(default=20, ge=1)
     """Files with fewer new samples than this are checked together instead of one by one; with fewer in total, there is
     no alarm."""
     alarm_older_share: float = Field(default=0.2, gt=0, le=1)
-    """If the run removes more than this share of the samples that previous runs kept, the run is an alarm."""
+    """If the run removes or relabels more than this share of the samples that previous runs kept, the run is an
+    alarm."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, overload
 
 from pydantic import JsonValue, ValidationError, model_validator
 
@@ -144,10 +144,21 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobFile:
     return _loaded(JobFile, path, overrides)
 
 
-def _loaded(kind: type[_File], path: str | Path | None, overrides: Sequence[str]) -> _File:
+def load_either(path: str | Path | None, overrides: Sequence[str] = ()) -> RunFile:
+    """The validated run file at `path`, as `load` does; a JobFile where it has a section `job`."""
+    return _loaded(None, path, overrides)
+
+
+@overload
+def _loaded(kind: type[_File], path: str | Path | None, overrides: Sequence[str]) -> _File: ...
+@overload
+def _loaded(kind: None, path: str | Path | None, overrides: Sequence[str]) -> RunFile: ...
+def _loaded(kind: type[RunFile] | None, path: str | Path | None, overrides: Sequence[str]) -> RunFile:
     raw = {} if path is None else _read(Path(path))
     for override in overrides:
         _override(raw, override)
+    if kind is None:
+        kind = JobFile if "job" in raw else RunFile
     try:
         return kind.model_validate(raw)
     except ValidationError as error:

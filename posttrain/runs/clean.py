@@ -57,9 +57,7 @@ def cleaned(
     """All rounds from this state on, and the model that the run leaves behind; `train` in place of `refine.train`."""
     from posttrain.runs.conclude import conclude
 
-    removal = run.config.removal
-    limits = rounds.Limits(removal.max_rounds, removal.min_share, removal.patience)
-    outcome = rounds.clean(state, steps_of(run, train=train), limits)
+    outcome = rounds.clean(state, steps_of(run, train=train), rounds.Limits.of(run.config.removal))
     run.progress.say(f"stopped: {outcome.reason}")
     return conclude(run, outcome)
 

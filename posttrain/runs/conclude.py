@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from posttrain import policy
 from posttrain.cluster.network import Network
-from posttrain.rounds import LastLook, Outcome, State
+from posttrain.rounds import FinalScoring, Outcome, State
 from posttrain.runs.commit import commit_without_removal
 from posttrain.runs.context import Run
 from posttrain.runs.embed import features_of
@@ -49,16 +49,16 @@ def _boundary_as_head(run: Run, outcome: Outcome[Network, Fitted]) -> Outcome[Ne
     run.progress.begin_round(number)
     backbone, live = features_of(run, state.model, state.live, ("train", "validation"))
     state = replace(state, live=live)
-    look = outcome.last_look
+    scoring = outcome.final_scoring
     with run.progress.step("fit"):
-        probe = fitted(run, backbone, live, state.history, number, known=look.probe if look else state.probe)
-    outcome = replace(outcome, state=state, last_look=LastLook(probe, look.metrics if look else {}))
+        probe = fitted(run, backbone, live, state.history, number, known=scoring.probe if scoring else state.probe)
+    outcome = replace(outcome, state=state, final_scoring=FinalScoring(probe, scoring.metrics if scoring else {}))
     before, after = last.metrics["validation_accuracy"], probe.ensemble.accuracy
     if not policy.boundary_becomes_head(scope, state.number, before, after, state.validation_samples):
         return outcome
     with run.progress.step("refine"):
         model = with_boundary_as_head(run, state.model, probe)
-    metrics = {**last.metrics, **(look.metrics if look else {}), **evaluate(run, state, model)}
+    metrics = {**last.metrics, **(scoring.metrics if scoring else {}), **evaluate(run, state, model)}
     said = "the boundary as the new head, nothing removed: "
     done = commit_without_removal(run, number, live, model, metrics, ended=outcome.reason, said=said)
     return replace(outcome, state=replace(state, history=(*state.history, done), model=model))

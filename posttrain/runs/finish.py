@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from posttrain import policy
 from posttrain.cluster.network import Network
 from posttrain.config import without_credentials
 from posttrain.errors import StepError
@@ -37,7 +38,7 @@ def finish(run: Run, outcome: Outcome[Network, Fitted], began: float) -> dict[st
         "steps": {name: round(seconds, 2) for name, seconds in run.progress.seconds.items()},
         "files": files,
     }
-    # those of the last look, which was no round
+    # those of the final scoring, which was no round
     delete_score_shards(folder, scored)
     folder.clear_half_written()
     if isinstance(tracking, Outbox):
@@ -48,19 +49,19 @@ def finish(run: Run, outcome: Outcome[Network, Fitted], began: float) -> dict[st
 
 
 def _summary(run: Run, outcome: Outcome[Network, Fitted]) -> dict[str, Any]:
-    state, look = outcome.state, outcome.last_look
+    state, scoring = outcome.state, outcome.final_scoring
     first, last = state.history[0].metrics, state.history[-1].metrics
-    choices = [look.probe.choice] if look else chosen_in(run, state.history)[-1:]
+    choices = [scoring.probe.choice] if scoring else chosen_in(run, state.history)[-1:]
     return {
         "run": without_credentials(run.config.run.path),
-        "rounds": state.number,
+        "rounds": policy.rounds_that_acted(state.history),
         "ended": outcome.reason,
         "live": state.live.count,
         "removed": sum(done.removed for done in state.history),
         "relabelled": sum(done.relabelled for done in state.history),
         "quarantined": quarantined(state.live),
         "leakage": run.leaks.counts(),
-        "noise": noise_summary([*(done.metrics for done in state.history), *([look.metrics] if look else [])]),
+        "noise": noise_summary([*(done.metrics for done in state.history), *([scoring.metrics] if scoring else [])]),
         "boundary": choices[0].as_record() if choices else None,
         **{
             f"{split}_accuracy_{when}": metrics.get(f"{split}_accuracy")
@@ -89,7 +90,8 @@ def _log_results(run: Run, tracking: Tracking | Outbox, outcome: Outcome[Network
         if run.config.tracking.log_model:
             log_model(tracking, outcome.state.model, run.folder.local / "model.safetensors")
     leaks = {f"leaked_{name}": float(count["samples"]) for name, count in (run.leaks.counts() or {}).items()}
-    tracking.log_metrics({"rounds": outcome.state.number, **leaks}, step=outcome.state.number)
+    rounds = policy.rounds_that_acted(outcome.state.history)
+    tracking.log_metrics({"rounds": rounds, **leaks}, step=outcome.state.number)
     return (
         f"mlflow ui --backend-store-uri {tracking.uri}"
         if tracking.uri.startswith("sqlite:")

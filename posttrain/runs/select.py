@@ -18,7 +18,7 @@ from posttrain.live import Live, NewLabels, Removal, Rows
 from posttrain.report.figures import ScoreHistogram
 from posttrain.rounds import RoundCounts, Selected, State
 from posttrain.runs.context import Run
-from posttrain.runs.noise_report import noise_sentence
+from posttrain.runs.noise_report import OF_RUN, noise_sentence
 from posttrain.runs.score import Scored
 from posttrain.schema import LABEL, PARTITION, ROW, SAMPLE_ID, SELF_CONFIDENCE
 from posttrain.store.results import reason
@@ -79,7 +79,7 @@ def select(run: Run, state: State[Any, Any], scored: Scored, *, quota: Quota = N
     share = None if settings.max_share == "estimated" else settings.max_share
     return Choice(
         removal,
-        RoundCounts(selection.candidates, noise_sentence(scored.noise), still == 0, share),
+        RoundCounts(selection.candidates, noise_sentence(scored.noise, OF_RUN), still == 0, share),
         scored.metrics,
         ScoreHistogram(settings.score, edges, kept, gone, lowest),
         float(pc.sum(acted_on[SELF_CONFIDENCE]).as_py() or 0.0),
@@ -108,11 +108,9 @@ def _still_allowed(run: Run, state: State[Any, Any], noise: NoiseEstimate, quota
     settings, previous = run.config.removal, run.previous.removal
     if quota is not None:
         return run.splits["train"].rows
-    # the validation labels stay as noisy as they are: a later, lower estimate is chance
-    most = max([noise.most, *(done.metrics.get("noise_most", 0.0) for done in state.history)])
     return policy.allowance(
         state.history,
-        most if settings.max_share == "estimated" else settings.max_share,
+        policy.largest_share(state.history, noise.most, settings.max_share),
         previously_removed=len(previous.removed),
         previously_relabelled=len(previous.relabelled),
     )
@@ -122,11 +120,10 @@ def _candidates(run: Run, live: Live, path: str, quota: Quota) -> Iterator[tuple
     """(ids, labels, score) with a score of -inf for what does not look wrong."""
     settings = run.config.removal
     columns = list(dict.fromkeys([SAMPLE_ID, PARTITION, ROW, LABEL, settings.score, "mislabel_odds"]))
+    # a control removes as many as it is told to, by its own score alone
+    above = None if settings.score == "random" or quota is not None else settings.min_log_odds
     for table in run.folder.row_groups(path, columns):
-        scores = table[settings.score].to_numpy().copy()
-        # a control removes as many as it is told to, by its own score alone
-        if settings.score != "random" and quota is None:
-            scores[table["mislabel_odds"].to_numpy() <= settings.min_log_odds] = -np.inf
+        scores = policy.candidate_scores(*(table[of].to_numpy() for of in (settings.score, "mislabel_odds")), above)
         # what has been relabelled once stays so: it would go back and forth
         scores[live.relabelled.rows.contains(table[PARTITION].to_numpy(), table[ROW].to_numpy())] = -np.inf
         yield table[SAMPLE_ID].to_numpy(), table[LABEL].to_numpy(), scores

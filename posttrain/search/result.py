@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import JsonValue
 
+from posttrain import policy
 from posttrain.config import RunFile, Search, dump, without_credentials, without_marks, without_secrets, yaml
 from posttrain.errors import StepError
 from posttrain.schema import Round
@@ -35,7 +36,7 @@ class Result:
         return {
             "number": self.trial.number,
             "values": {key: _value(self.trial.config, key) for key in varied},
-            "rounds": last.number if last else 0,
+            "rounds": policy.rounds_that_acted(self.history),
             "live": last.live if last else None,
             "removed": sum(done.removed for done in self.history),
             "relabelled": sum(done.relabelled for done in self.history),

@@ -12,7 +12,7 @@ import pyarrow.compute
 import pyarrow.csv
 
 from posttrain.live import Live
-from posttrain.schema import LABEL, PARTITION, ROW, SAMPLE_ID
+from posttrain.schema import LABEL, PARTITION, ROW, SAMPLE_ID, SELF_CONFIDENCE, label_quality
 from posttrain.store.folder import RunFolder
 
 # pyarrow makes these functions when it is imported: a type checker sees none of them
@@ -66,7 +66,7 @@ def write_issues(
     """`issues.csv`: every scored sample in the columns of cleanlab; returns the number of rows.
 
     `label_quality` (cleanlab's `find_label_issues`) and `label_score` (its Datalab) are the same number here: the
-    leave-one-out probability of the given label. The removed and relabelled come first, in the order of their rounds.
+    probability that the given label is right. The removed and relabelled come first, in the order of their rounds.
     Text that a spreadsheet would take for a formula has an apostrophe before it.
     """
     count = 0
@@ -99,8 +99,7 @@ def _scored(
 
 def _issues(table: pa.Table, is_issue: bool, classes: Sequence[str]) -> pa.Table:
     names = pa.array(classes)
-    quality = table["self_confidence"]
-    predicted = table["suggested_label"] if is_issue else table["predicted_label"]
+    quality = label_quality(table["mislabel_odds"].to_numpy())
     return pa.table(
         {
             SAMPLE_ID: _for_spreadsheets(table[SAMPLE_ID]),
@@ -108,7 +107,9 @@ def _issues(table: pa.Table, is_issue: bool, classes: Sequence[str]) -> pa.Table
             "label_quality": quality,
             "label_score": quality,
             "given_label": _for_spreadsheets(names.take(table[LABEL])),
-            "predicted_label": _for_spreadsheets(names.take(predicted)),
+            "predicted_label": _for_spreadsheets(names.take(table["predicted_label"])),
+            "suggested_label": _for_spreadsheets(names.take(table["suggested_label"])),
+            SELF_CONFIDENCE: table[SELF_CONFIDENCE],
         }
     )
 
@@ -143,6 +144,17 @@ def reason(table: pa.Table, score: str, number: int, classes: Sequence[str]) -> 
     if score == "random":
         return pa.array([f"sampled at random in round {number} (control)"] * table.num_rows, pa.string())
     names = pa.array(classes)
+    said = label_sentences(
+        names.take(table[LABEL]),
+        label_quality(table["mislabel_odds"].to_numpy()),
+        names.take(table["suggested_label"]),
+        table["confidence"],
+    )
+    return pc.binary_join_element_wise(said, pa.scalar(f"among the highest {score} of round {number}"), "; ")
+
+
+def label_sentences(given: Any, quality: np.ndarray, suggested: Any, confidence: Any) -> Any:
+    """How likely each given label is wrong, and what else the sample likely is; class names are arrow arrays."""
 
     def percent(share: Any) -> Any:
         # down, and never 100 %: the odds are too sure where they are high
@@ -150,16 +162,15 @@ def reason(table: pa.Table, score: str, number: int, classes: Sequence[str]) -> 
         text = pc.cast(pc.cast(pc.min_element_wise(percents, 99.0), pa.int64()), pa.string())
         return pc.binary_join_element_wise(pc.if_else(pc.greater_equal(percents, 99.0), "over ", ""), text, "")
 
-    wrong = pc.divide(1.0, pc.add(1.0, pc.exp(pc.negate(table["mislabel_odds"]))))
     return pc.binary_join_element_wise(
         "label ",
-        names.take(table[LABEL]),
-        " is wrong with ",
-        percent(wrong),
-        " %: the others label it ",
-        names.take(table["suggested_label"]),
+        given,
+        " is wrong with a probability of ",
+        percent(pa.array(1 - quality)),
+        " %; most likely class instead: ",
+        suggested,
         " (",
-        percent(table["confidence"]),
-        pa.scalar(f" %); among the highest {score} of round {number}"),
+        percent(confidence),
+        " %)",
         "",
     )

@@ -56,7 +56,7 @@ def finding(
     cleaning = Cleaning("removal.max_rounds = 4 reached", False, (10, 10, 10), (), (0.5, 0.6, 0.7), estimates)
     if noise == "clean":
         nothing = (Estimate(0.0, 0.0, 0.07, False),)
-        cleaning = Cleaning("no sample goes: no sign", False, (), (), (), nothing)
+        cleaning = Cleaning("nothing is removed: no sign", False, (), (), (), nothing)
     cleanings: dict[Mode, Cleaning] = {mode: cleaning for mode in MODES}
     cleanings["both"] = replace(cleaning, new_boundary=noise != "clean")
     case = Case("digits", noise, "memorised", seed)

@@ -64,6 +64,7 @@ def scored_samples(number: int, text: bool) -> pd.DataFrame:
             "self_confidence": draw.random(120).astype(np.float32),
             "suggested_label": ((at + 1) % 3).astype(np.int32),
             "confidence": draw.random(120).astype(np.float32),
+            "mislabel_odds": draw.normal(0, 3, 120).astype(np.float32),
         }
     )
 
@@ -182,15 +183,17 @@ def test_issues_csv_has_every_sample_once_in_the_columns_of_cleanlab(run: Finish
     count = results.write_issues(run.folder, [1, 2], run.last_scores, run.live, CLASSES)
     found = pd.read_csv(run.folder.path("issues.csv"))
     live = run.scored[3]
+    right = 1 / (1 + np.exp(np.array([*run.removed["mislabel_odds"], *live["mislabel_odds"]])))
     expected = pd.DataFrame(
         {
             "sample_id": [*run.removed["sample_id"], *live["sample_id"]],
             "is_label_issue": [True] * 5 + [False] * 115,
-            "label_quality": [*run.removed["self_confidence"], *live["self_confidence"]],
-            "label_score": [*run.removed["self_confidence"], *live["self_confidence"]],
+            "label_quality": right,
+            "label_score": right,
             "given_label": named(run.removed["label"]) + named(live["label"]),
-            # a removed sample is labelled what the others say, never what it was given
-            "predicted_label": named(run.removed["suggested_label"]) + named(live["predicted_label"]),
+            "predicted_label": named(run.removed["predicted_label"]) + named(live["predicted_label"]),
+            "suggested_label": named(run.removed["suggested_label"]) + named(live["suggested_label"]),
+            "self_confidence": [*run.removed["self_confidence"], *live["self_confidence"]],
         }
     )
     assert count == 120
@@ -211,10 +214,10 @@ def test_issues_csv_lists_relabelled_samples_once_under_the_label_that_was_given
     assert found["sample_id"][:8].tolist() == first["sample_id"][taken].tolist()
     assert found["is_label_issue"].tolist() == [True] * 8 + [False] * 112
     assert found["given_label"][:8].tolist() == named(first["label"][taken])
-    assert found["predicted_label"][:8].tolist() == named(first["suggested_label"][taken])
+    assert found["suggested_label"][:8].tolist() == named(first["suggested_label"][taken])
     live = run.scored[last].drop(index=taken, errors="ignore")
     assert found["given_label"][8:].tolist() == named(live["label"])
-    assert found["label_quality"][8:].tolist() == pytest.approx(live["self_confidence"].tolist(), rel=1e-6)
+    assert found["self_confidence"][8:].tolist() == pytest.approx(live["self_confidence"].tolist(), rel=1e-6)
 
 
 def test_scores_of_the_last_committed_round_do_not_bring_its_removals_back(run: Finished):
@@ -267,14 +270,15 @@ def test_live_rows_are_those_whose_partition_and_row_are_not_excluded(run: Finis
 
 def test_every_removal_has_a_reason_in_words(run: Finished):
     table = run.folder.read_table(run.folder.round(1, "removed.parquet"))
-    table = table.set_column(table.column_names.index("confidence"), "confidence", [[0.974, 0.5, 1.0]])
-    table = table.append_column("mislabel_odds", [[math.log(0.996 / 0.004), 0.0, math.inf]])
+    of = {"confidence": [0.974, 0.5, 1.0], "mislabel_odds": [math.log(0.996 / 0.004), 0.0, math.inf]}
+    for name, values in of.items():
+        table = table.set_column(table.column_names.index(name), name, [values])
     assert results.reason(table, "loo_margin", 1, CLASSES).to_pylist() == [
         f"label {said}; among the highest loo_margin of round 1"
         for said in (
-            "cat is wrong with over 99 %: the others label it dog (97 %)",
-            "dog is wrong with 50 %: the others label it hen (50 %)",
-            "hen is wrong with over 99 %: the others label it cat (over 99 %)",
+            "cat is wrong with a probability of over 99 %; most likely class instead: dog (97 %)",
+            "dog is wrong with a probability of 50 %; most likely class instead: hen (50 %)",
+            "hen is wrong with a probability of over 99 %; most likely class instead: cat (over 99 %)",
         )
     ]
 
