@@ -13,7 +13,7 @@ import numpy as np
 
 from posttrain.schema import Round
 
-Scope = Literal["head", "network", "both"]
+Scope = Literal["auto", "head", "network", "both"]
 """`refine.scope`."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, JsonValue, field_validator, model_validator
+from pydantic import Field, JsonValue, ValidationInfo, field_validator, model_validator
 
 from posttrain.config.section import Section, Text
 from posttrain.schema import METHODS, Method
@@ -24,6 +24,10 @@ class Model(Section):
     weights: Text | None = None
     """A state_dict (.pt, .pth), a safetensors file, or an MLflow model (models:/..., runs:/...). null:
     posttrain trains the model first."""
+    initial_weights: Text | None = None
+    """The weights that the training of this model began with, such as pre-trained ones: as in weights, or factory, for
+    those that the factory builds it with. posttrain's own training begins with them, and refine.scope auto trains the
+    network again from them. null: those of the factory where weights is null, else not known."""
     head: Text | None = None
     """Dotted name of the last Linear module. null: found automatically."""
     channels: Literal[1, 3] = 1
@@ -38,9 +42,11 @@ class Model(Section):
     """Colour behind images with an alpha channel, as the model was trained: a grey (0 is black, 255 white), or red,
     green and blue."""
 
-    @field_validator("weights")
+    @field_validator("weights", "initial_weights")
     @classmethod
-    def _weights_of_a_known_kind(cls, weights: str | None) -> str | None:
+    def _weights_of_a_known_kind(cls, weights: str | None, info: ValidationInfo) -> str | None:
+        if info.field_name == "initial_weights" and weights == "factory":
+            return weights
         known = weights is None or re.search(r"^(models|runs):/|\.(pt|pth|safetensors)$", weights)
         if not known:
             raise ValueError("should be a .pt, .pth or .safetensors file or an MLflow URI (models:/..., runs:/...)")
@@ -120,11 +126,19 @@ class Pretrain(Training):
 class Refine(Training):
     """Refining the model after each removal."""
 
-    scope: Literal["head", "network", "both"] = "head"
+    scope: Literal["auto", "head", "network", "both"] = "head"
     """What is retrained on the samples that are left. head: the decision boundary fitted to them becomes the new head;
-    the other keys of this section have no effect. network: the whole network is trained. both: the whole network is
-    trained in every round, and at the end the boundary becomes its new head, unless it does worse on validation labels.
-    If nothing was removed, head and both change the head only if that is clearly better."""
+    the other keys of this section have no effect. auto: rounds as with head; at the end the network is also refined by
+    this section, and trained again by the section pretrain where the weights that its training began with are known
+    (model.initial_weights); what does best on the validation labels, corrected for their noise, is delivered. network:
+    the whole network is trained in every round. both: as network, and at the end the boundary becomes its new head,
+    unless it does worse on validation labels. If nothing was removed, head and both change the head only if that is
+    clearly better."""
     augment: Augment | None = None
     """Augmentation of the training images: none, crop (random shifts), crop_flip (random shifts and mirroring). null:
     as in pretrain, where posttrain trains the model itself; else crop_flip."""
+
+    @property
+    def keeps_backbone(self) -> bool:
+        """Whether the rounds change nothing but the head."""
+        return self.scope in ("auto", "head")

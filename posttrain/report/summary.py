@@ -35,6 +35,7 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
         ),
         ("test accuracy", _change(summary["test_accuracy_before"], summary["test_accuracy_after"]), "before and after"),
         *_controls(summary),
+        *_alternatives(summary),
         ("removal precision", _percent(summary["removal_precision"]), f"share of the {selected} whose label was wrong"),
         ("removal recall", _percent(summary["removal_recall"]), f"share of the wrong labels that were {selected}"),
         ("relabel accuracy", _percent(summary["relabel_accuracy"]), "share of the relabelled whose label is right now"),
@@ -89,6 +90,18 @@ def _controls(summary: Mapping[str, Any]) -> list[tuple[str, str | None, str]]:
         ("  nothing removed", _change(before, boundary), gain),
         ("  new head alone", _change(before, head), "control: only the head refitted, all samples kept"),
     ]
+
+
+def _alternatives(summary: Mapping[str, Any]) -> list[tuple[str, str | None, str]]:
+    """What could have been delivered, by the corrected loss on the validation labels, which decides."""
+    rows: list[tuple[str, str | None, str]] = []
+    for one in summary.get("alternatives") or ():
+        test = one.get("test_accuracy")
+        remark = f"{one['name']}: {one['seconds']:.0f} s" + (f", test {100 * test:.1f} %" if test is not None else "")
+        loss = f"{one['validation_corrected_loss']:.3f}"
+        rows.append((f"  {'delivered' if one['delivered'] else 'not delivered'}", loss, remark))
+    head = ("validation loss", "", "corrected for label noise; the lowest is delivered")
+    return [head, *rows] if rows else []
 
 
 def _noise(summary: Mapping[str, Any]) -> tuple[str | None, str]:

@@ -38,9 +38,8 @@ def first_model(run: Run) -> Network:
         run.progress.say(f"pre-trained already: {path}")
         return network_of(run, run.folder.read_bytes(path))
     run.progress.say("no model.weights given: training the network on the given labels first")
-    from posttrain.runs.inputs import untrained
-
-    network = network_of(run, untrained(run.config, run.inputs))
+    assert run.inputs.initial_weights is not None, "without weights, those that the factory draws are known"
+    network = network_of(run, run.inputs.initial_weights)
     live, seed = run.live_at_start(), run.config.run.seed
     noise = _noise_seen_first(run, network) if run.config.pretrain.method in NEEDS_NOISE else None
     model = train(run, network, run.config.pretrain, live, name="pretrain", seed=seed, noise=noise)
@@ -79,7 +78,7 @@ def begin(run: Run, model: Network) -> State[Network, Fitted]:
     with run.progress.step("fit"):
         compared, probe = _without_removal(run, backbone, live)
     metrics |= compared
-    if run.config.refine.scope == "head":
+    if run.config.refine.keeps_backbone:
         metrics[REFERENCE] = metrics["boundary_validation_accuracy"]
     done = commit_without_removal(run, 0, live, model, metrics)
     return State((done,), live, model, model, state.validation_samples, probe)

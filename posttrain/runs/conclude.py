@@ -1,6 +1,6 @@
-"""Conclude: after the last round the boundary may become the head, or the model as it came is given back.
+"""Conclude: after the last round the best alternative is delivered, the boundary becomes the head, or the model stays.
 
-Either is a round of its own, which removes nothing. `posttrain.policy` decides.
+Each is a round of its own, which removes nothing. `posttrain.policy` decides, or the loss on the validation labels.
 """
 
 from __future__ import annotations
@@ -10,17 +10,20 @@ from dataclasses import replace
 from posttrain import policy
 from posttrain.cluster.network import Network
 from posttrain.rounds import FinalScoring, Outcome, State
+from posttrain.runs import alternatives
 from posttrain.runs.commit import commit_without_removal
 from posttrain.runs.context import Run
 from posttrain.runs.embed import features_of
 from posttrain.runs.evaluate import evaluate
 from posttrain.runs.fit import Fitted, fitted
-from posttrain.runs.networks import read_checkpoint
+from posttrain.runs.networks import feature_network, read_checkpoint
 from posttrain.runs.refine import with_boundary_as_head
 
 
 def conclude(run: Run, outcome: Outcome[Network, Fitted]) -> Outcome[Network, Fitted]:
     """The outcome with the model that the run leaves behind."""
+    if run.config.refine.scope == "auto":
+        return _best_alternative(run, outcome)
     outcome = _boundary_as_head(run, outcome)
     state = outcome.state
     first, last = state.history[0].metrics, state.history[-1].metrics
@@ -38,6 +41,29 @@ def conclude(run: Run, outcome: Outcome[Network, Fitted]) -> Outcome[Network, Fi
     said = "the model as it came: "
     done = commit_without_removal(run, number, state.live, state.first, metrics, ended=reason, said=said)
     return replace(outcome, state=replace(state, history=(*state.history, done), model=state.first), reason=reason)
+
+
+def _best_alternative(run: Run, outcome: Outcome[Network, Fitted]) -> Outcome[Network, Fitted]:
+    state = outcome.state
+    if state.history[-1].ended:
+        return outcome
+    number = state.number + 1
+    run.progress.begin_round(number)
+    backbone, live = features_of(run, state.first, state.live, ("train", "validation"))
+    state, scoring = replace(state, live=live), outcome.final_scoring
+    with run.progress.step("fit"):
+        probe = fitted(run, backbone, live, state.history, number, known=scoring.probe if scoring else state.probe)
+    made = alternatives.alternatives(run, state, probe)
+    best = alternatives.best(made)
+    run.folder.write_json(run.folder.path("alternatives.json"), [one.as_record(one is best) for one in made])
+    metrics = {**state.history[-1].metrics, **(scoring.metrics if scoring else {}), **best.metrics}
+    said = f"delivered: {best.name}: "
+    done = commit_without_removal(run, number, live, best.model, metrics, ended=outcome.reason, said=said)
+    alternatives.forget(run)
+    run.folder.keep_only_features(feature_network(run, best.model, state.first).backbone)
+    state = replace(state, history=(*state.history, done), model=best.model)
+    final = FinalScoring(probe, scoring.metrics if scoring else {})
+    return replace(outcome, state=state, final_scoring=final)
 
 
 def _boundary_as_head(run: Run, outcome: Outcome[Network, Fitted]) -> Outcome[Network, Fitted]:
@@ -66,8 +92,10 @@ def _boundary_as_head(run: Run, outcome: Outcome[Network, Fitted]) -> Outcome[Ne
 
 def base_network(run: Run, state: State[Network, Fitted]) -> Network:
     """The network whose features the final model's head takes: a later run needs no others of the same images."""
-    if run.config.refine.scope == "head" or state.model.digest == state.first.digest:
+    scope, last = run.config.refine.scope, state.history[-1]
+    if scope == "auto":
+        return feature_network(run, state.model, state.first)
+    if scope == "head" or state.model.digest == state.first.digest:
         return state.first
-    last = state.history[-1]
     # a round that only put the boundary on
     return read_checkpoint(run, last.number - 1) if last.ended else state.model

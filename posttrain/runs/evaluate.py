@@ -10,6 +10,7 @@ import torch
 from posttrain.cluster.network import Network
 from posttrain.influence import probe
 from posttrain.influence.ensemble import ProbeEnsemble
+from posttrain.influence.held_out import corrected_loss
 from posttrain.influence.probe import Reduce, Standardizer
 from posttrain.rounds import State
 from posttrain.runs.context import Run
@@ -31,6 +32,16 @@ def evaluate(run: Run, state: State[Network, Any], model: Network) -> dict[str, 
         total = sum(run.splits[name].rows for name in splits)
         tell(total, total)
     return metrics
+
+
+def held_out_loss(run: Run, state: State[Network, Any], model: Network, transition: torch.Tensor) -> float:
+    """`influence.held_out` of the model on the validation labels, whose transition matrix is given."""
+    network = feature_network(run, model, state.first)
+    backbone, _ = features_of(run, network, state.live, ["validation"])
+    layers = head_layers(model, network)
+    assert layers is not None, "a network's head takes its own features"
+    reduce, weights = _on_raw_features(run, backbone, "validation", layers, *linear_head(model))
+    return corrected_loss(reduce, weights, transition)
 
 
 def of_boundary(run: Run, backbone: str, boundary: ProbeEnsemble) -> dict[str, float]:

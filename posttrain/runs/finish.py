@@ -63,6 +63,7 @@ def _summary(run: Run, outcome: Outcome[Network, Fitted]) -> dict[str, Any]:
         "leakage": run.leaks.counts(),
         "noise": noise_summary([*(done.metrics for done in state.history), *([scoring.metrics] if scoring else [])]),
         "boundary": choices[0].as_record() if choices else None,
+        "alternatives": _alternatives(run),
         **{
             f"{split}_accuracy_{when}": metrics.get(f"{split}_accuracy")
             for split in ("validation", "test")
@@ -72,6 +73,12 @@ def _summary(run: Run, outcome: Outcome[Network, Fitted]) -> dict[str, Any]:
         "test_accuracy_boundary": first.get("boundary_test_accuracy"),
         **{name: last.get(name) for name in ("removal_precision", "removal_recall", "relabel_accuracy")},
     }
+
+
+def _alternatives(run: Run) -> list[dict[str, Any]]:
+    """What could have been delivered, where `refine.scope` is auto."""
+    path = run.folder.path("alternatives.json")
+    return run.folder.read_json(path) if run.folder.exists(path) else []
 
 
 def _log_results(run: Run, tracking: Tracking | Outbox, outcome: Outcome[Network, Fitted]) -> str:

@@ -113,7 +113,7 @@ def fitted(
 def _featureless(run: Run, live: Live, number: int, error: FeaturelessError) -> DataError | RecipeError:
     """What to say where no feature tells the training images apart."""
     config = run.config
-    if number and config.refine.scope != "head":
+    if number and not config.refine.keeps_backbone:
         return RecipeError(
             f"after round {number - 1} the network sees no difference between the {live.count:,} training images "
             f"({error}); lower refine.learning_rate ({config.refine.learning_rate:g})"

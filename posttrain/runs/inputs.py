@@ -31,6 +31,8 @@ class Inputs:
     """Layers to try probes on."""
     weights: bytes | None
     """Weights to start from; None where posttrain has to pre-train."""
+    initial_weights: bytes | None
+    """Weights that the model's training began with, or begins with; None where they are not known."""
     validation_share: float | None
     noise: LabelNoise | None
     rows: Mapping[str, int]
@@ -66,12 +68,13 @@ def prepare(config: RunFile, *, only: Mapping[str, frozenset[str]] | None = None
     model = models.build(config.model.factory, classes=len(classes), arguments=arguments)
     weights = None
     if config.model.weights is not None:
-        weights = _given_weights(config, config.model.weights, model)
+        weights = _given_weights(config, "weights", config.model.weights, model)
         if "validation" not in sources:
             raise DataError(
                 "model.weights is set, but the data have no validation set that this model has not seen; "
                 "set data.validation (sources parquet and folder), or leave model.weights out"
             )
+    initial = _initial_weights(config, model, classes=len(classes))
     head = models.find_head(model, classes=len(classes), name=config.model.head)
     image = _image(config, listings["train"])
     # refuses images that the network cannot take, layers and a head that do not fit, before any work
@@ -86,6 +89,7 @@ def prepare(config: RunFile, *, only: Mapping[str, frozenset[str]] | None = None
         ModelSpec(config.model.factory, arguments, len(classes), head, image, kept, width),
         tried,
         weights,
+        initial,
         None if "validation" in sources else config.data.validation_share,
         LabelNoise(noise.kind, noise.rate, noise.seed, noise.matrix, image) if noise else None,
         {name: listing.rows for name, listing in listings.items()},
@@ -132,7 +136,26 @@ def _refuse_another_matrix(data: Data, classes: Sequence[str]) -> None:
         )
 
 
-def _given_weights(config: RunFile, path: str, model: nn.Module) -> bytes:
+def _initial_weights(config: RunFile, model: nn.Module, *, classes: int) -> bytes | None:
+    given = config.model.initial_weights
+    if given not in (None, "factory"):
+        return _given_weights(config, "initial_weights", given, model)
+    return _as_built(config, classes) if given or config.model.weights is None else None
+
+
+def _as_built(config: RunFile, classes: int) -> bytes:
+    """The weights that the factory gives the network; what it draws at random depends on the run's seed."""
+    import torch
+
+    from posttrain.vision import models
+    from posttrain.vision.weights import to_bytes
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        return to_bytes(models.build(config.model.factory, classes=classes, arguments=dict(config.model.arguments)))
+
+
+def _given_weights(config: RunFile, key: str, path: str, model: nn.Module) -> bytes:
     """The weights in a file, or in MLflow."""
     from posttrain.vision.weights import load_weights, to_bytes
 
@@ -144,7 +167,7 @@ def _given_weights(config: RunFile, path: str, model: nn.Module) -> bytes:
         else:
             local = Path(path).expanduser()
             if not local.is_file():
-                raise ModelError(f"{path}: no such weights file; check model.weights")
+                raise ModelError(f"{path}: no such weights file; check model.{key}")
         load_weights(model, local)
         return to_bytes(model)
 
@@ -234,19 +257,6 @@ def _digest(listings: dict[str, Listing]) -> str:
         for path, size in listing.files:
             files.update(f"{name}\t{path.rsplit('/', 1)[-1]}\t{size}\n".encode())
     return files.hexdigest()[:16]
-
-
-def untrained(config: RunFile, inputs: Inputs) -> bytes:
-    """Random first weights of the network, by the run's seed."""
-    import torch
-
-    from posttrain.vision import models
-    from posttrain.vision.weights import to_bytes
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.run.seed)
-        model = models.build(inputs.spec.factory, classes=inputs.spec.classes, arguments=inputs.spec.arguments)
-    return to_bytes(model)
 
 
 def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:

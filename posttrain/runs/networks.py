@@ -37,7 +37,11 @@ def write_checkpoint(run: Run, number: int, model: Network) -> None:
 def read_checkpoint(run: Run, number: int) -> Network:
     """The model of round `number`."""
     weights = run.folder.read_bytes(run.folder.checkpoint(number))
-    kept = run.folder.read_json(run.folder.round(number, "checkpoint", "model.json"))
+    return network_from(run, weights, run.folder.read_json(run.folder.round(number, "checkpoint", "model.json")))
+
+
+def network_from(run: Run, weights: bytes, kept: dict[str, Any]) -> Network:
+    """The network of these weights and of a recipe that was kept."""
     spec = run.inputs.spec
     if kept["head"] != spec.head or kept["factory"] != spec.factory:
         spec = replace(spec, **kept, layers=(kept["head"],))
@@ -45,8 +49,8 @@ def read_checkpoint(run: Run, number: int) -> Network:
 
 
 def feature_network(run: Run, model: Network, first: Network) -> Network:
-    """The network whose features a round works on: the first one in all rounds where they only put a new head on."""
-    return first if run.config.refine.scope == "head" else model
+    """The network whose features the model's head takes: the first one where the model is that with a new head."""
+    return model if head_layers(model, first) is None else first
 
 
 def linear_head(model: Network) -> tuple[torch.Tensor, torch.Tensor]:

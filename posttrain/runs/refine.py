@@ -95,7 +95,7 @@ def refine(
 ) -> tuple[Network, Fitted | None]:
     """The model on what is live after the removal, and the ensemble, where it was fitted on that anew."""
     settings = run.config.refining
-    if settings.scope == "head":
+    if settings.keeps_backbone:
         with run.progress.step("refine"):
             assert state.first.backbone == backbone
             again = refitted(run, fitted.choice, fitted.ensemble.members, live)

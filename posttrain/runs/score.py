@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from posttrain.rounds import State
 from posttrain.runs.context import Run
 from posttrain.runs.fit import Fitted
 from posttrain.runs.noise_report import noise_metrics
-from posttrain.schema import LABEL, SELF_CONFIDENCE, stream_seed
+from posttrain.schema import LABEL, SELF_CONFIDENCE, Round, stream_seed
 
 # pyarrow makes these functions when it is imported: a type checker sees none of them
 pc = cast(Any, pyarrow.compute)
@@ -46,7 +46,7 @@ class Scored:
 def score(run: Run, state: State[Network, Fitted], backbone: str, fitted: Fitted) -> Scored:
     """Every score of every live sample, streamed to the round's `scores.parquet`."""
     settings, number = run.config.probe, state.number + 1
-    prior = _prior(run, state)
+    prior = prior_of(run, state.history)
     scored = score_round(
         replace(fitted.samples, round_scored=number),
         fitted.validation,
@@ -87,9 +87,9 @@ def _previous_removals(run: Run, state: State[Network, Fitted]) -> PreviousRemov
     )
 
 
-def _prior(run: Run, state: State[Network, Fitted]) -> Prior:
-    """What the first round that found wrong labels estimated."""
-    for done in state.history[1:]:
+def prior_of(run: Run, history: Sequence[Round]) -> Prior:
+    """What the first of these rounds that found wrong labels estimated."""
+    for done in history[1:]:
         joint = run.ledger.confident_joint(done.number)
         if joint is not None:
             rate, validation_rate = (done.metrics[name] for name in ("live_noise", "validation_noise"))
