@@ -127,6 +127,11 @@ class RunFolder:
         if self.exists(path):
             self.files.delete_file(path)
 
+    def delete_folder(self, path: str) -> None:
+        """Delete a folder with all that is in it, if it is there."""
+        if self.files.get_file_info(path).type == fs.FileType.Directory:
+            self.files.delete_dir(path)
+
     def clear_half_written(self) -> None:
         """Delete the temporary files of a killed process; call it only while holding the folder's lock."""
         if not self.is_local:

@@ -491,4 +491,5 @@ def test_the_network_trains_with_two_workers_of_ray_train(run: Run, tmp_path: Pa
         removal={"max_rounds": 1},
     )
     assert summary["rounds"] == 1
+    assert not (tmp_path / "run" / "training").exists()
     assert summary["test_accuracy_after"] >= summary["test_accuracy_before"] - 0.05
