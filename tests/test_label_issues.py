@@ -283,6 +283,6 @@ def test_a_run_file_and_a_model_take_no_settings_of_each_other(tmp_path: Any):
         with pytest.raises(ConfigError, match=f"does not take {next(iter(given))}: .*load"):
             posttrain.clean(config, **given)
     assert not list(tmp_path.iterdir())
-    for given in ({"verbose": True}, {"quiet": False}):
+    for verbose, quiet in ((True, True), (False, False)):
         with pytest.raises(ConfigError, match="belong to clean"):
-            posttrain.clean(model=torch.nn.Linear(3, 10), **given)
+            posttrain.clean(model=torch.nn.Linear(3, 10), verbose=verbose, quiet=quiet)

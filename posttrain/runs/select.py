@@ -119,7 +119,8 @@ def _candidates(run: Run, live: Live, path: str, quota: Quota) -> Iterator[tuple
     # a control removes as many as it is told to, by its own score alone
     above = None if settings.score == "random" or quota is not None else settings.min_log_odds
     for table in run.folder.row_groups(path, columns):
-        scores = policy.candidate_scores(*(table[of].to_numpy() for of in (settings.score, "mislabel_odds")), above)
+        odds = table["mislabel_odds"].to_numpy()
+        scores = policy.candidate_scores(table[settings.score].to_numpy(), odds, above)
         # what has been relabelled once stays so: it would go back and forth
         scores[live.relabelled.rows.contains(table[PARTITION].to_numpy(), table[ROW].to_numpy())] = -np.inf
         yield table[SAMPLE_ID].to_numpy(), table[LABEL].to_numpy(), scores
