@@ -156,7 +156,11 @@ def _digest(cell: object) -> bytes:
     if isinstance(cell, dict):
         # {bytes, path}, as Hugging Face stores images
         cell = cell.get("bytes")
-    content = cell if isinstance(cell, bytes) else json.dumps(cell, default=str).encode()
+    if isinstance(cell, np.ndarray):
+        # of a tensor column; as text, NumPy leaves out what is in the middle of a large one
+        content = f"{cell.dtype.str} {cell.shape} ".encode() + np.ascontiguousarray(cell).tobytes()
+    else:
+        content = cell if isinstance(cell, bytes) else json.dumps(cell, default=str).encode()
     return hashlib.blake2b(content, digest_size=8).digest()
 
 
