@@ -132,9 +132,11 @@ def _table_columns(table: pa.Table, source: ParquetSource | TableSource, classes
 
 def checked_ids(column: pa.ChunkedArray, where: str, name: str) -> pa.Array:
     """The ids as int64 or string. Raises DataError for those that are empty or of another type."""
+    kind = value_type(column.type)
+    if kind != column.type:
+        column = pc.cast(column, kind)
     if column.null_count:
         raise DataError(f"{where}: column {name!r} has {column.null_count} empty ids; every sample needs one")
-    kind = column.type
     if pa.types.is_integer(kind):
         target = pa.int64()
     elif is_text(kind):
