@@ -25,6 +25,14 @@ from pipelines.benchmarks.hardware import hardware
 from posttrain.config import RunFile, dump, load, yaml
 
 
+def to_remove(margin: Tensor, budget: float) -> Tensor:
+    """Positions of the samples with the largest leave-one-out margins, of those that the boundary gives another label.
+
+    The margins are logits, not calibrated to a probability: `removal.threshold` does not apply to them.
+    """
+    return margin.topk(min(int(budget * len(margin)), int((margin > 0).sum()))).indices
+
+
 def plain(config: RunFile, weights: Path) -> dict[str, Any]:
     """Seconds of the plain loop: in all, and of each round by step."""
     import pyarrow.dataset as ds
@@ -103,9 +111,8 @@ def plain(config: RunFile, weights: Path) -> dict[str, Any]:
             parts.append(columns["loo_margin"])
         margin = torch.cat(parts)
         clock.append(time.perf_counter())
-        going = min(int(config.removal.budget * len(live)), int((margin > config.removal.threshold).sum()))
         keep = torch.ones(len(live), dtype=torch.bool)
-        keep[margin.topk(going).indices] = False
+        keep[to_remove(margin, config.removal.budget)] = False
         live = live[keep]
         model.train()
         optimizer = torch.optim.SGD(

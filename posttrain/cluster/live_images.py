@@ -24,7 +24,7 @@ class LiveImages:
     """Decoded live images of some partitions in seeded random order.
 
     Partitions are visited in a random order, as many at a time as fit `window_bytes`; within these the order is
-    random. What fits whole is decoded once.
+    random. What fits whole is decoded once. `alone`: no other rank waits for this one at every step.
     """
 
     def __init__(
@@ -34,11 +34,12 @@ class LiveImages:
         spec: ImageSpec,
         *,
         seed: int,
+        alone: bool = True,
         window_bytes: int = WINDOW_BYTES,
         get: Callable[[Any], Any] = ray.get,
     ) -> None:
         self._partitions, self._live = partitions, live
-        self._spec, self._seed, self._get = spec, seed, get
+        self._spec, self._seed, self._alone, self._get = spec, seed, alone, get
         height, width = spec.size
         rows = max((p.rows for p in partitions), default=1)
         self._window = max(1, window_bytes // max(1, rows * spec.channels * height * width))
@@ -48,7 +49,10 @@ class LiveImages:
         """The first image that could not be read, and why."""
 
     def batches(self, size: int, steps: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """`steps` batches (uint8 [n, c, h, w], labels [n]); begins again where the rank has fewer samples."""
+        """`steps` batches (uint8 [n, c, h, w], labels [n]); begins again where the rank has fewer samples.
+
+        A rank that is alone gives one less where a single sample would be left for the last.
+        """
         taken, again = 0, 0
         while taken < steps:
             generator = np.random.default_rng([self._seed, epoch, again])
@@ -68,7 +72,7 @@ class LiveImages:
             if rest is not None and len(rest[1]) > 1 and taken < steps:
                 yield rest
                 taken += 1
-            elif rest is not None and taken == steps - 1:
+            elif rest is not None and taken == steps - 1 and self._alone:
                 return
             if taken == before:
                 if self._unreadable is not None:

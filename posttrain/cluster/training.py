@@ -185,6 +185,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
             config["live"],
             network.spec.image,
             seed=config["seed"] + 7919 * rank,
+            alone=world == 1,
         )
         try:
             outcome = fit_network(

@@ -7,7 +7,6 @@ needs: where an actor crashes, the same call goes to another.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -46,9 +45,6 @@ class Worker:
     def ready(self) -> str:
         """The id of the node."""
         return ray.get_runtime_context().get_node_id()
-
-    def pid(self) -> int:
-        return os.getpid()
 
     def gpu(self) -> str | None:
         return gpu_name(self._device)

@@ -174,10 +174,6 @@ class Workers:
             # all the others in one go: their features are as if those images had never been there
             yield from self._pool.each([embed(partition, replace(task, crashing=crashing))])
 
-    def pids(self) -> list[int]:
-        """The processes of the actors that are ready."""
-        return self._pool.ask(lambda actor: actor.pid.remote())
-
     def gpus(self) -> list[str | None]:
         """The names of the GPUs of the actors that are ready; None for one that computes on a CPU."""
         return self._pool.ask(lambda actor: actor.gpu.remote())

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
 
+from posttrain.arrow_compute import pc
 from posttrain.data.parquet_files import is_binary, is_text, value_type
 from posttrain.data.sources import PATH, FolderSource, ParquetSource, Source, TableSource
 from posttrain.errors import DataError, LabelRangeError
@@ -28,9 +27,6 @@ from posttrain.schema import (
 )
 from posttrain.store.folder import resolve
 from posttrain.vision.noise import LabelNoise, noisy_labels
-
-# pyarrow makes these functions when it is imported: a type checker sees none of them
-pc = cast(Any, pyarrow.compute)
 
 _VALIDATION_SEED = 1_000_003
 """Added to the seed by which the validation set is split off; any number that no other purpose adds."""
@@ -132,9 +128,11 @@ def _table_columns(table: pa.Table, source: ParquetSource | TableSource, classes
 
 def checked_ids(column: pa.ChunkedArray, where: str, name: str) -> pa.Array:
     """The ids as int64 or string. Raises DataError for those that are empty or of another type."""
+    kind = value_type(column.type)
+    if kind != column.type:
+        column = pc.cast(column, kind)
     if column.null_count:
         raise DataError(f"{where}: column {name!r} has {column.null_count} empty ids; every sample needs one")
-    kind = column.type
     if pa.types.is_integer(kind):
         target = pa.int64()
     elif is_text(kind):

@@ -15,7 +15,7 @@ from pyarrow import fs
 
 from posttrain.data.listing import parquet_files
 from posttrain.errors import DataError, StepError
-from posttrain.store.folder import with_retries
+from posttrain.store.folder import resolve, with_retries
 
 # what Arrow raises of files that are cut short, damaged, or not made by it
 _NOT_READABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
@@ -24,13 +24,16 @@ _NOT_READABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
 def open_dataset(locations: Sequence[str], only: frozenset[str] | None) -> pads.FileSystemDataset:
     """The Parquet files at the locations; of these, where `only` names paths, those alone.
 
-    Raises DataError for a location without Parquet files and for a first file that is not readable, StepError where a
-    path of `only` is not there any more.
+    Raises DataError for a location without Parquet files or on another file system than the first, and for a first file
+    that is not readable, StepError where a path of `only` is not there any more.
     """
     paths: list[str] = []
-    files = None
+    files, _ = resolve(locations[0])
+    elsewhere = next((location for location in locations if resolve(location)[0] != files), None)
+    if elsewhere is not None:
+        raise DataError(f"{elsewhere} is on another file system than {locations[0]}; put all of a set on one")
     for location in locations:
-        files, found = parquet_files(location)
+        _, found = parquet_files(location)
         paths.extend(info.path for info in found if only is None or info.path in only)
     refuse_vanished(locations[0], only, paths)
     try:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.dataset as pads
@@ -83,6 +84,8 @@ class Listing:
     """(path, size in bytes) of every file."""
     images: pa.DataType | None = None
     """Type of the image column of Parquet files; else None."""
+    ids: Literal["integers", "text"] | None = None
+    """What the id column of Parquet files holds; else None."""
     bytes: int = 0
     """Of all that is read, once it is unpacked."""
     skipped: tuple[int, str] | None = None
@@ -113,6 +116,7 @@ def list_source(source: Source) -> Listing:
         _declared_shape(metadata, source.locations[0]),
         parquet_files.file_sizes(dataset),
         dataset.schema.field(source.image).type,
+        "text" if parquet_files.is_text(parquet_files.value_type(dataset.schema.field(source.id).type)) else "integers",
         unpacked,
     )
 

@@ -46,12 +46,6 @@ def ordered_bits(scores: NDArray[np.float32]) -> Bits:
     return np.where(bits & _SIGN, ~bits, bits | _SIGN)
 
 
-def score_at(bits: int) -> float:
-    """The score that `ordered_bits` maps to `bits`."""
-    as_float = bits ^ 0x8000_0000 if bits & 0x8000_0000 else bits ^ 0xFFFF_FFFF
-    return float(np.uint32(as_float).view(np.float32))
-
-
 _INFINITE = int(ordered_bits(np.array([np.inf], dtype=np.float32))[0])  # no score is above it
 
 
@@ -92,11 +86,6 @@ class Threshold:
 
     bits: int
     last_id: int | str | None = None
-
-    @property
-    def score(self) -> float:
-        """The threshold as a score; infinity where nothing is selected."""
-        return score_at(self.bits)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -100,9 +100,16 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         say(f"  registered as version {summary['version']} of {summary['job']}")
     say(f"  champion: {'version ' + summary['champion'] if summary['champion'] else 'none yet'}")
     if summary["outcome"] == "alarm":
-        count = len(summary["held_back"])
-        files = "1 training file" if count == 1 else f"{count:,} training files"
-        say(f"  held back until changed, or let in by posttrain retrain --accept: {files}")
-        for path in summary["held_back"][:5]:
-            say(f"    {path}")
+        _say_way_out(summary["held_back"], say)
     say(f"  run: {summary['run']}")
+
+
+def _say_way_out(held_back: Sequence[str], say: Callable[[str], None]) -> None:
+    """What to do after an alarm: one about older samples holds nothing back."""
+    if not held_back:
+        say("  look at data.validation and the model, or raise gate.alarm_older_share")
+        return
+    files = "1 training file" if len(held_back) == 1 else f"{len(held_back):,} training files"
+    say(f"  held back until changed, or let in by posttrain retrain --accept: {files}")
+    for path in held_back[:5]:
+        say(f"    {path}")

@@ -72,10 +72,6 @@ class Fitted:
         """The live samples with the features of the members' layers."""
         return self.samples.view(self.ensemble.layers, self.ensemble.standardizers)
 
-    @property
-    def validation_view(self) -> View:
-        return self.validation.view(self.ensemble.layers, self.ensemble.standardizers)
-
 
 def fit(run: Run, state: State[Network, Fitted], backbone: str) -> Fitted:
     """The ensemble on the live samples; for a new backbone its members are chosen first."""

@@ -58,6 +58,7 @@ def prepare(config: RunFile, *, only: Mapping[str, frozenset[str]] | None = None
             sources[name] = replace(source, only=only[name])
     listings = {name: list_source(source) for name, source in sources.items()}
     _refuse_no_images(config.data, listings)
+    _refuse_other_ids(config.data, listings)
     classes = _classes(config.data, sources["train"], listings["train"])
     refuse_one_class(config, classes)
     _refuse_another_matrix(config.data, classes)
@@ -107,6 +108,17 @@ def _refuse_no_images(data: Data, listings: Mapping[str, Listing]) -> None:
                 f"data.{name} = {getattr(data, name)}: column {data.image!r} is {listing.images} where "
                 "encoded images (binary), raw pixels or tensors are needed; set data.image to the column that holds "
                 "the images"
+            )
+
+
+def _refuse_other_ids(data: Data, listings: Mapping[str, Listing]) -> None:
+    # the sets stand in common tables: what was read, of leaks, of the quarantine
+    of_train = listings["train"].ids
+    for name, listing in listings.items():
+        if listing.ids != of_train:
+            raise DataError(
+                f"data.{name} = {getattr(data, name)}: the ids in column {data.id!r} are {listing.ids}, and those of "
+                f"data.train are {of_train}; write ids of one type in all sets (data.id)"
             )
 
 

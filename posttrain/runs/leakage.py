@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
 
+from posttrain.arrow_compute import pc
 from posttrain.cluster import leakage
 from posttrain.cluster.leakage import (
     IDENTICAL,
@@ -29,10 +28,7 @@ from posttrain.live import Rows
 from posttrain.report.progress import StepLog
 from posttrain.schema import FILE, PARTITION, ROW, SAMPLE_ID
 from posttrain.store.features import quarantined_rows
-from posttrain.store.ledger import Ledger
-
-# pyarrow makes these functions when it is imported: a type checker sees none of them
-pc = cast(Any, pyarrow.compute)
+from posttrain.store.ledger import Ledger, settings
 
 _CRASHING = b"crashing"
 
@@ -148,9 +144,10 @@ def find(
         return Leaks(None, choice)
     split_off = frozenset() if config.data.validation else frozenset({"validation"})
     path = ledger.folder.path("leakage.parquet")
-    started = ledger.started()
-    if started is not None and started.get("data") == fingerprint and ledger.folder.exists(path):
-        return Leaks.read(ledger.folder.read_table(path), choice, split_off)
+    if ledger.folder.exists(path) and _is_of(ledger, config, fingerprint):
+        leaks = Leaks.read(ledger.folder.read_table(path), choice, split_off)
+        refuse(config, splits, leaks)
+        return leaks
     with progress.step("look for leaks") as tell:
         pairs, crashing = leakage.find(splits, shape, tell, progress.say)
     leaks = Leaks(pairs, choice, split_off, tuple(crashing))
@@ -165,6 +162,12 @@ def find(
             f"({count['identical']:,} the very same{left_out}): see leakage.parquet"
         )
     return leaks
+
+
+def _is_of(ledger: Ledger, config: RunFile, fingerprint: Mapping[str, str]) -> bool:
+    """Whether what an earlier start wrote down is of these images: fingerprints are of ids and labels alone."""
+    started = ledger.started() or {}
+    return started.get("data") == fingerprint and started["config"]["data"] == settings(config)["data"]
 
 
 def record(leaks: Leaks, ledger: Ledger) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
 
 from posttrain import policy
+from posttrain.arrow_compute import pc
 from posttrain.errors import StepError
 from posttrain.influence.noise_rate import NoiseEstimate
 from posttrain.influence.selection import select as selected_by
@@ -22,9 +22,6 @@ from posttrain.runs.noise_report import OF_RUN, noise_sentence
 from posttrain.runs.score import Scored
 from posttrain.schema import LABEL, PARTITION, ROW, SAMPLE_ID, SELF_CONFIDENCE
 from posttrain.store.results import reason
-
-# pyarrow makes these functions when it is imported: a type checker sees none of them
-pc = cast(Any, pyarrow.compute)
 
 _BINS = 60
 

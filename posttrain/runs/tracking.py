@@ -72,6 +72,7 @@ def log_data(tracking: Tracking | Outbox, config: RunFile, inputs: Inputs, finge
             fingerprint[name],
             without_credentials(str(getattr(config.data, name) or name)),
             {"classes": len(inputs.classes), "digest": fingerprint[name]},
+            context=name,
         )
 
 

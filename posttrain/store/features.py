@@ -12,14 +12,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from posttrain.arrow_compute import pc
 from posttrain.schema import (
     DIGEST,
     FEATURES,
@@ -32,9 +31,6 @@ from posttrain.schema import (
     partition_boundaries,
 )
 from posttrain.store.folder import RunFolder
-
-# pyarrow makes these functions when it is imported: a type checker sees none of them
-pc = cast(Any, pyarrow.compute)
 
 _QUARANTINED = b"posttrain.quarantined"
 _EMBEDDED = b"posttrain.embedded"
@@ -156,7 +152,11 @@ def _digest(cell: object) -> bytes:
     if isinstance(cell, dict):
         # {bytes, path}, as Hugging Face stores images
         cell = cell.get("bytes")
-    content = cell if isinstance(cell, bytes) else json.dumps(cell, default=str).encode()
+    if isinstance(cell, np.ndarray):
+        # of a tensor column; as text, NumPy leaves out what is in the middle of a large one
+        content = f"{cell.dtype.str} {cell.shape} ".encode() + np.ascontiguousarray(cell).tobytes()
+    else:
+        content = cell if isinstance(cell, bytes) else json.dumps(cell, default=str).encode()
     return hashlib.blake2b(content, digest_size=8).digest()
 
 

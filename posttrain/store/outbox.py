@@ -116,9 +116,9 @@ class Outbox:
         """As `Tracking.log_tags`."""
         self._add("log_tags", tags=tags)
 
-    def log_dataset(self, name: str, digest: str, source: str, profile: Mapping[str, object]) -> None:
+    def log_dataset(self, name: str, digest: str, source: str, profile: Mapping[str, object], *, context: str) -> None:
         """As `Tracking.log_dataset`."""
-        self._add("log_dataset", name=name, digest=digest, source=source, profile=profile)
+        self._add("log_dataset", name=name, digest=digest, source=source, profile=profile, context=context)
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         """As `Tracking.log_artifact`."""

@@ -156,10 +156,11 @@ class Tracking:
         with self._step_error("tags"):
             self._log(self.run_id, tags=tags)
 
-    def log_dataset(self, name: str, digest: str, source: str, profile: Mapping[str, object]) -> None:
+    def log_dataset(self, name: str, digest: str, source: str, profile: Mapping[str, object], *, context: str) -> None:
         """Make the data set an input of the run, with our digest (MLflow shows its first 36 characters).
 
-        `source`: a path or URI. `profile`: counts and the like; the complete digest is added to it.
+        `context`: what it serves for, such as train. `source`: a path or URI. `profile`: counts and the like; the
+        complete digest is added to it.
         """
         with self._step_error("the data set"):
             from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -171,8 +172,8 @@ class Tracking:
                 source=json.dumps({"uri": source}),
                 profile=json.dumps({**profile, "digest": digest}, default=str),
             )
-            training = [InputTag("mlflow.data.context", "training")]
-            self._client.log_inputs(self.run_id, [DatasetInput(dataset, training)])
+            tags = [InputTag("mlflow.data.context", context)]
+            self._client.log_inputs(self.run_id, [DatasetInput(dataset, tags)])
 
     def log_round(
         self,

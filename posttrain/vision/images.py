@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import math
 import struct
@@ -12,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transform
 
+from posttrain.arrow_compute import pc
 from posttrain.errors import DataError
+from posttrain.vision.pillow_formats import pillow_formats
 
 try:
     from torchvision.io import ImageReadMode, decode_image
@@ -30,11 +30,7 @@ WHITE = (255, 255, 255)
 PIXEL_LIMIT = 178_956_970
 """Most pixels of an image that is decoded: where Pillow, too, refuses a decompression bomb."""
 
-# An allow-list: Pillow opens some of its other formats by starting a program (EPS: Ghostscript).
-_PILLOW_FORMATS = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000", "TGA")
-
-
-# An allow-list, too: Ray has an extension type whose cells are pickles, and unpickles them when they are looked at.
+# An allow-list: Ray has an extension type whose cells are pickles, and unpickles them when they are looked at.
 _TENSORS = (
     "arrow.fixed_shape_tensor",
     "ray.data.arrow_tensor",
@@ -234,7 +230,7 @@ def _dense(cells: pa.Array, shape: tuple[int, ...] | None) -> np.ndarray | None:
 def _dense_lists(cells: pa.Array) -> np.ndarray | None:
     shape = [len(cells)]
     while _is_list(cells.type):
-        lengths = np.unique(pc.call_function("list_value_length", [cells]).to_numpy(zero_copy_only=False))
+        lengths = np.unique(pc.list_value_length(cells).to_numpy(zero_copy_only=False))
         if cells.null_count or len(lengths) != 1:
             return None
         shape.append(int(lengths[0]))
@@ -339,16 +335,10 @@ def _refuse_bomb(width: int, height: int) -> None:
         raise UnreadableImage(f"{width}x{height} pixels, more than the limit of {PIXEL_LIMIT:,}")
 
 
-@functools.cache
-def _pillow_formats() -> list[str]:
-    Image.init()
-    return [name for name in _PILLOW_FORMATS if name in Image.OPEN]
-
-
 def _decoded_by_pillow(data: bytes, channels: int, background: tuple[int, int, int]) -> Tensor:
     kind = "image"
     try:
-        with Image.open(io.BytesIO(data), formats=_pillow_formats()) as image:
+        with Image.open(io.BytesIO(data), formats=pillow_formats()) as image:
             kind = image.format or kind
             _refuse_bomb(*image.size)
             upright = ImageOps.exif_transpose(image)

@@ -14,6 +14,8 @@ import numpy as np
 import scipy.fft
 from PIL import Image
 
+from posttrain.vision.pillow_formats import pillow_formats
+
 SIDE = 32
 """Pixels a side of the grey images that are compared."""
 _THUMBNAIL_SIDE = SIDE // 2
@@ -53,7 +55,9 @@ def grey(cells: Iterable[object], shape: tuple[int, ...] | None) -> tuple[np.nda
             light = light if light.mode == "L" else light.convert("L")
             pixels.append(light.resize((SIDE, SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0).tobytes())
             readable.append(True)
-        except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError):
+        except MemoryError:
+            raise
+        except Exception:  # on broken files Pillow raises what its parsers run into
             readable.append(False)  # embedding quarantines it, with the reason
     return np.frombuffer(b"".join(pixels), np.uint8).reshape(-1, SIDE, SIDE), np.array(readable, bool)
 
@@ -62,7 +66,7 @@ def _opened(cell: object, shape: tuple[int, ...] | None) -> Image.Image:
     if isinstance(cell, dict):
         cell = cell.get("bytes")
     if isinstance(cell, bytes) and shape is None:
-        image = Image.open(io.BytesIO(cell))
+        image = Image.open(io.BytesIO(cell), formats=pillow_formats())
         if image.width * image.height > _MAX_PIXELS:
             raise ValueError("too large")
         image.draft("L", (2 * SIDE, 2 * SIDE))

@@ -1,4 +1,4 @@
-"""The weights of a model: read from files without unpickling, saved, sent as bytes, and told apart by digests."""
+"""The weights of a model: read from files without unpickling, saved and sent as bytes, and told apart by digests."""
 
 from __future__ import annotations
 
@@ -64,14 +64,11 @@ def _faults(state: Mapping[str, Tensor], own: Mapping[str, Tensor], biases: Coll
     ]
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
-    """Writes the model's state_dict as a .safetensors file; tied tensors are written under each name."""
-    safetensors.torch.save_file(_state_to_save(model), path)
-
-
 def to_bytes(model: nn.Module) -> bytes:
-    """The model's state_dict in the safetensors format; `load_bytes` loads it."""
-    return safetensors.torch.save(_state_to_save(model))
+    """The model's state_dict in the safetensors format, tied tensors under each name; `load_bytes` loads it."""
+    # clones: safetensors refuses tensors that share memory
+    state = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in model.state_dict().items()}
+    return safetensors.torch.save(state)
 
 
 def load_bytes(model: nn.Module, weights: bytes) -> None:
@@ -80,11 +77,6 @@ def load_bytes(model: nn.Module, weights: bytes) -> None:
     for key, linear in _added_biases(model, state).items():
         linear.bias = nn.Parameter(state[key].to(linear.weight, copy=True))
     model.load_state_dict(state)
-
-
-def _state_to_save(model: nn.Module) -> dict[str, Tensor]:
-    # clones: safetensors refuses tensors that share memory
-    return {key: tensor.detach().cpu().clone().contiguous() for key, tensor in model.state_dict().items()}
 
 
 def weights_digest(model: nn.Module) -> str:

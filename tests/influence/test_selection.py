@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain.errors import StepError
-from posttrain.influence.selection import Histograms, ordered_bits, score_at, select
+from posttrain.influence.selection import Histograms, ordered_bits, select
 
 
 def walk(ids, labels, scores, *, at_most, caps, threshold) -> set:
@@ -78,6 +78,12 @@ def test_the_cut_takes_what_the_sorted_walk_takes_in_any_order_and_blocks(proble
         assert list(selection.per_class) == given_by
 
 
+def score_at(bits: int) -> float:
+    """The score that `ordered_bits` maps to `bits`."""
+    as_float = bits ^ 0x8000_0000 if bits & 0x8000_0000 else bits ^ 0xFFFF_FFFF
+    return float(np.uint32(as_float).view(np.float32))
+
+
 @given(st.lists(any_float32, min_size=2, max_size=50))
 def test_bits_compare_as_the_scores_do_and_lead_back_to_them(values):
     scores = np.array(values, dtype=np.float32)
@@ -117,13 +123,14 @@ def test_scores_that_change_between_two_passes_are_an_error():
         select(blocks, classes=1, at_most=2, caps=np.array([2]), threshold=0.0)
 
 
-def test_a_cut_knows_its_score():
+def test_a_cut_lies_between_the_scores_that_it_separates():
     scores: Sequence[float] = [3.0, 2.0, 1.0]
     blocks = cut_into(np.arange(3), np.zeros(3, dtype=np.int64), np.array(scores, dtype=np.float32), 1)
     [cut] = select(blocks, classes=1, at_most=2, caps=np.array([3]), threshold=-np.inf).thresholds
-    assert 1.0 < cut.score < 2.0 or cut.score == np.nextafter(np.float32(2), np.float32(0))
+    above_one, below_two = ordered_bits(np.array([1.0, 2.0], dtype=np.float32)).tolist()
+    assert above_one < cut.bits < below_two
     [nothing] = select(blocks, classes=1, at_most=0, caps=np.array([3]), threshold=-np.inf).thresholds
-    assert nothing.score == np.inf
+    assert nothing.bits == ordered_bits(np.array([np.inf], dtype=np.float32))[0]
 
 
 def test_a_million_scores_with_heavy_ties_are_cut_exactly_within_seconds():

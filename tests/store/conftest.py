@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 
 from posttrain.store.tracking import Tracking
 from posttrain.vision.models import build
-from posttrain.vision.weights import save_weights
+from posttrain.vision.weights import to_bytes
 
 IMAGE = {"channels": 1, "size": (8, 8), "mean": (0.5,), "std": (0.5,), "shape": None}
 
@@ -43,7 +43,7 @@ def log_network() -> LogNetwork:
     def log(tracking: Tracking, folder: Path) -> tuple[str, torch.nn.Module]:
         torch.manual_seed(0)
         network = build("posttrain.vision.models:mlp", classes=3, arguments={"width": 16})
-        save_weights(network, folder / "refined.safetensors")
+        (folder / "refined.safetensors").write_bytes(to_bytes(network))
         uri = tracking.log_model(
             folder / "refined.safetensors",
             factory="posttrain.vision.models:mlp",

@@ -262,3 +262,15 @@ def test_a_digest_tells_the_bytes_of_an_image_and_nothing_of_how_they_are_stored
         assert image_digests(other).tolist() == found.tolist()
     lists = image_digests(pa.array([[1, 2], [12], None, [1, 2]]))
     assert lists[0] == lists[3] and len(set(lists.tolist())) == 3
+
+
+def test_a_digest_tells_tensors_apart_that_differ_in_their_centre_alone():
+    extensions = pytest.importorskip("ray.data.extensions")
+    images = np.zeros((3, 32, 32, 3), np.uint8)
+    images[1, 16, 16] = 1
+    fixed = image_digests(extensions.ArrowTensorArray.from_numpy(images)).tolist()
+    assert fixed[0] == fixed[2] != fixed[1]
+    cells = np.empty(4, object)
+    cells[:] = [*images, images[0].reshape(16, 64, 3)]
+    mixed = image_digests(extensions.ArrowVariableShapedTensorArray.from_numpy(cells)).tolist()
+    assert mixed[:3] == fixed and mixed[3] not in fixed

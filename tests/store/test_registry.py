@@ -11,7 +11,7 @@ from posttrain.errors import StepError, TrackingError
 from posttrain.store.registry import CHALLENGER, CHAMPION, PREVIOUS, RUN, Registry, Version, is_unused
 from posttrain.store.tracking import Tracking
 from posttrain.vision import models
-from posttrain.vision.weights import load_weights, save_weights
+from posttrain.vision.weights import load_weights, to_bytes
 
 IMAGE = {"channels": 1, "size": (8, 8), "mean": (0.5,), "std": (0.5,), "shape": None}
 
@@ -26,7 +26,7 @@ def logged(home: Path) -> Iterator[tuple[str, str, bytes]]:
     """(models:/m-..., its run's id, its weights)."""
     model = models.mlp(10)
     torch.nn.init.constant_(models.head_of(model, "head").bias, 7.0)
-    save_weights(model, home / "w.safetensors")
+    (home / "w.safetensors").write_bytes(to_bytes(model))
     with Tracking.open(None, run_folder=home, experiment="e", run_name="r", params={}, tags={}) as tracking:
         uri = tracking.log_model(
             home / "w.safetensors",

@@ -4,12 +4,16 @@ import os
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import mlflow
 import pytest
 from mlflow import MlflowClient
 
+from posttrain.config import RunFile
 from posttrain.errors import StepError, TrackingError
+from posttrain.runs.tracking import log_data
 from posttrain.store.tracking import Tracking
 
 # SQLAlchemy's warning about MLflow's own tables
@@ -152,13 +156,24 @@ def test_the_data_set_is_an_input_of_the_run_once_with_our_digest(run_folder):
     for _ in range(2):
         with open_run(run_folder) as tracking:
             for _ in range(2):
-                tracking.log_dataset("train", digest, "s3://bucket/train", {"samples": 100})
+                tracking.log_dataset("train", digest, "s3://bucket/train", {"samples": 100}, context="train")
         inputs = client_of(tracking).get_run(tracking.run_id).inputs
         assert inputs is not None
         [dataset] = inputs.dataset_inputs
         assert digest.startswith(dataset.dataset.digest)
         assert (dataset.dataset.name, dataset.dataset.source_type) == ("train", "s3")
         assert digest in str(dataset.dataset.profile)
+
+
+def test_every_set_is_an_input_under_its_own_context(run_folder):
+    sources = ("train", "validation", "test")
+    inputs: Any = SimpleNamespace(sources=dict.fromkeys(sources), classes=("a", "b"))
+    with open_run(run_folder) as tracking:
+        log_data(tracking, RunFile(), inputs, {name: name * 4 for name in sources})
+    found = client_of(tracking).get_run(tracking.run_id).inputs
+    assert found is not None
+    contexts = {of.dataset.name: [(tag.key, tag.value) for tag in of.tags] for of in found.dataset_inputs}
+    assert contexts == {f"digits/{name}": [("mlflow.data.context", name)] for name in sources}
 
 
 def test_a_server_that_refuses_is_named_within_seconds_and_its_password_is_not(run_folder):

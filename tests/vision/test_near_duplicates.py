@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import io
+import os
+import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image, PngImagePlugin
 from sklearn.datasets import load_digits, load_sample_images
 
 from posttrain.vision import near_duplicates
@@ -144,3 +147,34 @@ def test_cells_of_every_kind_give_the_same_pixels_and_unreadable_ones_are_left_t
     assert len(raw) == 2
     for image in (*pixels, *raw):
         np.testing.assert_array_equal(image, raw[0])
+
+
+def encoded(pixels: np.ndarray, kind: str) -> bytes:
+    Image.fromarray(pixels).save(stream := io.BytesIO(), kind)
+    return stream.getvalue()
+
+
+def test_an_eps_image_is_not_readable_and_starts_no_program(
+    photographs: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gs").write_text(f"#!/bin/sh\necho started >> {tmp_path}/started\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    cells = [encoded(photographs[0], kind) for kind in ("EPS", "PNG")]
+    pixels, readable = near_duplicates.grey(cells, None)
+    assert readable.tolist() == [False, True] and len(pixels) == 1
+    assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.parametrize("error", [struct.error, KeyError, EOFError])
+def test_an_image_is_not_readable_whatever_its_decoder_raises(
+    photographs: np.ndarray, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def broken(image: Image.Image) -> None:
+        raise error("broken")
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", broken)
+    cells = [encoded(photographs[0], kind) for kind in ("PNG", "BMP")]
+    pixels, readable = near_duplicates.grey(cells, None)
+    assert readable.tolist() == [False, True] and len(pixels) == 1
