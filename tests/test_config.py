@@ -250,6 +250,8 @@ def test_one_l2_needs_no_list():
         ("removal=3", "removal = 3: should be a mapping"),
         ("model.arguments=[1]", "model.arguments = [1]: should be a mapping"),
         ("model.weights=model.bin", '= "model.bin": should be a .pt, .pth or .safetensors file'),
+        ("model.weights=gs://bucket/x.safetensors", '= "gs://bucket/x.safetensors": should be a path on the machine'),
+        ("model.weights=s3://bucket/x.pt", '= "s3://bucket/x.pt": should be a path on the machine'),
         ("model.mean=[0.5, 0.5]", "model.mean has 2 values, and model.channels is 1"),
         ("model.std=[0]", "model.std = [0]: should be greater than 0"),
         ("data.classes=[cat, cat]", "data.classes names a class twice"),

@@ -5,18 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
 import ray
 
+from posttrain.arrow_compute import pc
 from posttrain.errors import DuplicateIdError
 from posttrain.schema import FILE, LABEL, SAMPLE_ID
-
-# pyarrow makes these functions when it is imported: a type checker sees none of them
-pc = cast(Any, pyarrow.compute)
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
 import ray
 
+from posttrain.arrow_compute import pc
 from posttrain.cluster.partitioning import Split
 from posttrain.cluster.tasks import results
 from posttrain.live import NewLabels, Removal, Rows
@@ -25,9 +25,6 @@ from posttrain.schema import (
     SELF_CONFIDENCE,
 )
 from posttrain.store.features import image_digests
-
-# pyarrow makes these functions when it is imported: a type checker sees none of them
-pc = cast(Any, pyarrow.compute)
 
 NEW_LABEL = "new_label"
 """Of a relabelled sample; empty for a removed one."""

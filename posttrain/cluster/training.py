@@ -127,6 +127,8 @@ def train(
     if "failed" in found:
         raise StepError(found["failed"])
     if workers:
+        # Ray Train's own state, of use to nobody: a further attempt begins anew
+        folder.delete_folder(folder.path("training"))
         progress(live.count * found["epochs"], live.count * found["epochs"])
     return Trained(
         found["weights"],

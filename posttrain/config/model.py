@@ -47,8 +47,14 @@ class Model(Section):
     def _weights_of_a_known_kind(cls, weights: str | None, info: ValidationInfo) -> str | None:
         if info.field_name == "initial_weights" and weights == "factory":
             return weights
-        known = weights is None or re.search(r"^(models|runs):/|\.(pt|pth|safetensors)$", weights)
-        if not known:
+        if weights is None or re.match(r"(models|runs):/", weights):
+            return weights
+        if "://" in weights:
+            raise ValueError(
+                "should be a path on the machine that posttrain is started on (copy the file there), or an MLflow URI "
+                "(models:/..., runs:/...)"
+            )
+        if not re.search(r"\.(pt|pth|safetensors)$", weights):
             raise ValueError("should be a .pt, .pth or .safetensors file or an MLflow URI (models:/..., runs:/...)")
         return weights
 

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
 
-import pyarrow.compute
-
+from posttrain.arrow_compute import pc
 from posttrain.data.parquet_files import is_text, read_column, value_type
 from posttrain.data.sources import ParquetSource, parquet_dataset
 from posttrain.errors import DataError
-
-# pyarrow makes these functions when it is imported: a type checker sees none of them
-pc = cast(Any, pyarrow.compute)
 
 
 def string_labels(source: ParquetSource) -> tuple[str, ...] | None:

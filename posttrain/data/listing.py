@@ -17,7 +17,7 @@ IMAGE_SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".tga"),
 )
-"""Of the formats in `vision.images`."""
+"""Of the formats in `vision.pillow_formats`."""
 
 _READ_WHOLE = 64 * 2**20
 """Size in bytes of the largest local file whose content is compared where only its time has changed."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
 
+from posttrain.arrow_compute import pc
 from posttrain.data.parquet_files import is_binary, is_text, value_type
 from posttrain.data.sources import PATH, FolderSource, ParquetSource, Source, TableSource
 from posttrain.errors import DataError, LabelRangeError
@@ -28,9 +27,6 @@ from posttrain.schema import (
 )
 from posttrain.store.folder import resolve
 from posttrain.vision.noise import LabelNoise, noisy_labels
-
-# pyarrow makes these functions when it is imported: a type checker sees none of them
-pc = cast(Any, pyarrow.compute)
 
 _VALIDATION_SEED = 1_000_003
 """Added to the seed by which the validation set is split off; any number that no other purpose adds."""

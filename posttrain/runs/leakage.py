@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
 
+from posttrain.arrow_compute import pc
 from posttrain.cluster import leakage
 from posttrain.cluster.leakage import (
     IDENTICAL,
@@ -30,9 +29,6 @@ from posttrain.report.progress import StepLog
 from posttrain.schema import FILE, PARTITION, ROW, SAMPLE_ID
 from posttrain.store.features import quarantined_rows
 from posttrain.store.ledger import Ledger, settings
-
-# pyarrow makes these functions when it is imported: a type checker sees none of them
-pc = cast(Any, pyarrow.compute)
 
 _CRASHING = b"crashing"
 

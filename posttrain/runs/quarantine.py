@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
 
 import pyarrow as pa
-import pyarrow.compute
 
+from posttrain.arrow_compute import pc
 from posttrain.errors import PosttrainError
 from posttrain.live import Live, Rows
 from posttrain.runs.context import Run
 from posttrain.schema import PARTITION, ROW, SAMPLE_ID
 from posttrain.store.features import ShardSummary, quarantine_table
-
-# pyarrow makes these functions when it is imported: a type checker sees none of them
-pc = cast(Any, pyarrow.compute)
 
 _FILE = "quarantine.parquet"
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
 import torch
 
 from posttrain import policy
+from posttrain.arrow_compute import pc
 from posttrain.cluster.network import Network
 from posttrain.errors import DataError, StepError
 from posttrain.influence.noise_model import NoiseModel, Prior
@@ -22,9 +21,6 @@ from posttrain.runs.context import Run
 from posttrain.runs.fit import Fitted
 from posttrain.runs.noise_report import noise_metrics
 from posttrain.schema import LABEL, SELF_CONFIDENCE, Round, stream_seed
-
-# pyarrow makes these functions when it is imported: a type checker sees none of them
-pc = cast(Any, pyarrow.compute)
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
 
 from posttrain import policy
+from posttrain.arrow_compute import pc
 from posttrain.errors import StepError
 from posttrain.influence.noise_rate import NoiseEstimate
 from posttrain.influence.selection import select as selected_by
@@ -23,9 +23,6 @@ from posttrain.runs.score import Scored
 from posttrain.schema import LABEL, PARTITION, ROW, SAMPLE_ID, SELF_CONFIDENCE
 from posttrain.store.results import reason
 from posttrain.vision.losses import Noise
-
-# pyarrow makes these functions when it is imported: a type checker sees none of them
-pc = cast(Any, pyarrow.compute)
 
 _BINS = 60
 
@@ -123,7 +120,8 @@ def _candidates(run: Run, live: Live, path: str, quota: Quota) -> Iterator[tuple
     # a control removes as many as it is told to, by its own score alone
     above = None if settings.score == "random" or quota is not None else settings.min_log_odds
     for table in run.folder.row_groups(path, columns):
-        scores = policy.candidate_scores(*(table[of].to_numpy() for of in (settings.score, "mislabel_odds")), above)
+        odds = table["mislabel_odds"].to_numpy()
+        scores = policy.candidate_scores(table[settings.score].to_numpy(), odds, above)
         # what has been relabelled once stays so: it would go back and forth
         scores[live.relabelled.rows.contains(table[PARTITION].to_numpy(), table[ROW].to_numpy())] = -np.inf
         yield table[SAMPLE_ID].to_numpy(), table[LABEL].to_numpy(), scores

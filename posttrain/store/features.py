@@ -12,14 +12,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from posttrain.arrow_compute import pc
 from posttrain.schema import (
     DIGEST,
     FEATURES,
@@ -32,9 +31,6 @@ from posttrain.schema import (
     partition_boundaries,
 )
 from posttrain.store.folder import RunFolder
-
-# pyarrow makes these functions when it is imported: a type checker sees none of them
-pc = cast(Any, pyarrow.compute)
 
 _QUARANTINED = b"posttrain.quarantined"
 _EMBEDDED = b"posttrain.embedded"

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transform
 
+from posttrain.arrow_compute import pc
 from posttrain.errors import DataError
 from posttrain.vision.pillow_formats import pillow_formats
 
@@ -230,7 +230,7 @@ def _dense(cells: pa.Array, shape: tuple[int, ...] | None) -> np.ndarray | None:
 def _dense_lists(cells: pa.Array) -> np.ndarray | None:
     shape = [len(cells)]
     while _is_list(cells.type):
-        lengths = np.unique(pc.call_function("list_value_length", [cells]).to_numpy(zero_copy_only=False))
+        lengths = np.unique(pc.list_value_length(cells).to_numpy(zero_copy_only=False))
         if cells.null_count or len(lengths) != 1:
             return None
         shape.append(int(lengths[0]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,19 +109,22 @@ def selected(labels: np.ndarray, ids: np.ndarray, scores: np.ndarray) -> np.ndar
     return ids[found.mask(*block)]
 
 
+@pytest.fixture(scope="module")
+def workers(ray_session: None) -> Iterator[Workers]:
+    workers = Workers(count=2, cpus=1, gpus=0, on_cluster=False)
+    yield workers
+    workers.release()
+
+
 @pytest.mark.parametrize("exact_limit", [2048, 0])
 def test_actors_and_memory_give_the_same_scores_and_select_the_same_samples(
-    ray_session: None, tmp_path: Path, exact_limit: int
+    workers: Workers, tmp_path: Path, exact_limit: int
 ) -> None:
     live = LIVE
-    workers = Workers(count=2, cpus=1, gpus=0, on_cluster=False)
-    try:
-        folder = RunFolder(str(tmp_path))
-        samples = stored(workers, folder, "train", live), stored(workers, folder, "validation", ALL)
-        on_actors = scored(*samples, exact_limit)
-        table = pa.concat_tables(on_actors.tables)
-    finally:
-        workers.release()
+    folder = RunFolder(str(tmp_path))
+    samples = stored(workers, folder, "train", live), stored(workers, folder, "validation", ALL)
+    on_actors = scored(*samples, exact_limit)
+    table = pa.concat_tables(on_actors.tables)
     memory = in_memory("train", live)
     with torch_threads(1):
         of_memory = scored(memory, in_memory("validation", ALL), exact_limit)

@@ -78,7 +78,7 @@ def resnet(large_digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> di
     large_digits.write(folder)
     arguments = {"width": 8, "channels": 1, "stem_stride": 2}
     torch.manual_seed(0)
-    memorise(large_digits, small_resnet(10, **arguments), folder / "weights.pt", epochs=80)
+    memorise(large_digits, small_resnet(10, **arguments), folder / "weights.pt", epochs=40)
     return {
         "data": {split: str(folder / split) for split in large_digits.splits},
         "model": {

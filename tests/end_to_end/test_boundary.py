@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ Sections = dict[str, dict[str, Any]]
 
 @pytest.fixture(scope="session")
 def memorised(run: Run, resnet: Sections, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The summary of a run on a ResNet that has memorised its labels."""
-    path = tmp_path_factory.mktemp("memorised") / "run"
-    return run(path, **resnet, removal={"max_rounds": 2}, tracking={"log_model": True})
+    """The summary of a run on a ResNet that has memorised its labels; beside its folder, in `said`, what it wrote."""
+    folder = tmp_path_factory.mktemp("memorised")
+    with (folder / "said").open("w") as said, redirect_stderr(said):
+        return run(folder / "run", **resnet, removal={"max_rounds": 2}, tracking={"log_model": True})
 
 
 def images_embedded(log: str) -> dict[str, int]:
@@ -130,11 +132,11 @@ def test_the_choice_is_kept_in_the_round_in_the_summary_and_in_mlflow(
 
 
 def test_all_layers_are_embedded_in_one_pass_and_never_again_while_the_backbone_stays(
-    run: Run, resnet: Sections, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    memorised: dict[str, Any],
 ) -> None:
-    run(tmp_path / "run", **resnet, removal={"max_rounds": 2})
-    assert images_embedded(capsys.readouterr().err) == {"train": 900, "validation": 300, "test": 597}
-    assert len(list((tmp_path / "run" / "features").iterdir())) == 1
+    folder = Path(memorised["run"])
+    assert images_embedded((folder.parent / "said").read_text()) == {"train": 900, "validation": 300, "test": 597}
+    assert len(list((folder / "features").iterdir())) == 1
 
 
 @pytest.mark.long

@@ -33,18 +33,17 @@ def stored(folder: RunFolder, split: str, layers: tuple[str, ...]) -> InMemory:
     return InMemory(features, torch.from_numpy(labels), ids, blocks=[len(shard.rows) for shard in shards])
 
 
-def test_memory_and_ray_remove_the_same_samples_in_the_same_rounds(run: Any, tmp_path: Path) -> None:
-    removal = {"budget": 0.08, "max_rounds": 3}
-    run(tmp_path / "run", removal=removal)
-    folder = RunFolder(str(tmp_path / "run"))
+def test_memory_and_ray_remove_the_same_samples_in_the_same_rounds(undisturbed: Any) -> None:
+    path = undisturbed()["run"]
+    folder = RunFolder(path)
     tried = folder.read_json(folder.round(0, "probes.json"))["tried"]
     layers = tuple(dict.fromkeys(layer for layer, *_ in tried))
     samples, validation = (stored(folder, split, layers) for split in ("train", "validation"))
     with torch_threads(1):
         found = clean_in_memory(
-            samples, ValidationSet(validation), classes=10, probe=Probe(), removal=Removal(**removal), seed=0
+            samples, ValidationSet(validation), classes=10, probe=Probe(), removal=Removal(max_rounds=3), seed=0
         )
-    assert [done.removed for done in found.history] == [done["removed"] for done in rounds(tmp_path / "run")]
+    assert [done.removed for done in found.history] == [done["removed"] for done in rounds(path)]
     assert samples.ids is not None
     for number in range(1, len(found.history)):
         removed = folder.read_table(folder.round(number, "removed.parquet")).to_pandas().set_index("sample_id")

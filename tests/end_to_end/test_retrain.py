@@ -245,6 +245,7 @@ def test_a_refined_network_and_new_labels_are_what_the_next_start_goes_on_from(
     shards: Shards, retrain: Callable[..., dict[str, Any]]
 ) -> None:
     sections = {
+        "pretrain": {"epochs": 20},
         "refine": {**BOTH, "epochs": 2},
         "removal": {"max_rounds": 2, "action": "relabel", "relabel_above": 0.5},
         "gate": {"margin": -1.0, "class_drop": 1.0},

@@ -48,6 +48,7 @@ def searched(shared_workers: None, runfile: Runfile, tmp_path_factory: pytest.Te
     raw = runfile(
         folder,
         run={"path": str(folder), "seed": 1},
+        removal={"max_rounds": 2},
         refine={"augment": "crop"},
         search={"trials": 4, "space": SPACE, "grace_rounds": 2},
         tracking={"uri": None},

@@ -164,7 +164,7 @@ def samples(partitions: int, rows: int, crashing: Set[int] = frozenset()) -> lis
     return found
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def workers(ray_session: None) -> Iterator[Workers]:
     workers = Workers(count=2, cpus=1, gpus=0, on_cluster=False)
     yield workers

@@ -176,7 +176,7 @@ def test_a_label_is_never_held_to_be_wrong_always(rate: float):
     assert bool((found > 0).all())
 
 
-@pytest.mark.parametrize("apart", [2.0, 3.0])
+@pytest.mark.parametrize("apart", [2.0, pytest.param(3.0, marks=pytest.mark.long)])
 @pytest.mark.parametrize("memory", [0.0, 1.0])
 @pytest.mark.parametrize(
     "noise", [symmetric(10, 0.3), paired(10, 0.2), paired(10, 0.4), mixed(10, 0.3)], ids=["any", "20", "40", "both"]
@@ -261,7 +261,7 @@ def test_where_no_sharpness_is_better_than_another_there_is_none():
 # -- what it is for ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("apart", [1.5, 2.5])
+@pytest.mark.parametrize("apart", [1.5, pytest.param(2.5, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     "noise", [symmetric(10, 0.2), paired(10, 0.2), paired(10, 0.4), mixed(10, 0.4)], ids=["any", "20", "40", "both"]
 )

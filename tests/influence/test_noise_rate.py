@@ -101,14 +101,14 @@ def test_predictions_nearly_all_of_one_class_pass_for_more_than_chance_in_one_of
 ):
     drawn = np.random.default_rng(others)
     doubts = []
-    for _ in range(400):
+    for _ in range(200):
         n = int(drawn.integers(50, 400))
         predicted = torch.zeros(n, dtype=torch.long)
         predicted[:others] = torch.from_numpy(drawn.integers(1, classes, others))
         labels = torch.from_numpy(drawn.choice(classes, n, p=drawn.dirichlet(np.full(classes, 1.0))))
         doubts.append(doubt_of(predicted, labels, classes))
-    # 4 are to be expected at most
-    assert doubts.count(None) <= 9
+    # 2 are to be expected at most
+    assert doubts.count(None) <= 4
 
 
 @pytest.mark.parametrize("classes", [10, *(pytest.param(n, marks=pytest.mark.long) for n in (2, 3))])
@@ -116,12 +116,12 @@ def test_predictions_nearly_all_of_one_class_pass_for_more_than_chance_in_one_of
 def test_predictions_by_chance_pass_for_more_in_one_of_a_hundred_cases(classes: int, even: float):
     drawn = np.random.default_rng(0)
     doubts = []
-    for _ in range(400):
+    for _ in range(200):
         n = int(drawn.integers(50, 400))
         guesses, sizes = (drawn.dirichlet(np.full(classes, even)) for _ in range(2))
         predicted, labels = (torch.from_numpy(drawn.choice(classes, n, p=p)) for p in (guesses, sizes))
         doubts.append(doubt_of(predicted, labels, classes))
-    assert doubts.count(None) <= 9
+    assert doubts.count(None) <= 4
 
 
 def test_the_moments_of_agreement_are_those_over_all_orders():
@@ -265,8 +265,8 @@ def estimates(rate: float, seeds: int, *, classes: int = 10) -> list[NoiseEstima
 
 
 def test_a_clean_set_is_left_alone():
-    found = estimates(0.0, 100)
-    assert sum(noise.found for noise in found) <= 5
+    found = estimates(0.0, 60)
+    assert sum(noise.found for noise in found) <= 3
     assert all((noise.rate, noise.most) == (0.0, 0.0) for noise in found if not noise.found)
 
 
@@ -274,9 +274,9 @@ def test_a_clean_set_is_left_alone():
     ("rate", "classes"), [(0.2, 2), *(pytest.param(rate, 10, marks=pytest.mark.long) for rate in (0.2, 0.4))]
 )
 def test_the_estimated_share_of_wrong_labels_covers_the_true_one(rate: float, classes: int):
-    found = estimates(rate, 100, classes=classes)
-    assert sum(noise.found for noise in found) >= 95
-    assert sum(noise.low <= rate <= noise.high for noise in found) >= 90
+    found = estimates(rate, 40, classes=classes)
+    assert sum(noise.found for noise in found) >= 38
+    assert sum(noise.low <= rate <= noise.high for noise in found) >= 36
     assert float(np.mean([noise.rate for noise in found])) == pytest.approx(rate, abs=0.02)
 
 

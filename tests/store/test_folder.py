@@ -177,3 +177,11 @@ def test_what_killed_writers_left_goes_and_nothing_else(folder: RunFolder):
     folder.clear_half_written()
     left = sorted(str(path.relative_to(folder.local)) for path in folder.local.rglob("*") if path.is_file())
     assert left == ["cleaned/part.parquet", "notes.tmp"]
+
+
+def test_a_folder_is_deleted_with_all_that_is_in_it_and_one_that_is_not_there_is_no_error(either: RunFolder):
+    either.write_bytes(either.path("training", "attempt", "state.json"), b"{}")
+    either.write_bytes(either.path("run.yaml"), b"kept")
+    for _ in range(2):
+        either.delete_folder(either.path("training"))
+        assert files_in(either) == [either.path("run.yaml")]
