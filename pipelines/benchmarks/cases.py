@@ -19,10 +19,12 @@ import numpy as np
 import pyarrow.dataset
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from posttrain.cluster.devices import computing_in
 from posttrain.cluster.training import Training, fit_network
 from posttrain.cluster.training_step import Batch
-from posttrain.schema import ImageSpec, stream_seed, uniform
+from posttrain.schema import ImageSpec, Precision, stream_seed, uniform
 from posttrain.vision import models, noise
 from posttrain.vision.images import decode_column, normalize
 from posttrain.vision.weights import load_bytes, to_bytes
@@ -68,6 +70,10 @@ class DataSet:
     """By network."""
     alike: tuple[int, int]
     """Two classes that are easily taken for one another."""
+    folder: str | None = None
+    """Where it lies, if not under its name."""
+    precision: Precision = "float32"
+    """In which the network computes."""
 
 
 def _training(epochs: int, augment: str, **changes: Any) -> Training:
@@ -123,6 +129,38 @@ DATASETS = {
     ),
 }
 
+_PRETRAINED: dict[str, Any] = {
+    "factory": "pipelines.benchmarks.efficientnet:lite0",
+    "arguments": {},
+    "training": {
+        "overfitted": _training(12, "none", learning_rate=1e-3, until_train_accuracy=None),
+        "frozen": _training(1, "none"),
+    },
+    "precision": "bfloat16",
+}
+PRETRAINED = {
+    "cifar10n-lite0": DataSet(
+        4000,
+        1000,
+        5000,
+        image=ImageSpec(3, (64, 64), (0.498,) * 3, (0.502,) * 3),
+        alike=(3, 5),
+        folder="cifar10n",
+        **_PRETRAINED,
+    ),
+    "fashion_mnist-lite0": DataSet(
+        4000,
+        1000,
+        5000,
+        image=ImageSpec(3, (64, 64), (0.498,) * 3, (0.502,) * 3),
+        alike=(0, 6),
+        folder="fashion_mnist",
+        **_PRETRAINED,
+    ),
+}
+"""Data sets for a network that was pre-trained on others: `real` runs on them."""
+DATASETS |= PRETRAINED
+
 
 @dataclass(frozen=True)
 class Case:
@@ -152,7 +190,7 @@ def cases(
 ) -> Iterator[Case]:
     """Every case that exists: human labels are known of CIFAR-10N alone. Seeds vary slowest."""
     for seed, dataset, kind, network in itertools.product(seeds, datasets, noises, networks):
-        if dataset == "cifar10n" or not kind.startswith("human"):
+        if dataset.startswith("cifar10n") or not kind.startswith("human"):
             yield Case(dataset, kind, network, seed)
 
 
@@ -249,6 +287,7 @@ def folder_of(dataset: str, split: str = "train") -> Path:
 @cache
 def _whole(dataset: str, split: str) -> tuple[Tensor, dict[str, np.ndarray]]:
     image = DATASETS[dataset].image
+    folder = DATASETS[dataset].folder or dataset
     if dataset == "digits":
         from posttrain.vision.datasets import digits
 
@@ -257,7 +296,7 @@ def _whole(dataset: str, split: str) -> tuple[Tensor, dict[str, np.ndarray]]:
         columns = {"true": table["label"].to_numpy().astype(np.int64)}
         column = table["image"]
     else:
-        table = pyarrow.dataset.dataset(folder_of(dataset, split)).to_table()
+        table = pyarrow.dataset.dataset(folder_of(folder, split)).to_table()
         names = {"label_clean": "true", "label": "true", "label_aggre": "aggre", "label_random1": "random1"}
         columns = {names[name]: table[name].to_numpy().astype(np.int64) for name in table.column_names if name in names}
         column = table["image"]
@@ -340,7 +379,7 @@ def train(
 
     def remember(module: nn.Module, inputs: Any, logits: Tensor) -> None:
         at = images.last
-        given, logits = torch.from_numpy(part.given[at]), logits.detach().cpu()
+        given, logits = torch.from_numpy(part.given[at]), logits.detach().cpu().float()
         own = logits.gather(1, given[:, None])[:, 0]
         others = logits.scatter(1, given[:, None], -torch.inf).max(dim=1).values
         margins[at] += (own - others).numpy()
@@ -368,6 +407,7 @@ def train(
             seed=seed,
             progress=lambda done, total: None,
             classes=case.classes,
+            precision=dataset.precision,
         )
     seconds = time.perf_counter() - began
     for hook in hooks:
@@ -383,6 +423,11 @@ def network(case: Case, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return models.build(dataset.factory, classes=case.classes, arguments=dataset.arguments)
+
+
+def averaged(case: Case, weights: bytes, decay: float) -> AveragedModel:
+    """The moving average, by step, of the case's network from these weights on."""
+    return AveragedModel(loaded(case, weights), multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
 def loaded(case: Case, weights: bytes) -> nn.Module:
@@ -401,8 +446,8 @@ def inputs(case: Case, part: Part) -> Iterator[Tensor]:
 
 def logits(case: Case, model: nn.Module, part: Part) -> Tensor:
     """[n, classes] of a network in evaluation mode."""
-    with torch.inference_mode():
-        return torch.cat([model.eval()(batch) for batch in inputs(case, part)])
+    with torch.inference_mode(), computing_in(DATASETS[case.dataset].precision, torch.device("cpu")):
+        return torch.cat([model.eval()(batch).float() for batch in inputs(case, part)])
 
 
 def accuracy(case: Case, model: nn.Module, part: Part) -> float:

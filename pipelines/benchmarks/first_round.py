@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.benchmarks.cases import Case, Data, Part, inputs, loaded
+from pipelines.benchmarks.cases import DATASETS, Case, Data, Part, inputs, loaded
+from posttrain.cluster.devices import computing_in
 from posttrain.config import Probe as ProbeSection
 from posttrain.config import Removal
 from posttrain.influence import ensemble
@@ -51,9 +52,10 @@ class FirstRound:
 def embedded(case: Case, model: torch.nn.Module, names: Sequence[str], part: Part, width: int) -> InMemory:
     """A part's features of the named layers, one pass over its images."""
     found: dict[str, list[Tensor]] = {name: [] for name in names}
-    with torch.inference_mode():
+    head = models.find_head(model, classes=case.classes)
+    with torch.inference_mode(), computing_in(DATASETS[case.dataset].precision, torch.device("cpu")):
         for batch in inputs(case, part):
-            for name, features in layer_features(model, names, "head", batch, width=width).items():
+            for name, features in layer_features(model, names, head, batch, width=width).items():
                 found[name].append(features.half())
     features = {name: torch.cat(parts) for name, parts in found.items()}
     return InMemory(features, torch.from_numpy(part.given.astype(np.int64)), part.ids)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipelines.benchmarks import cases
 from pipelines.benchmarks.cases import Case, Part
@@ -71,9 +70,7 @@ class Average:
 
     def __init__(self, case: Case, weights: bytes) -> None:
         self._case = case
-        self._model = AveragedModel(
-            cases.loaded(case, weights), multi_avg_fn=get_ema_multi_avg_fn(DECAY), use_buffers=True
-        )
+        self._model = cases.averaged(case, weights, DECAY)
 
     def watch(self, model: nn.Module) -> None:
         """Before each step: the first call finds the weights that the average begins with."""
