@@ -1,0 +1,116 @@
+"""The best of several models: `refine.scope: auto`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_data import Digits, accuracy, as_built, assert_same_result, interrupted_after
+
+from posttrain.cluster import training
+
+pytestmark = pytest.mark.ray
+
+Run = Callable[..., dict[str, Any]]
+
+AUTO: dict[str, dict[str, Any]] = {
+    "model": {"initial_weights": "factory"},
+    "pretrain": {"epochs": 10, "ema": 0.9},
+    "refine": {"scope": "auto", "method": "gce", "augment": "crop"},
+    "removal": {"max_rounds": 2, "budget": 0.1},
+}
+
+
+@pytest.fixture(scope="module")
+def best(run: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run(tmp_path_factory.mktemp("auto") / "run", **AUTO)
+
+
+def test_the_model_with_the_lowest_corrected_loss_is_delivered(best: dict[str, Any], digits: Digits) -> None:
+    offered = {one["name"]: one for one in best["alternatives"]}
+    assert list(offered) == [
+        "the model as it came",
+        "the boundary, nothing removed",
+        "the boundary on what is left",
+        "the network refined on what is left",
+        "the network trained again on what is left",
+    ]
+    (delivered,) = (one for one in offered.values() if one["delivered"])
+    assert delivered["validation_corrected_loss"] == min(one["validation_corrected_loss"] for one in offered.values())
+    assert best["test_accuracy_after"] == delivered["test_accuracy"] > best["test_accuracy_before"] + 0.05
+    labels = torch.from_numpy(digits.true[list(digits.splits["test"])])
+    found = accuracy(as_built(best["run"]), digits.inputs("test"), labels)
+    assert found == pytest.approx(delivered["test_accuracy"], abs=0.005)
+    # what they say of themselves is what a run that makes only the one says
+    assert offered["the model as it came"]["test_accuracy"] == best["test_accuracy_before"]
+    assert offered["the boundary, nothing removed"]["test_accuracy"] == best["test_accuracy_boundary"]
+
+
+def test_a_run_interrupted_between_alternatives_makes_only_those_that_are_missing(
+    best: dict[str, Any], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        # `conclude` finds the alternatives by their module
+        from posttrain.runs import alternatives
+
+        made, keep = [], alternatives._keep
+
+        def interrupted(*arguments: Any) -> Any:
+            made.append(keep(*arguments))
+            if len(made) == 4:
+                raise KeyboardInterrupt
+            return made[-1]
+
+        patch.setattr(alternatives, "_keep", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "run", **AUTO)
+    trained = []
+    real = training.train
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train", lambda *a, **o: trained.append(o["run_name"]) or real(*a, **o))
+        run(tmp_path / "run", **AUTO)
+    assert [name.split("-")[0] for name in trained] == ["pretrain"]
+    assert_same_result(tmp_path / "run", best["run"])
+    assert not (tmp_path / "run" / "alternatives").exists()
+
+
+@pytest.mark.long
+def test_a_run_interrupted_when_the_best_is_committed_ends_the_same(
+    best: dict[str, Any], run: Run, tmp_path: Path
+) -> None:
+    with interrupted_after("tell_round", call=4):
+        run(tmp_path / "run", **AUTO)
+    run(tmp_path / "run", **AUTO)
+    assert_same_result(tmp_path / "run", best["run"])
+    told = json.loads((tmp_path / "run" / "alternatives.json").read_text())
+    assert [one["delivered"] for one in told] == [one["delivered"] for one in best["alternatives"]]
+
+
+@pytest.mark.parametrize("method", ["forward", "co_teaching"])
+def test_a_network_is_trained_with_the_noise_that_was_estimated(run: Run, tmp_path: Path, method: str) -> None:
+    given: list[Any] = []
+    real = training.train
+
+    def noting(*arguments: Any, **options: Any) -> Any:
+        given.append((options["run_name"].split("-")[0], arguments[3].method, options["noise"]))
+        return real(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "train", noting)
+        summary = run(
+            tmp_path / "run",
+            model={"weights": None},
+            pretrain={"method": method, "epochs": 40},
+            refine={"scope": "network", "method": method, "augment": "crop", "learning_rate": 0.001},
+            removal={"max_rounds": 1},
+        )
+    (plain, before, refined) = given
+    assert plain == ("pretrain", "cross_entropy", None) and before[:2] == ("pretrain", method)
+    assert refined[:2] == ("refine", method)
+    rate = summary["noise"]["rate"]
+    assert before[2].rate == pytest.approx(rate, abs=0.15) and refined[2].rate < before[2].rate
+    assert torch.allclose(before[2].transition.sum(dim=1), torch.ones(10, dtype=torch.float64))
