@@ -172,6 +172,68 @@ BAD: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
         DataError,
         "a class that no training label",
     ),
+    "missing in a list": (np.eye(3), ["a", "b", float("nan")], {}, DataError, r"labels\[2\] is nan, no label"),
+    "mixed in a list": (np.eye(2), [3, "a"], {}, DataError, "mixes int, str"),
+    "missing number by name": (np.eye(2), pd.Series([0, None], dtype="Int64"), {}, DataError, r"labels\[1\] is <NA>"),
+    "lists": (np.eye(2), [[1], [1, 2]], {}, DataError, "of the type list; give numbers"),
+    "no samples": (np.empty((0, 2)), [], {}, DataError, "labels is empty: there are no samples"),
+    "one class by name": (np.eye(2), [6, 6], {}, DataError, "all labels are 6; at least two classes"),
+    "no validation samples": (
+        np.eye(2),
+        [0, 1],
+        {"validation": (np.empty((0, 2)), [])},
+        DataError,
+        "validation labels is empty: there are no samples",
+    ),
+    "other class as a number": (
+        np.eye(2),
+        np.array([0, 1]),
+        {"validation": (np.eye(2), np.array([6, 1]))},
+        DataError,
+        r"labels\[0\] is 6, a class",
+    ),
+    "no seed": (np.eye(2), [0, 1], {"seed": None}, ConfigError, "seed = None"),
+    "half a seed": (np.eye(2), [0, 1], {"seed": 1.5}, ConfigError, r"seed = 1\.5"),
+    "negative seed": (np.eye(2), [0, 1], {"seed": -1}, ConfigError, "seed = -1"),
+    "fewer than folds": (
+        np.eye(4),
+        [0, 0, 1, 1],
+        {},
+        DataError,
+        "4 samples are fewer than the 5 folds .*validation=",
+    ),
+    "one that differs": (np.eye(9)[:, :1], np.arange(9) % 2, {}, DataError, "without one of the 5 folds"),
+    "huge": (np.eye(9) * 1e200, np.arange(9) % 2, {}, DataError, "column 0 are too large .* rescale"),
+    "tiny": (np.eye(9) * 1e-200, np.arange(9) % 2, {}, DataError, "or too small .* rescale"),
+    "largest": (
+        np.where(np.eye(9), 1.7e308, -1.7e308),
+        np.arange(9) % 2,
+        {},
+        DataError,
+        r"largest: 1\.7e\+308\); rescale",
+    ),
+    "far validation": (
+        np.eye(9),
+        np.arange(9) % 2,
+        {"validation": (np.eye(9) * 1e60, np.arange(9) % 2)},
+        DataError,
+        "1e.60 in row 0 and column 0 lies too far",
+    ),
+    "complex": (np.eye(2) * 1j, [0, 1], {}, DataError, "complex numbers"),
+    "missing in a frame": (
+        pd.DataFrame({"a": pd.array([1, None], "Int64"), "b": [1, 2]}),
+        [0, 1],
+        {},
+        DataError,
+        r"missing value \(first in row 1\); fill or drop it",
+    ),
+    "other order": (
+        pd.DataFrame(np.eye(2)),
+        pd.Series([0, 1], index=[1, 0]),
+        {},
+        DataError,
+        r"different indices; give labels\.loc\[features\.index\]",
+    ),
 }
 
 
@@ -180,6 +242,21 @@ def test_bad_input_is_one_clear_sentence(name: str):
     features, labels, options, kind, says = BAD[name]
     with pytest.raises(kind, match=says):
         posttrain.find_label_issues(features, labels, **options, progress=False)
+
+
+def test_whole_numbers_of_any_type_are_labels(digits: tuple[np.ndarray, ...]):
+    features, given = digits[0][:100], digits[2][:100]
+    of_two_types = np.array([int(label) if at % 2 else label for at, label in enumerate(given)], dtype=object)
+    for labels in (of_two_types, list(of_two_types), [torch.tensor(label) for label in given], pd.Categorical(given)):
+        found = posttrain.find_label_issues(features, labels, max_rounds=1, progress=False)  # pyright: ignore[reportArgumentType]
+        np.testing.assert_array_equal(found.classes[found.given], given)
+
+
+def test_features_may_lie_in_memory_that_cannot_be_written_to(digits: tuple[np.ndarray, ...]):
+    features = digits[0][:100].copy()
+    features.flags.writeable = False
+    # torch would warn, and warnings are errors
+    assert len(posttrain.find_label_issues(features, digits[2][:100], max_rounds=1, progress=False)) == 100
 
 
 def test_neither_ray_nor_mlflow_is_imported_and_importing_is_light():
