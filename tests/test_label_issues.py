@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import scipy.sparse
 import torch
-from sklearn.datasets import load_breast_cancer, load_digits, load_wine
+from sklearn.datasets import load_breast_cancer, load_digits, load_wine, make_blobs
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 from sklearn.model_selection import cross_val_predict
@@ -102,6 +102,14 @@ def test_too_few_samples_are_answered_with_what_can_be_done_in_python():
     found = posttrain.find_label_issues(features, np.arange(40) % 2, progress=False)
     assert found.noise.why == "fewer than 50 samples tell nothing of their labels; give at least 50 samples, better 500"
     assert found.noise.why in found.ended and "data." not in found.ended
+
+
+def test_of_classes_with_three_samples_each_nothing_is_said():
+    features, labels = make_blobs(300, n_features=32, centers=100, cluster_std=0.3, random_state=0)[:2]
+    # the most confident predictions would show 82 % of wrong labels
+    found = posttrain.find_label_issues(features, flipped(labels, 0.2), progress=False)
+    assert found.noise.rate is None and not found.is_issue.any()
+    assert "classes of fewer than 5 samples tell nothing of their labels" in found.ended
 
 
 def test_a_validation_set_serves_in_place_of_folds(digits: tuple[np.ndarray, ...]):
@@ -352,6 +360,30 @@ def test_data_sets_that_do_not_fit_the_model_are_refused_in_one_sentence():
         posttrain.clean()
     with pytest.raises(DataError, match="needs train= and validation="):
         posttrain.clean(model=model, train=whole)
+
+
+NETWORK = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+PAIRS = [(torch.tensor([at, -at]), at % 2) for at in np.linspace(0, 1, 60).astype(np.float32)]
+ONE_HOT = [(image, torch.eye(2)[label]) for image, label in PAIRS]
+
+
+@pytest.mark.parametrize(
+    ("model", "train", "validation", "kind", "says"),
+    [
+        (NETWORK, ONE_HOT, None, DataError, r"sample 0 has the shape \(2,\).*argmax"),
+        (NETWORK, PAIRS, ONE_HOT, DataError, r"sample 0 has the shape \(2,\).*argmax"),
+        (NETWORK, [], None, DataError, "has no samples: give"),
+        (NETWORK, PAIRS, [], DataError, "has no samples: give"),
+        (torch.nn.Flatten(), PAIRS, None, ModelError, "has no parameters; give"),
+        ("resnet", PAIRS, None, ModelError, "is a str; give a torch.nn.Module"),
+        (lambda images: images, PAIRS, None, ModelError, "is a function; give a torch.nn.Module"),
+    ],
+)
+def test_models_and_data_sets_of_another_kind_are_refused(
+    model: Any, train: Any, validation: Any, kind: type[Exception], says: str
+):
+    with pytest.raises(kind, match=says):
+        posttrain.find_label_issues_with(model, train, validation=validation, progress=False)
 
 
 def test_a_run_file_and_a_model_take_no_settings_of_each_other(tmp_path: Any):

@@ -96,7 +96,7 @@ def _noise(summary: Mapping[str, Any]) -> tuple[str | None, str]:
     if noise is None:
         return None, ""
     if not noise.get("known", True):
-        return "not known", "these validation labels allow no estimate"
+        return "not known", "these labels allow no estimate"
     if not noise["found"]:
         return "no sign", f"at most {100 * noise['high']:.0f} % among the most confident predictions"
     return (
