@@ -363,7 +363,7 @@ def test_data_sets_that_do_not_fit_the_model_are_refused_in_one_sentence():
 
 
 NETWORK = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
-PAIRS = [(torch.tensor([at, -at]), at % 2) for at in np.linspace(0, 1, 60).astype(np.float32)]
+PAIRS = [(torch.tensor([at, -at]) / 60.0, at % 2) for at in range(60)]
 ONE_HOT = [(image, torch.eye(2)[label]) for image, label in PAIRS]
 
 
@@ -384,6 +384,23 @@ def test_models_and_data_sets_of_another_kind_are_refused(
 ):
     with pytest.raises(kind, match=says):
         posttrain.find_label_issues_with(model, train, validation=validation, progress=False)
+
+
+def test_clean_takes_the_path_of_a_run_file_and_says_what_else_it_does_not_take(tmp_path: Any):
+    path = tmp_path / "photos.yaml"
+    path.write_text("removal: {bugdet: 0.1}")
+    for given in (path, str(path)):
+        with pytest.raises(ConfigError, match=r"photos\.yaml: removal\.bugdet .* did you mean removal\.budget"):
+            posttrain.clean(given)
+    with pytest.raises(ConfigError, match=r"given a Linear; a model is given as model="):
+        posttrain.clean(torch.nn.Linear(3, 10))  # pyright: ignore[reportArgumentType]
+
+
+def test_complaints_about_overrides_name_the_argument_in_python():
+    for overrides in ({"removal.budget": 3}, {"budget": {"a": 1}}, {"": 1}):
+        with pytest.raises(ConfigError, match=r"^overrides") as refused:
+            posttrain.load(overrides=overrides)
+        assert "--set" not in str(refused.value)
 
 
 def test_a_run_file_and_a_model_take_no_settings_of_each_other(tmp_path: Any):
