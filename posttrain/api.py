@@ -53,11 +53,11 @@ def load(path: str | Path | None = None, overrides: Mapping[str, Any] | None = N
     given = [
         f"{key}={yaml.dump(value).removesuffix('...' + chr(10)).strip()}" for key, value in (overrides or {}).items()
     ]
-    return config.load_either(path, given)
+    return config.load_either(path, given, given_by="overrides")
 
 
 def clean(
-    config: RunFile | None = None,
+    config: RunFile | str | Path | None = None,
     *,
     model: nn.Module | None = None,
     train: Dataset[Any] | None = None,
@@ -69,9 +69,9 @@ def clean(
 ) -> Result:
     """A clean data set and a better model: by a run file, or from a torch module and data sets.
 
-    `clean(config)` does what `posttrain clean` does, on Ray, with checkpoints in `run.path`: called again, it goes on
-    where it was. It takes its settings from the run file alone; `load` takes others. Progress goes to standard error;
-    `quiet=False` prints the summary table, `verbose` Ray's own messages.
+    `clean(config)`, with a run file or its path, does what `posttrain clean` does, on Ray, with checkpoints in
+    `run.path`: called again, it goes on where it was. It takes its settings from the run file alone; `load` takes
+    others. Progress goes to standard error; `quiet=False` prints the summary table, `verbose` Ray's own messages.
 
     `clean(model=..., train=..., validation=...)` finds label issues as `find_label_issues_with` does, with the same
     `options`, in this process, and gives the model the boundary that was fitted on what is left as its new head.
@@ -85,6 +85,12 @@ def clean(
     if (config is None) == (model is None):
         raise DataError("give clean either a run file (posttrain.load) or model=, train= and validation=")
     if config is not None:
+        config = load(config) if isinstance(config, str | Path) else config
+        if not isinstance(config, RunFile):
+            raise ConfigError(
+                f"clean takes a run file (posttrain.load) or its path, and was given a {type(config).__name__}; a "
+                "model is given as model="
+            )
         others = {"train": train, "validation": validation, "path": path}
         if given := [*(name for name, value in others.items() if value is not None), *options]:
             raise ConfigError(

@@ -16,7 +16,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from posttrain.errors import ConfigError, DataError
+from posttrain.errors import ConfigError, DataError, FeaturelessError
 from posttrain.given_arrays import Scale, as_layers, as_samples, row_index
 from posttrain.in_memory import Cleaned, OutOfFold, ValidationSet, clean_in_memory
 from posttrain.influence.in_memory import InMemory
@@ -206,26 +206,26 @@ def find_label_issues(
     np.True_
     """
     layers, given, classes = as_samples(features, labels)
-    scales = {name: Scale.of(matrix) for name, matrix in layers.items()}
+    scales = {name: Scale.of(matrix, name) for name, matrix in layers.items()}
     varied = tuple(name for name, matrix in layers.items() if bool((matrix != matrix[:1]).any()))
     if not varied:
         raise DataError("features: all samples have the same features, so that no label can be told from another")
     live = InMemory({name: scales[name](layers[name], name) for name in varied}, torch.from_numpy(given))
     bounds = {"budget": budget, "class_floor": class_floor, "max_rounds": max_rounds, "max_share": max_share}
     removal = _section("Removal", score=score, threshold=threshold, **bounds)
-    calibrated_on: OutOfFold | ValidationSet = OutOfFold.by_id(np.arange(len(given)), given, FOLDS, seed)
-    if validation is not None:
-        calibrated_on = _validation_set(validation, scales, varied, classes)
+    probe, seed = _section("Probe", l2=l2), _section("Run", seed=seed).seed
+    calibrated_on = (
+        _out_of_fold(given, seed) if validation is None else _validation_set(validation, scales, varied, classes)
+    )
     with shown(progress) as tell:
-        cleaned = clean_in_memory(
-            live,
-            calibrated_on,
-            classes=len(classes),
-            probe=_section("Probe", l2=l2),
-            removal=removal,
-            seed=seed,
-            tell=tell,
-        )
+        try:
+            cleaned = clean_in_memory(
+                live, calibrated_on, classes=len(classes), probe=probe, removal=removal, seed=seed, tell=tell
+            )
+        except FeaturelessError as error:
+            raise DataError(
+                f"without one of the {FOLDS} folds, all samples have the same features ({error}); give validation="
+            ) from error
     return _issues(cleaned, given, classes, scales, row_index(features), calibrated_on.wording)
 
 
@@ -254,6 +254,15 @@ def _section(name: str, **values: Any) -> Any:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise ConfigError(f"{key} = {first['input']!r}: {first['msg']}") from None
+
+
+def _out_of_fold(given: np.ndarray, seed: int) -> OutOfFold:
+    if len(given) < FOLDS:
+        raise DataError(
+            f"{len(given)} samples are fewer than the {FOLDS} folds by which they are judged; give more samples, or "
+            "validation="
+        )
+    return OutOfFold.by_id(np.arange(len(given)), given, FOLDS, seed)
 
 
 def _validation_set(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,10 @@ _LABEL_KEYS = ("label", "labels", "fine_label", "y", "target")
 
 def count_outputs(model: nn.Module, dataset: Any) -> int:
     """The number of classes that a model tells apart, by one pass over a sample. Raises ModelError."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"the model is a {type(model).__name__}; give a torch.nn.Module")
+    if next(model.parameters(), None) is None:
+        raise ModelError("the model has no parameters; give the network whose head is a Linear")
     image = sample(Samples(dataset), 0)[0][None].to(next(model.parameters()).device)
     model.eval()
     try:
@@ -115,6 +120,8 @@ class Samples(torch.utils.data.Dataset[tuple[Tensor, Any]]):
                 f"{type(dataset).__name__} has no length or no items by number; give a map-style data set (of an "
                 "iterable one, list(...) or Hugging Face's non-streaming data set)"
             )
+        if not len(dataset):
+            raise DataError("the training or the validation set has no samples: give data sets that have some")
         self.dataset = dataset
 
     def __len__(self) -> int:
@@ -154,7 +161,18 @@ def sample(dataset: Any, at: int) -> tuple[Tensor, Any]:
             f"the image of sample {at} is a tensor of {image.dtype}, and the model takes floating numbers: give the "
             "data set the transform that the model was trained with"
         )
-    return image, label.item() if isinstance(label, Tensor | np.generic) else label
+    return image, _class_number(label, at)
+
+
+def _class_number(label: Any, at: int) -> Any:
+    if not isinstance(label, Tensor | np.ndarray | np.generic):
+        return label
+    if math.prod(label.shape) != 1:
+        raise DataError(
+            f"the label of sample {at} has the shape {tuple(label.shape)}; give one class number per sample (of a "
+            "one-hot label the argmax)"
+        )
+    return label.item()
 
 
 def _from_dict(item: Mapping[str, Any], at: int) -> tuple[Any, Any]:

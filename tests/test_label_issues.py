@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import scipy.sparse
 import torch
-from sklearn.datasets import load_breast_cancer, load_digits, load_wine
+from sklearn.datasets import load_breast_cancer, load_digits, load_wine, make_blobs
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 from sklearn.model_selection import cross_val_predict
@@ -104,6 +104,14 @@ def test_too_few_samples_are_answered_with_what_can_be_done_in_python():
     assert found.noise.why in found.ended and "data." not in found.ended
 
 
+def test_of_classes_with_three_samples_each_nothing_is_said():
+    features, labels = make_blobs(300, n_features=32, centers=100, cluster_std=0.3, random_state=0)[:2]
+    # the most confident predictions would show 82 % of wrong labels
+    found = posttrain.find_label_issues(features, flipped(labels, 0.2), progress=False)
+    assert found.noise.rate is None and not found.is_issue.any()
+    assert "classes of fewer than 5 samples tell nothing of their labels" in found.ended
+
+
 def test_a_validation_set_serves_in_place_of_folds(digits: tuple[np.ndarray, ...]):
     features, labels, given = digits
     x, y = (part[900:1500] for part in digits_whole())
@@ -174,6 +182,68 @@ BAD: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
         DataError,
         "a class that no training label",
     ),
+    "missing in a list": (np.eye(3), ["a", "b", float("nan")], {}, DataError, r"labels\[2\] is nan, no label"),
+    "mixed in a list": (np.eye(2), [3, "a"], {}, DataError, "mixes int, str"),
+    "missing number by name": (np.eye(2), pd.Series([0, None], dtype="Int64"), {}, DataError, r"labels\[1\] is <NA>"),
+    "lists": (np.eye(2), [[1], [1, 2]], {}, DataError, "of the type list; give numbers"),
+    "no samples": (np.empty((0, 2)), [], {}, DataError, "labels is empty: there are no samples"),
+    "one class by name": (np.eye(2), [6, 6], {}, DataError, "all labels are 6; at least two classes"),
+    "no validation samples": (
+        np.eye(2),
+        [0, 1],
+        {"validation": (np.empty((0, 2)), [])},
+        DataError,
+        "validation labels is empty: there are no samples",
+    ),
+    "other class as a number": (
+        np.eye(2),
+        np.array([0, 1]),
+        {"validation": (np.eye(2), np.array([6, 1]))},
+        DataError,
+        r"labels\[0\] is 6, a class",
+    ),
+    "no seed": (np.eye(2), [0, 1], {"seed": None}, ConfigError, "seed = None"),
+    "half a seed": (np.eye(2), [0, 1], {"seed": 1.5}, ConfigError, r"seed = 1\.5"),
+    "negative seed": (np.eye(2), [0, 1], {"seed": -1}, ConfigError, "seed = -1"),
+    "fewer than folds": (
+        np.eye(4),
+        [0, 0, 1, 1],
+        {},
+        DataError,
+        "4 samples are fewer than the 5 folds .*validation=",
+    ),
+    "one that differs": (np.eye(9)[:, :1], np.arange(9) % 2, {}, DataError, "without one of the 5 folds"),
+    "huge": (np.eye(9) * 1e200, np.arange(9) % 2, {}, DataError, "column 0 are too large .* rescale"),
+    "tiny": (np.eye(9) * 1e-200, np.arange(9) % 2, {}, DataError, "or too small .* rescale"),
+    "largest": (
+        np.where(np.eye(9), 1.7e308, -1.7e308),
+        np.arange(9) % 2,
+        {},
+        DataError,
+        r"largest: 1\.7e\+308\); rescale",
+    ),
+    "far validation": (
+        np.eye(9),
+        np.arange(9) % 2,
+        {"validation": (np.eye(9) * 1e60, np.arange(9) % 2)},
+        DataError,
+        "1e.60 in row 0 and column 0 lies too far",
+    ),
+    "complex": (np.eye(2) * 1j, [0, 1], {}, DataError, "complex numbers"),
+    "missing in a frame": (
+        pd.DataFrame({"a": pd.array([1, None], "Int64"), "b": [1, 2]}),
+        [0, 1],
+        {},
+        DataError,
+        r"missing value \(first in row 1\); fill or drop it",
+    ),
+    "other order": (
+        pd.DataFrame(np.eye(2)),
+        pd.Series([0, 1], index=[1, 0]),
+        {},
+        DataError,
+        r"different indices; give labels\.loc\[features\.index\]",
+    ),
 }
 
 
@@ -182,6 +252,21 @@ def test_bad_input_is_one_clear_sentence(name: str):
     features, labels, options, kind, says = BAD[name]
     with pytest.raises(kind, match=says):
         posttrain.find_label_issues(features, labels, **options, progress=False)
+
+
+def test_whole_numbers_of_any_type_are_labels(digits: tuple[np.ndarray, ...]):
+    features, given = digits[0][:100], digits[2][:100]
+    of_two_types = np.array([int(label) if at % 2 else label for at, label in enumerate(given)], dtype=object)
+    for labels in (of_two_types, list(of_two_types), [torch.tensor(label) for label in given], pd.Categorical(given)):
+        found = posttrain.find_label_issues(features, labels, max_rounds=1, progress=False)  # pyright: ignore[reportArgumentType]
+        np.testing.assert_array_equal(found.classes[found.given], given)
+
+
+def test_features_may_lie_in_memory_that_cannot_be_written_to(digits: tuple[np.ndarray, ...]):
+    features = digits[0][:100].copy()
+    features.flags.writeable = False
+    # torch would warn, and warnings are errors
+    assert len(posttrain.find_label_issues(features, digits[2][:100], max_rounds=1, progress=False)) == 100
 
 
 def test_neither_ray_nor_mlflow_is_imported_and_importing_is_light():
@@ -277,6 +362,47 @@ def test_data_sets_that_do_not_fit_the_model_are_refused_in_one_sentence():
         posttrain.clean()
     with pytest.raises(DataError, match="needs train= and validation="):
         posttrain.clean(model=model, train=whole)
+
+
+NETWORK = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+PAIRS = [(torch.tensor([at, -at]) / 60.0, at % 2) for at in range(60)]
+ONE_HOT = [(image, torch.eye(2)[label]) for image, label in PAIRS]
+
+
+@pytest.mark.parametrize(
+    ("model", "train", "validation", "kind", "says"),
+    [
+        (NETWORK, ONE_HOT, None, DataError, r"sample 0 has the shape \(2,\).*argmax"),
+        (NETWORK, PAIRS, ONE_HOT, DataError, r"sample 0 has the shape \(2,\).*argmax"),
+        (NETWORK, [], None, DataError, "has no samples: give"),
+        (NETWORK, PAIRS, [], DataError, "has no samples: give"),
+        (torch.nn.Flatten(), PAIRS, None, ModelError, "has no parameters; give"),
+        ("resnet", PAIRS, None, ModelError, "is a str; give a torch.nn.Module"),
+        (lambda images: images, PAIRS, None, ModelError, "is a function; give a torch.nn.Module"),
+    ],
+)
+def test_models_and_data_sets_of_another_kind_are_refused(
+    model: Any, train: Any, validation: Any, kind: type[Exception], says: str
+):
+    with pytest.raises(kind, match=says):
+        posttrain.find_label_issues_with(model, train, validation=validation, progress=False)
+
+
+def test_clean_takes_the_path_of_a_run_file_and_says_what_else_it_does_not_take(tmp_path: Any):
+    path = tmp_path / "photos.yaml"
+    path.write_text("removal: {bugdet: 0.1}")
+    for given in (path, str(path)):
+        with pytest.raises(ConfigError, match=r"photos\.yaml: removal\.bugdet .* did you mean removal\.budget"):
+            posttrain.clean(given)
+    with pytest.raises(ConfigError, match=r"given a Linear; a model is given as model="):
+        posttrain.clean(torch.nn.Linear(3, 10))  # pyright: ignore[reportArgumentType]
+
+
+def test_complaints_about_overrides_name_the_argument_in_python():
+    for overrides in ({"removal.budget": 3}, {"budget": {"a": 1}}, {"": 1}):
+        with pytest.raises(ConfigError, match=r"^overrides") as refused:
+            posttrain.load(overrides=overrides)
+        assert "--set" not in str(refused.value)
 
 
 def test_a_run_file_and_a_model_take_no_settings_of_each_other(tmp_path: Any):

@@ -144,25 +144,30 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobFile:
     return _loaded(JobFile, path, overrides)
 
 
-def load_either(path: str | Path | None, overrides: Sequence[str] = ()) -> RunFile:
-    """The validated run file at `path`, as `load` does; a JobFile where it has a section `job`."""
-    return _loaded(None, path, overrides)
+def load_either(path: str | Path | None, overrides: Sequence[str] = (), *, given_by: str = "--set") -> RunFile:
+    """The validated run file at `path`, as `load` does; a JobFile where it has a section `job`.
+
+    `given_by`: what complaints call the overrides.
+    """
+    return _loaded(None, path, overrides, given_by)
 
 
 @overload
 def _loaded(kind: type[_File], path: str | Path | None, overrides: Sequence[str]) -> _File: ...
 @overload
-def _loaded(kind: None, path: str | Path | None, overrides: Sequence[str]) -> RunFile: ...
-def _loaded(kind: type[RunFile] | None, path: str | Path | None, overrides: Sequence[str]) -> RunFile:
+def _loaded(kind: None, path: str | Path | None, overrides: Sequence[str], given_by: str) -> RunFile: ...
+def _loaded(
+    kind: type[RunFile] | None, path: str | Path | None, overrides: Sequence[str], given_by: str = "--set"
+) -> RunFile:
     raw = {} if path is None else _read(Path(path))
     for override in overrides:
-        _override(raw, override)
+        _override(raw, override, given_by)
     if kind is None:
         kind = JobFile if "job" in raw else RunFile
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        where = " and ".join([str(path)] * (path is not None) + ["--set"] * bool(overrides))
+        where = " and ".join([str(path)] * (path is not None) + [given_by] * bool(overrides))
         raise ConfigError(f"{where}: {'; '.join(complaints(error, raw, kind))}") from None
 
 
@@ -202,20 +207,20 @@ def _read(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _override(raw: dict[str, Any], override: str) -> None:
+def _override(raw: dict[str, Any], override: str, given_by: str) -> None:
     """Set one key of the nested mapping `raw`, in place."""
     key, sign, value = override.partition("=")
     *sections, last = (part.strip() for part in key.split("."))
     if not sign or not all([*sections, last]):
-        raise ConfigError(f"--set {override}: should be section.key=value, as in removal.budget=0.03")
+        raise ConfigError(f"{given_by} {override}: should be section.key=value, as in removal.budget=0.03")
     target = raw
     for section in sections:
         if target.get(section) is None:
             target[section] = {}
         target = target[section]
         if not isinstance(target, dict):
-            raise ConfigError(f"--set {override}: {section} is a value, it has no keys beneath it")
-    target[last] = yaml.load(value, where=f"--set {override}")
+            raise ConfigError(f"{given_by} {override}: {section} is a value, it has no keys beneath it")
+    target[last] = yaml.load(value, where=f"{given_by} {override}")
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

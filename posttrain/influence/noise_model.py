@@ -222,7 +222,7 @@ def estimate_noise_model(
         validation, live, known_rate=prior.validation_noise_rate, is_fixed=prior.live_noise_rate is not None
     )
     noise, classes, count = rates.live, len(live.confident_joint), float(live.count)
-    if prior.confident_joint is None and (doubt := noise_rate.doubt(validation)) is not None:
+    if prior.confident_joint is None and (doubt := noise_rate.doubt(validation, live)) is not None:
         noise = replace(noise, most=0.0, doubt=doubt)
     live_noise_rate = prior.live_noise_rate
     if live_noise_rate is None:

@@ -27,13 +27,19 @@ from typing import Literal
 from posttrain.influence.calibration import CalibrationSums
 
 Source = Literal["validation", "live", "comparison"]
-Doubt = Literal["few", "chance"]
-"""Why the validation labels tell nothing: there are fewer than `MIN_CONFIDENT`; the ensemble's predictions agree with
-them no more often than by chance."""
+Doubt = Literal["few", "sparse", "chance"]
+"""Why the labels tell nothing: there are fewer than `MIN_CONFIDENT` validation samples; half of the live samples or
+more are of classes with fewer than `MIN_CLASS_SAMPLES`; the ensemble's predictions agree with the validation labels no
+more often than by chance."""
 
 CONFIDENT_SHARE = 0.02
 MIN_CONFIDENT = 50
 MAX_CONFIDENT = 2000
+MIN_CLASS_SAMPLES = 5
+"""A sample with a wrong label leaves all others of its class to speak for that class; one with a right label is missing
+itself. Where there are few, the most confident predictions are those that contradict the label. Measured on well
+separated clusters with 20 % of wrong labels: of 3 samples in each of 200 classes, 57 % of the most confident
+predictions contradict it."""
 CLEAN_RATE = 0.01
 """A share of wrong labels among the most confident samples that a clean set shows, too: up to it, none are found."""
 MODEL_ERROR_SHARE = 0.1
@@ -117,8 +123,8 @@ def estimate(
     return NoiseRates(noise, rate, excess)
 
 
-def doubt(validation: CalibrationSums) -> Doubt | None:
-    """Why nothing can be concluded from the validation labels; None where it can.
+def doubt(validation: CalibrationSums, live: CalibrationSums) -> Doubt | None:
+    """Why nothing can be concluded from the labels; None where it can.
 
     The errors of an ensemble that guesses would be taken for wrong labels. How often its predictions agree with the
     labels by chance is how often they would with the same labels in any other order, whose mean and variance are known
@@ -128,6 +134,8 @@ def doubt(validation: CalibrationSums) -> Doubt | None:
     n = int(validation.count)
     if n < MIN_CONFIDENT:
         return "few"
+    if 2 * float(live.labels[live.labels < MIN_CLASS_SAMPLES].sum()) >= float(live.labels.sum()) > 0:
+        return "sparse"
     given, predicted = ([int(samples) for samples in c.tolist()] for c in (validation.labels, validation.predicted))
     return "chance" if agrees_by_chance(n - int(validation.disagreeing.sum()), n, given, predicted) else None
 

@@ -179,7 +179,7 @@ def fit(
     weights = torch.zeros(classes, dim, dtype=torch.float64) if start is None else start.double().clone()
     count, second = reduce(second_moment)
     if not bool(torch.isfinite(second).all()):
-        raise SingularCurvatureError("the features hold values that are not finite; see quarantine.parquet")
+        raise SingularCurvatureError("the features hold values that are not finite")
     n = float(count)
     eigenvalues, basis = torch.linalg.eigh(second / n)
     # the eigenvalues of I/C - 11^T/C^2 are 1/C (C-1 times) and 0; 1/C for all is close enough

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from posttrain.report.visible import visible
+
+_WIDEST = 10_000
+"""Columns of a table that is not to be broken."""
 
 
 def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
@@ -26,7 +30,7 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
         ("live", f"{summary['live']:,}", "samples kept: the clean data set"),
         ("removed", f"{summary['removed']:,}", _share(summary)),
         ("relabelled", f"{summary['relabelled']:,}" if summary["relabelled"] else None, "kept, with another label"),
-        ("quarantined", f"{summary['quarantined']:,}", "unreadable; see quarantine.parquet"),
+        ("quarantined", f"{summary['quarantined']:,}", "unusable; see quarantine.parquet"),
         ("leakage", *_leakage(summary)),
         (
             "validation accuracy",
@@ -46,14 +50,19 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
     for name, value, remark in rows:
         if value is not None:
             table.add_row(name, value, Text(visible(remark)))
-    if not console.is_terminal:
-        # a pipe or a log file has no width of its own; the 80 columns that rich takes would break the remarks
-        console.width = max(console.width, 120)
-    console.print(table)
+    if console.is_terminal:
+        console.print(table)
+    else:
+        # a pipe or a log file has no width of its own: rich would take 80 columns, break the remarks and pad the lines
+        text = io.StringIO()
+        Console(file=text, width=_WIDEST).print(table)
+        for line in text.getvalue().splitlines():
+            console.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
     console.print(visible(f"  ended because {summary['ended']}"), markup=False, highlight=False, soft_wrap=True)
     print_undelivered(console, summary)
+    width = max(map(len, summary["files"]), default=0)
     for name, what in summary["files"].items():
-        console.print(visible(f"  {name:<20} {what}"), markup=False, highlight=False, soft_wrap=True)
+        console.print(visible(f"  {name:<{width}}  {what}"), markup=False, highlight=False, soft_wrap=True)
 
 
 def print_undelivered(console: Console, summary: Mapping[str, Any]) -> None:
@@ -109,7 +118,7 @@ def _noise(summary: Mapping[str, Any]) -> tuple[str | None, str]:
     if noise is None:
         return None, ""
     if not noise.get("known", True):
-        return "not known", "these validation labels allow no estimate"
+        return "not known", "these labels allow no estimate"
     if not noise["found"]:
         return "no sign", f"at most {100 * noise['high']:.0f} % among the most confident predictions"
     return (

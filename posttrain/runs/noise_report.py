@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from posttrain.influence.noise_rate import MIN_CONFIDENT, NoiseEstimate
+from posttrain.influence.noise_rate import MIN_CLASS_SAMPLES, MIN_CONFIDENT, NoiseEstimate
 
 
 def noise_metrics(noise: NoiseEstimate) -> dict[str, float]:
@@ -87,6 +87,11 @@ def noise_sentence(noise: NoiseEstimate, wording: Wording) -> str:
     """The estimate of the share of wrong labels, as a clause."""
     if noise.doubt == "few":
         return f"fewer than {MIN_CONFIDENT} {wording.few}"
+    if noise.doubt == "sparse":
+        return (
+            f"classes of fewer than {MIN_CLASS_SAMPLES} samples tell nothing of their labels, and at least half of the "
+            "samples are of such classes; give more samples of each class"
+        )
     if noise.doubt is not None:
         return f"the boundary agrees with the {wording.chance}"
     interval = f"{100 * noise.rate:.0f} %, between {100 * noise.low:.0f} and {100 * noise.high:.0f} %"

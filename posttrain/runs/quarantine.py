@@ -19,7 +19,7 @@ _FILE = "quarantine.parquet"
 def quarantine(run: Run, summaries: Mapping[str, Sequence[ShardSummary]], live: Live) -> Live:
     """Write down what could not be embedded, by split; what is live without it.
 
-    Raises PosttrainError where nothing of a split can be read.
+    Raises PosttrainError where nothing of a split can be used.
     """
     tables = []
     for name, found in summaries.items():
@@ -32,11 +32,11 @@ def quarantine(run: Run, summaries: Mapping[str, Sequence[ShardSummary]], live: 
     for name in ("validation", "test"):
         if name in summaries and not any(found.count for found in summaries[name]):
             raise PosttrainError(
-                f"not one {name} sample can be read; {_FILE} in the run folder gives the reasons: is data.{name} right?"
+                f"not one {name} sample can be used; {_FILE} in the run folder gives the reasons: is data.{name} right?"
             )
     if live.count <= 0:
         raise PosttrainError(
-            f"not one training sample can be read; {_FILE} in the run folder gives the reasons: "
+            f"not one training sample can be used; {_FILE} in the run folder gives the reasons: "
             "are data.image and data.image_shape right?"
         )
     return live
@@ -56,7 +56,7 @@ def _add(run: Run, tables: list[pa.Table]) -> None:
     if count:
         [first] = next(table for table in new if table.num_rows).slice(0, 1).to_pylist()
         run.progress.say(
-            f"  not readable, and in {_FILE}: {count} sample{'s' * (count != 1)}, the first: "
+            f"  unusable, and in {_FILE}: {count} sample{'s' * (count != 1)}, the first: "
             f"{first['file']} (sample_id {first[SAMPLE_ID]}): {first['reason']}"
         )
 

@@ -35,7 +35,19 @@ def read(config: RunFile, inputs: Inputs, progress: StepLog) -> tuple[dict[str, 
         " Or has the validation set taken the others (data.validation_share)?" if inputs.validation_share else ""
     )
     refuse_one_class(config, [name for name, count in zip(inputs.classes, counts, strict=True) if count], split_off)
+    _warn_of_few(config, splits["validation"].rows, progress)
     return splits, {"files": inputs.listing, **{name: split.digest for name, split in splits.items()}}
+
+
+def _warn_of_few(config: RunFile, validation_samples: int, progress: StepLog) -> None:
+    from posttrain.influence.noise_rate import MIN_CONFIDENT
+    from posttrain.runs.noise_report import OF_RUN
+
+    if validation_samples < MIN_CONFIDENT and config.removal.max_share == "estimated":
+        progress.say(
+            f"warning: there are {validation_samples} validation samples, so that nothing will be removed: fewer than "
+            f"{MIN_CONFIDENT} {OF_RUN.few}"
+        )
 
 
 def refuse_changed(config: RunFile, inputs: Inputs, splits: dict[str, Split]) -> None:

@@ -155,6 +155,15 @@ class RunFolder:
             raise RunFolderError(f"run.path = {self.location}: {existing} is a file; name a folder")
         if not os.access(existing, os.W_OK | os.X_OK):
             raise RunFolderError(f"run.path = {self.location}: {existing} may not be written to; name another folder")
+        try:
+            # root passes any check of permissions, also where no file can be made, as in /proc
+            with tempfile.TemporaryFile(dir=existing):
+                pass
+        except OSError as error:
+            raise RunFolderError(
+                f"run.path = {self.location} cannot be written: {existing} takes no files "
+                f"({os.strerror(error.errno or 0)}); name another folder"
+            ) from None
 
     def is_empty(self) -> bool:
         info = self.files.get_file_info(self.path())

@@ -37,6 +37,11 @@ def _no_proxy_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, "127.0.0.1")
 
 
+def with_ids(table: pa.Table, text_ids: bool) -> pa.Table:
+    """The table with its ids, or with text made of them."""
+    return table.set_column(0, "id", pa.array([f"image {i}" for i in table["id"].to_pylist()])) if text_ids else table
+
+
 class Shards:
     """The training data of the job, which grows by a file at a time."""
 
@@ -44,14 +49,15 @@ class Shards:
         self.digits, self.folder = digits, folder
         self.labels: dict[int, int] = {}
         (folder / "train").mkdir(parents=True)
+        self.write_held_out(text_ids=False)
+
+    def write_held_out(self, *, text_ids: bool) -> None:
         for split in ("validation", "test"):
-            pq.write_table(digits.table(split), folder / f"{split}.parquet")
+            pq.write_table(with_ids(self.digits.table(split), text_ids), self.folder / f"{split}.parquet")
 
     def add(self, name: str, rows: range, labels: np.ndarray, *, text_ids: bool = False) -> None:
-        table = self.digits.table("train").slice(rows.start, len(rows))
+        table = with_ids(self.digits.table("train").slice(rows.start, len(rows)), text_ids)
         table = table.set_column(2, "label", pa.array(labels))
-        if text_ids:
-            table = table.set_column(0, "id", pa.array([f"image {i}" for i in rows]))
         self.labels |= dict(zip(rows, labels.tolist(), strict=True))
         pq.write_table(table, self.folder / "train" / f"{name}.parquet")
 
@@ -258,6 +264,7 @@ def test_a_refined_network_and_new_labels_are_what_the_next_start_goes_on_from(
     def samples(day: dict[str, Any]) -> int:
         return day["live"] + day["removed"] + day["previously_removed"] + day["quarantined"]
 
+    shards.write_held_out(text_ids=True)
     shards.add("monday", range(0, 500), shards.with_wrong(range(0, 500), 0.2), text_ids=True)
     first = retrain(**sections)
     corrected = relabelled(first["run"])

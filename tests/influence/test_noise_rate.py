@@ -34,6 +34,30 @@ def test_of_fewer_validation_samples_than_are_counted_nothing_is_known():
         assert noise_model.live_noise_rate > 0.25
 
 
+@pytest.mark.parametrize(
+    ("sizes", "doubt"),
+    [
+        ([3] * 100, "sparse"),
+        ([4] * 100, "sparse"),
+        ([5] * 100, None),
+        ([20] * 100, None),
+        ([100] * 10, None),
+        # most classes are small, and most samples are not of them
+        ([3] * 100 + [50] * 10, None),
+        ([3] * 100 + [29] * 10, "sparse"),
+    ],
+)
+def test_classes_of_a_few_training_samples_each_tell_nothing_of_their_labels(sizes: list[int], doubt: str | None):
+    labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    logits = 5 * torch.nn.functional.one_hot((labels + (torch.arange(len(labels)) % 5 == 0)) % len(sizes)).double()
+    live = CalibrationSums(*calibration_sums(logits, labels, 1.0))
+    # a few validation samples of each class are enough
+    few = torch.arange(len(sizes)).repeat(6)
+    validation = CalibrationSums(*calibration_sums(5 * torch.nn.functional.one_hot(few).double(), few, 1.0))
+    noise = estimate_noise_model(validation, live, 1.0).noise
+    assert noise.doubt == doubt and (noise.most == 0.0 or doubt is None)
+
+
 @pytest.mark.parametrize("by", [0, 1])
 def test_where_validation_labels_mean_other_classes_nothing_is_found(by: int):
     validation, live = simulated(300, symmetric(5, 0.0)), simulated(2000, symmetric(5, 0.0), seed=1)

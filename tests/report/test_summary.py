@@ -40,6 +40,17 @@ def printed(summary: dict[str, Any]) -> list[str]:
     return stream.getvalue().splitlines()
 
 
+def test_in_a_pipe_no_line_is_padded_or_broken() -> None:
+    steps = {f"a step with quite a long name, number {number}": 10.0 - number for number in range(4)}
+    files = {"what was removed": "a/removed.parquet", "how to build the model": "a/model.yaml"}
+    lines = printed({**SUMMARY, "steps": steps, "files": files})
+    assert all(line == line.rstrip() for line in lines)
+    [last] = [line for line in lines if "seconds" in line]
+    assert last.endswith(", ".join(f"{name} {seconds:.1f}" for name, seconds in steps.items()))
+    # what the files are is one column, and their paths another
+    assert [line.index("a/") for line in lines if "a/" in line] == [26, 26]
+
+
 def test_the_removal_is_shown_beside_its_controls() -> None:
     lines = printed(SUMMARY)
     at = next(number for number, line in enumerate(lines) if "test accuracy" in line)

@@ -185,3 +185,15 @@ def test_a_folder_is_deleted_with_all_that_is_in_it_and_one_that_is_not_there_is
     for _ in range(2):
         either.delete_folder(either.path("training"))
         assert files_in(either) == [either.path("run.yaml")]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc")
+def test_a_folder_in_which_nobody_can_make_files_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("os.access", lambda path, mode: True)  # as it is for root
+    with pytest.raises(RunFolderError, match=r"run\.path = /proc/foo cannot be written: /proc takes no files"):
+        RunFolder("/proc/foo").refuse_unwritable()
+
+
+def test_a_folder_that_can_be_written_to_is_left_as_it_is(folder: RunFolder):
+    folder.refuse_unwritable()
+    assert not folder.local.exists() and not list(folder.local.parent.iterdir())
