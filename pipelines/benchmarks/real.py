@@ -30,6 +30,7 @@ from pipelines.benchmarks.baselines import confident_learning, self_confidence
 from pipelines.benchmarks.cases import DATASETS, PRETRAINED, Case, Data
 from pipelines.benchmarks.hardware import hardware
 from pipelines.benchmarks.in_memory import CleaningInMemory, Start, rows, start
+from pipelines.benchmarks.real_report import report
 from pipelines.benchmarks.training import steps_of_epoch
 from posttrain.influence import ensemble, noise_matrix
 from posttrain.influence.ensemble import ProbeEnsemble
@@ -325,6 +326,7 @@ def main() -> None:
     parser.add_argument("--states", nargs="+", choices=STATES, default=list(STATES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--folder", type=Path, default=Path("runs/real"), help="the findings")
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("results") / "real.md")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -338,6 +340,10 @@ def main() -> None:
             path.with_suffix(".tmp").write_text(json.dumps(found.__dict__, indent=1))
             path.with_suffix(".tmp").replace(path)
             print(f"{case}: {time.perf_counter() - began:.0f} s", flush=True)
+    kept = [json.loads(path.read_text()) for path in sorted(options.folder.glob("*.json"))]
+    text = report(kept, "python -m pipelines.benchmarks.real", hardware())
+    options.output.write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ Run = Callable[..., dict[str, Any]]
 
 AUTO: dict[str, dict[str, Any]] = {
     "model": {"initial_weights": "factory"},
-    "pretrain": {"epochs": 10, "ema": 0.9},
+    "pretrain": {"epochs": 8, "ema": 0.9},
     "refine": {"scope": "auto", "method": "gce", "augment": "crop"},
     "removal": {"max_rounds": 2, "budget": 0.1},
 }
@@ -90,7 +90,7 @@ def test_a_run_interrupted_when_the_best_is_committed_ends_the_same(
     assert [one["delivered"] for one in told] == [one["delivered"] for one in best["alternatives"]]
 
 
-@pytest.mark.parametrize("method", ["forward", "co_teaching"])
+@pytest.mark.parametrize("method", ["forward", pytest.param("co_teaching", marks=pytest.mark.long)])
 def test_a_network_is_trained_with_the_noise_that_was_estimated(run: Run, tmp_path: Path, method: str) -> None:
     given: list[Any] = []
     real = training.train
@@ -104,7 +104,7 @@ def test_a_network_is_trained_with_the_noise_that_was_estimated(run: Run, tmp_pa
         summary = run(
             tmp_path / "run",
             model={"weights": None},
-            pretrain={"method": method, "epochs": 40},
+            pretrain={"method": method, "epochs": 20},
             refine={"scope": "network", "method": method, "augment": "crop", "learning_rate": 0.001},
             removal={"max_rounds": 1},
         )

@@ -1,0 +1,136 @@
+"""The tables of `real`: ranking, removal and test accuracy beside the controls, by case and as means."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from pipelines.benchmarks.tables import document, markdown, percent
+
+Record = Mapping[str, Any]
+
+CONTROLS = {
+    "overfitted": (
+        "as it came",
+        "trained again, all, ema",
+        "trained again, all, gce",
+        "trained again, all, gce, ema",
+        "boundary, nothing removed",
+        "boundary, gce",
+        "trained again, cleanlab",
+        "trained again, cleanlab, ema",
+        "trained again, random removal",
+        "trained again, random removal, ema",
+    ),
+    "frozen": ("as it came", "new head", "boundary, nothing removed", "boundary, gce", "boundary, cleanlab"),
+}
+ORACLES = (
+    "trained again, right labels alone",
+    "trained again, right labels alone, ema",
+    "boundary, right labels alone",
+)
+
+
+def report(records: Sequence[Record], command: str, hardware: str) -> str:
+    """All tables."""
+    seeds = sorted({_seed(one) for one in records})
+    sections = [
+        ["# A real pre-trained network", "", f"`{command}`; {hardware}"],
+        [
+            "EfficientNet-Lite0 (ImageNet) on 4,000 images at 64 pixels, 1,000 validation images whose labels are as noisy, 5,000",
+            f"test images; seeds {', '.join(map(str, seeds))}. *Overfitted*: fine-tuned on all given labels. *Frozen*: as",
+            "pre-trained, with a fitted head. Nothing is chosen by test labels. In percent, ± the standard deviation over seeds.",
+        ],
+    ]
+    for state in CONTROLS:
+        own = [one for one in records if f", {state}," in one["case"]]
+        if own:
+            sections += [[f"## {state.capitalize()}"], *_of_state(own, state)]
+    return document(sections)
+
+
+def _of_state(records: Sequence[Record], state: str) -> Iterable[list[str]]:
+    groups = _grouped(records)
+    noisy = {name: own for name, own in groups.items() if "clean" not in name}
+    yield [
+        "Share of wrong labels, and as estimated; what posttrain and cleanlab remove:",
+        "",
+        *markdown(
+            ["", "wrong", "estimated", "removed", "precision", "recall", "cleanlab's precision", "recall"],
+            [
+                [
+                    name,
+                    percent([one["wrong"] for one in own]),
+                    percent([one["rate"][0] for one in own]),
+                    *(percent([one["removed"]["posttrain"][k] for one in own]) for k in range(3)),
+                    *(percent([one["removed"]["cleanlab"][k] for one in own]) for k in (1, 2)),
+                ]
+                for name, own in groups.items()
+            ],
+        ),
+    ]
+    methods = list(dict.fromkeys(method for one in records for method in one["ranking"]))
+    yield [
+        "Average precision of the ranking:",
+        "",
+        *markdown(
+            ["", *methods],
+            [
+                [name, *(percent([one["ranking"].get(m) for one in own]) for m in methods)]
+                for name, own in noisy.items()
+            ],
+        ),
+    ]
+    models = [*CONTROLS[state], "boundary, posttrain"]
+    models += ["trained again, posttrain", "trained again, posttrain, ema"] if state == "overfitted" else []
+    oracles = [name for name in ORACLES if any(name in one["rows"] for one in records)]
+    rows = [[name, *(percent([_test(one, name) for one in own]) for own in groups.values())] for name in models]
+    rows.append(["**delivered**", *(percent([_test(one, one["delivered"]) for one in own]) for own in groups.values())])
+    rows += [
+        [f"*{name}*", *(percent([_test(one, name) for one in own]) for own in groups.values())] for name in oracles
+    ]
+    yield ["Test accuracy:", "", *markdown(["", *groups], rows)]
+    yield _gains(noisy, state)
+
+
+def _gains(groups: Mapping[str, Sequence[Record]], state: str) -> list[str]:
+    """What is delivered against the best control, the latter by test labels: in its favour."""
+    rows, all_gains = [], []
+    for name, own in groups.items():
+        best = max(CONTROLS[state], key=lambda control: statistics.mean(_test(one, control) or 0.0 for one in own))
+        gains = [(_test(one, one["delivered"]) or 0.0) - (_test(one, best) or 0.0) for one in own]
+        all_gains += gains
+        rows.append([name, best, percent(gains, signed=True), _delivered(own)])
+    if not rows:
+        return []
+    spread = 100 * statistics.stdev(all_gains) / len(all_gains) ** 0.5 if len(all_gains) > 1 else float("nan")
+    return [
+        "What is delivered, minus the best control (which test labels chose), in points:",
+        "",
+        *markdown(["", "best control", "delivered minus it", "delivered"], rows),
+        "",
+        f"Mean over the noisy cases: {100 * statistics.mean(all_gains):+.1f} points, standard error {spread:.1f}.",
+    ]
+
+
+def _delivered(own: Sequence[Record]) -> str:
+    counts = {name: sum(one["delivered"] == name for one in own) for name in {one["delivered"] for one in own}}
+    return ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
+
+
+def _grouped(records: Sequence[Record]) -> dict[str, list[Record]]:
+    groups: dict[str, list[Record]] = {}
+    for one in records:
+        dataset, noise, *_ = one["case"].split(", ")
+        groups.setdefault(f"{dataset.removesuffix('-lite0')}, {noise}", []).append(one)
+    return groups
+
+
+def _seed(record: Record) -> int:
+    return int(record["case"].rpartition(" ")[2])
+
+
+def _test(record: Record, name: str) -> float | None:
+    row = record["rows"].get(name)
+    return None if row is None else row["test"]
