@@ -38,9 +38,10 @@ def report(records: Sequence[Record], command: str, hardware: str) -> str:
     sections = [
         ["# A real pre-trained network", "", f"`{command}`; {hardware}"],
         [
-            "EfficientNet-Lite0 (ImageNet) on 4,000 images at 64 pixels, 1,000 validation images whose labels are as noisy, 5,000",
-            f"test images; seeds {', '.join(map(str, seeds))}. *Overfitted*: fine-tuned on all given labels. *Frozen*: as",
-            "pre-trained, with a fitted head. Nothing is chosen by test labels. In percent, ± the standard deviation over seeds.",
+            "EfficientNet-Lite0 (ImageNet) on 4,000 images at 64 pixels, 1,000 validation images whose labels are as",
+            f"noisy, 5,000 test images; seeds {', '.join(map(str, seeds))}. *Overfitted*: fine-tuned on all given labels.",
+            "*Frozen*: as pre-trained, with a fitted head. Nothing is chosen by test labels. In percent, ± the standard",
+            "deviation over seeds.",
         ],
     ]
     for state in CONTROLS:
