@@ -38,10 +38,9 @@ def report(records: Sequence[Record], command: str, hardware: str) -> str:
     sections = [
         ["# A real pre-trained network", "", f"`{command}`; {hardware}"],
         [
-            "EfficientNet-Lite0 (ImageNet) on 4,000 images at 64 pixels, 1,000 validation images whose labels are as",
-            f"noisy, 5,000 test images; seeds {', '.join(map(str, seeds))}. *Overfitted*: fine-tuned on all given labels.",
-            "*Frozen*: as pre-trained, with a fitted head. Nothing is chosen by test labels. In percent, ± the standard",
-            "deviation over seeds.",
+            "EfficientNet-Lite0 (ImageNet) on 4,000 images at 64 pixels, 1,000 validation images with labels as noisy,",
+            f"and 5,000 test images; seeds {', '.join(map(str, seeds))}. *Overfitted*: fine-tuned on all given labels.",
+            "*Frozen*: as pre-trained, with a fitted head. Nothing is chosen by test labels. In percent, ± the standard deviation.",
         ],
     ]
     for state in CONTROLS:
