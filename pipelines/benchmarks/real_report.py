@@ -40,7 +40,7 @@ def report(records: Sequence[Record], command: str, hardware: str) -> str:
         [
             "EfficientNet-Lite0 (ImageNet) on 4,000 images at 64 pixels, 1,000 validation images with labels as noisy,",
             f"and 5,000 test images; seeds {', '.join(map(str, seeds))}. *Overfitted*: fine-tuned on all given labels.",
-            "*Frozen*: as pre-trained, with a fitted head. Nothing is chosen by test labels. In percent, ± the standard deviation.",
+            "*Frozen*: as pre-trained, with a fitted head. Nothing is chosen by test labels. In percent, ± the spread.",
         ],
     ]
     for state in CONTROLS:
