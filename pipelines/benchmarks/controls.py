@@ -39,9 +39,9 @@ from posttrain.runs.context import Run
 from posttrain.runs.embed import embed
 from posttrain.runs.evaluate import evaluate
 from posttrain.runs.finish import finish
-from posttrain.runs.fit import fitted
+from posttrain.runs.fit import fitted, refitted
 from posttrain.runs.open import opened
-from posttrain.runs.refine import refine, train
+from posttrain.runs.refine import train, with_boundary_as_head
 from posttrain.schema import PARTITION, ROW, Round
 from posttrain.store.folder import RunFolder
 
@@ -100,13 +100,14 @@ def average_precisions(folder: RunFolder, split: Split) -> dict[str, float]:
 def without_removal(run: Run, state: rounds.State[Any, Any], budget: Sequence[int]) -> dict[str, Any]:
     """As many rounds of training on all samples, each of as many steps."""
     for number, steps in enumerate(budget, start=1):
-        if run.config.refine.scope != "head":
+        if not run.config.refine.keeps_backbone:
             seed = run.config.run.seed + 1000 * number
             model = train(run, state.model, run.config.refining, state.live, name="refine", seed=seed, max_steps=steps)
         else:
             backbone, live = embed(run, state)
             probe = fitted(run, backbone, live, state.history, number, known=state.probe)
-            model, _ = refine(run, state, backbone, probe, live)
+            again = refitted(run, probe.choice, probe.ensemble.members, live)
+            model = with_boundary_as_head(run, state.first, again)
         done = Round(number, state.live.count, 0, 0, 0, evaluate(run, state, model))
         state = replace(state, history=(*state.history, done), model=model)
     state = conclude(run, rounds.Outcome(state, "as many rounds as with removals")).state

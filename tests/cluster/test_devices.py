@@ -274,9 +274,9 @@ def test_when_one_rank_runs_out_of_memory_all_halve_and_the_result_is_the_same(t
     alone, digits = mlp(), Digits()
     optimizer = torch.optim.SGD(alone.parameters(), 0.05, 0.9, nesterov=True)
     for epoch in range(3):
-        for pixels, labels in digits.batches(64, 4, epoch):
+        for batch in digits.batches(64, 4, epoch):
             optimizer.zero_grad()
-            nn.functional.cross_entropy(alone((pixels.float() / 255 - 0.5) / 0.5), labels).backward()
+            nn.functional.cross_entropy(alone((batch.pixels.float() / 255 - 0.5) / 0.5), batch.labels).backward()
             optimizer.step()
     for name, tensor in alone.state_dict().items():
         torch.testing.assert_close(found["enough"][0]["weights"][name], tensor, rtol=1e-3, atol=1e-5)
@@ -505,13 +505,16 @@ def test_every_method_learns_the_digits(digits: Digits, method: Method) -> None:
 
 def test_training_leaves_the_moving_average_of_its_weights_behind(digits: Digits) -> None:
     decay, seen = 0.9, []
-    model = mlp()
-    model.register_forward_pre_hook(lambda module, inputs: seen.append(module[1].weight.detach().clone()))
-    trained(model, digits, epochs=2, ema=decay)
-    last = mlp()
+    averaged, last = mlp(), mlp()
+
+    def weight(model: nn.Module) -> torch.Tensor:
+        return model.state_dict()["hidden.weight"].clone()
+
+    averaged.register_forward_pre_hook(lambda module, inputs: seen.append(weight(module)))
+    trained(averaged, digits, epochs=2, ema=decay)
     trained(last, digits, epochs=2)
     # the first update takes the weights as they are
     average = seen[1]
-    for weight in [*seen[2:], last[1].weight.detach()]:
-        average = decay * average + (1 - decay) * weight
-    assert torch.allclose(model[1].weight, average, atol=1e-6)
+    for after_step in [*seen[2:], weight(last)]:
+        average = decay * average + (1 - decay) * after_step
+    assert torch.allclose(weight(averaged), average, atol=1e-6)
