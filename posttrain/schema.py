@@ -38,37 +38,6 @@ SPLITS = ("train", "validation", "test")
 Precision = Literal["float32", "bfloat16", "float16"]
 """In which number format a network's matrix products and convolutions are carried out."""
 
-Method = Literal[
-    "cross_entropy",
-    "label_smoothing",
-    "mixup",
-    "gce",
-    "sce",
-    "bootstrapping",
-    "elr",
-    "forward",
-    "co_teaching",
-    "sop",
-]
-"""How a network is trained on labels some of which are wrong."""
-
-METHODS: dict[Method, dict[str, float]] = {
-    "cross_entropy": {},
-    "label_smoothing": {"smoothing": 0.1},
-    "mixup": {"alpha": 1.0},
-    "gce": {"q": 0.7},
-    "sce": {"alpha": 0.1, "beta": 1.0, "log_zero": -4.0},
-    "bootstrapping": {"beta": 0.95},
-    "elr": {"strength": 3.0, "momentum": 0.7},
-    "forward": {},
-    "co_teaching": {"ramp": 0.05},
-    "sop": {"rate_u": 1.0, "rate_v": 10.0},
-}
-"""The arguments of each method, as its paper sets them; `vision.losses` has the formulas."""
-
-NEEDS_NOISE: tuple[Method, ...] = ("forward", "co_teaching")
-"""Methods that need an estimate of the label noise."""
-
 PARTITION_ROWS = 2048
 """Samples per partition, on average: a few megabytes of features, a tenth of a second of work."""
 

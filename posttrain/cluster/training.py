@@ -33,7 +33,8 @@ from posttrain.cluster.partitioning import Progress, Split
 from posttrain.cluster.training_step import Mix, Passes
 from posttrain.errors import RecipeError, StepError
 from posttrain.live import Live
-from posttrain.schema import METHODS, ImageSpec, Method, Precision
+from posttrain.methods import METHODS, Method
+from posttrain.schema import ImageSpec, Precision
 from posttrain.store.folder import RunFolder
 from posttrain.vision.augmentation import augmentation
 from posttrain.vision.losses import Noise, Size, Twins, mixed_up, objective

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, JsonValue, ValidationInfo, field_validator, model_validator
 
 from posttrain.config.section import Section, Text
-from posttrain.schema import METHODS, Method
+from posttrain.methods import METHODS, Method
 
 Byte = Annotated[int, Field(ge=0, le=255)]
 

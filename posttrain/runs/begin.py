@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from posttrain.cluster.network import Network
 from posttrain.influence.score_round import score_round
 from posttrain.live import Live
+from posttrain.methods import NEEDS_NOISE
 from posttrain.rounds import REFERENCE, State
 from posttrain.runs.commit import commit_without_removal, tell_round
 from posttrain.runs.context import Run
@@ -16,7 +17,7 @@ from posttrain.runs.fit import Fitted, fitted, refitted
 from posttrain.runs.networks import network_of, read_checkpoint
 from posttrain.runs.quarantine import quarantined_before, readable_validation_samples
 from posttrain.runs.refine import train
-from posttrain.schema import NEEDS_NOISE, Round
+from posttrain.schema import Round
 from posttrain.vision.losses import Noise
 
 

@@ -3,7 +3,7 @@
 Notation: z the logits of a sample, p = softmax(z), y its given label. Every loss is the mean over a batch.
 
 An `Objective` is what a training step minimises. Some remember something of every sample: they are told which samples
-of the training process are in the batch, by their positions. `schema.METHODS` has the names and the papers' settings.
+of the training process are in the batch, by their positions. `methods.METHODS` has the names and the papers' settings.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posttrain.schema import METHODS, NEEDS_NOISE, Method
+from posttrain.methods import METHODS, NEEDS_NOISE, Method
 
 _SMALLEST = 1e-7
 """Probabilities are at least this before their logarithm is taken."""
@@ -45,6 +45,7 @@ class Size:
     """Gradient steps in all."""
 
 
+@runtime_checkable
 class Objective(Protocol):
     """What a training step minimises."""
 

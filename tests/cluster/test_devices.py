@@ -26,7 +26,8 @@ from posttrain.cluster.training_step import Batch
 from posttrain.cluster.workers import Workers
 from posttrain.config import RunFile, load
 from posttrain.errors import ConfigError, StepError
-from posttrain.schema import FILE, IMAGE, LABEL, METHODS, SAMPLE_ID, ImageSpec, Method, ModelSpec, Precision
+from posttrain.methods import METHODS, Method
+from posttrain.schema import FILE, IMAGE, LABEL, SAMPLE_ID, ImageSpec, ModelSpec, Precision
 from posttrain.vision import models
 from posttrain.vision.embedding import pooled
 from posttrain.vision.images import normalize

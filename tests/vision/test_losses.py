@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posttrain.schema import METHODS, NEEDS_NOISE, Method
+from posttrain.methods import METHODS, NEEDS_NOISE, Method
 from posttrain.vision import losses
 from posttrain.vision.losses import Noise, Size, objective
 
