@@ -90,7 +90,8 @@ def test_a_run_interrupted_when_the_best_is_committed_ends_the_same(
     assert [one["delivered"] for one in told] == [one["delivered"] for one in best["alternatives"]]
 
 
-@pytest.mark.parametrize("method", ["forward", pytest.param("co_teaching", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["forward", "co_teaching"])
 def test_a_network_is_trained_with_the_noise_that_was_estimated(run: Run, tmp_path: Path, method: str) -> None:
     given: list[Any] = []
     real = training.train

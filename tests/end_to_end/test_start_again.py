@@ -159,8 +159,13 @@ def test_features_of_other_data_are_not_taken_up(
 
 
 @pytest.mark.slow
-def test_a_process_that_is_terminated_then_killed_and_started_again_ends_the_same(
-    runfile: Callable[..., dict[str, Any]], undisturbed: Undisturbed, tmp_path: Path
+@pytest.mark.parametrize(
+    "signals",
+    [[signal.SIGKILL], pytest.param([signal.SIGTERM, signal.SIGKILL], marks=pytest.mark.long)],
+    ids=["killed", "terminated, then killed"],
+)
+def test_a_process_that_is_ended_and_started_again_ends_the_same(
+    runfile: Callable[..., dict[str, Any]], undisturbed: Undisturbed, tmp_path: Path, signals: list[signal.Signals]
 ) -> None:
     ended = tmp_path / "ended"
     file, said = tmp_path / "run.yaml", tmp_path / "said"
@@ -183,18 +188,18 @@ def test_a_process_that_is_terminated_then_killed_and_started_again_ends_the_sam
             time.sleep(0.02)
         return process
 
-    process = started_until_committed(1)
-    # as `timeout` and systemd do: Ray's processes must not hear of it
-    os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait(timeout=60) == 143
-    assert said.read_text().endswith("terminated; start the same command again to continue\n")
-    assert "***" not in said.read_text() and "Traceback" not in said.read_text()
-    assert not (ended / "summary.json").exists()
-
-    process = started_until_committed(2)
-    process.send_signal(signal.SIGKILL)
-    process.wait(timeout=60)
-    assert not (ended / "summary.json").exists()
+    for number, how in enumerate(signals, start=1):
+        process = started_until_committed(number)
+        if how == signal.SIGTERM:
+            # as `timeout` and systemd do: Ray's processes must not hear of it
+            os.killpg(process.pid, how)
+            assert process.wait(timeout=60) == 143
+            assert said.read_text().endswith("terminated; start the same command again to continue\n")
+            assert "***" not in said.read_text() and "Traceback" not in said.read_text()
+        else:
+            process.send_signal(how)
+            process.wait(timeout=60)
+        assert not (ended / "summary.json").exists()
 
     assert start().wait(timeout=600) == 0
     assert_same_result(ended, undisturbed()["run"])
