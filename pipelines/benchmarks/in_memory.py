@@ -15,7 +15,7 @@ from posttrain import policy, rounds
 from posttrain.config import Probe as ProbeSection
 from posttrain.config import Removal
 from posttrain.in_memory import Scored, select_scored
-from posttrain.influence import ensemble, selection
+from posttrain.influence import ensemble, noise_matrix, selection
 from posttrain.influence.ensemble import ProbeEnsemble
 from posttrain.influence.in_memory import InMemory
 from posttrain.influence.noise_model import UNKNOWN, Prior
@@ -211,6 +211,13 @@ class CleaningInMemory:
         """Take the round's samples out."""
         self.kept = self.mask(state.live)
         return done
+
+    def validation_transition(self) -> torch.Tensor:
+        """T of the validation labels, as the first round that found wrong labels saw them; else the unit matrix."""
+        joint = self._prior.confident_joint
+        if joint is None:
+            return torch.eye(self.data.classes, dtype=torch.float64)
+        return noise_matrix.estimate(joint, self._prior.validation_noise_rate)
 
     def mask(self, live: Live) -> np.ndarray:
         """bool [n] over all training samples."""

@@ -3,7 +3,7 @@
     python -m pipelines.benchmarks.real --folder runs/real
 
 Overfitted: fine-tuned from the pre-trained weights on all given labels until it fits them. Frozen: as pre-trained, with
-a head fitted on all given labels. posttrain cleans with its defaults and `refine.scope: auto`; each control gets the
+a head fitted on all given labels. posttrain cleans in at most four rounds of 10 %; each control gets the
 same features, and each training the same recipe, seed and steps. A finding is kept as soon as it is there: the same
 command goes on.
 """
@@ -32,7 +32,7 @@ from pipelines.benchmarks.hardware import hardware
 from pipelines.benchmarks.in_memory import CleaningInMemory, Start, rows, start
 from pipelines.benchmarks.real_report import report
 from pipelines.benchmarks.training import steps_of_epoch
-from posttrain.influence import ensemble, noise_matrix
+from posttrain.influence import ensemble
 from posttrain.influence.ensemble import ProbeEnsemble
 from posttrain.influence.held_out import corrected_loss
 from posttrain.influence.in_memory import InMemory
@@ -82,7 +82,7 @@ def measured(case: Case) -> Finding:
     wrong = data.train.given != data.train.true
     found = Finding(str(case), float(wrong.mean()))
     initial = to_bytes(cases.network(case, case.seed))
-    weights, aum = _network(case, data, initial, found)
+    weights, aum, average = _network(case, data, initial)
     began = time.perf_counter()
     begin = start(case, data, weights)
     run = CleaningInMemory(case, data, "head", begin)
@@ -95,22 +95,33 @@ def measured(case: Case) -> Finding:
     _note_removed(found, "cleanlab", flagged[1], wrong)
     if wrong.any():
         found.ranking = {name: float(average_precision_score(wrong, score)) for name, score in suspicion.items()}
-    _boundaries(case, data, begin, run, flagged[1], found, seconds)
-    if case.network == "overfitted":
-        _train_again(case, data, initial, run.kept, flagged[1], found)
+    transition = run.validation_transition()
+    _boundaries(case, data, begin, run, flagged[1], transition, found, seconds)
+    if average is not None:
+        found.rows["trained again, all, ema"] = _accuracy(case, data, average, transition)
+        _train_again(case, data, initial, run.kept, flagged[1], transition, found)
     offered = [name for name in found.rows if name in _OFFERED]
     found.delivered = min(offered, key=lambda name: found.rows[name]["loss"])
     return found
 
 
-def _train_again(case: Case, data: Data, initial: bytes, left: np.ndarray, flagged: np.ndarray, found: Finding) -> None:
+def _train_again(
+    case: Case,
+    data: Data,
+    initial: bytes,
+    left: np.ndarray,
+    flagged: np.ndarray,
+    transition: Tensor,
+    found: Finding,
+) -> None:
     """The network trained again from its pre-trained weights: on what posttrain and the controls keep."""
     wrong = data.train.given != data.train.true
     kept = {"posttrain": left, "cleanlab": ~flagged, "right labels alone": ~wrong}
     kept["random removal"] = _at_random(case, left)
     for name, mask in kept.items():
-        _trained_again(case, data, initial, mask, f"trained again, {name}", found)
-    _trained_again(case, data, initial, np.ones(len(wrong), bool), "trained again, all, gce", found, method="gce")
+        _trained_again(case, data, initial, mask, f"trained again, {name}", transition, found)
+    everything = np.ones(len(wrong), bool)
+    _trained_again(case, data, initial, everything, "trained again, all, gce", transition, found, method="gce")
 
 
 _OFFERED = (
@@ -120,11 +131,12 @@ _OFFERED = (
     "trained again, posttrain",
     "trained again, posttrain, ema",
 )
-"""What `refine.scope: auto` chooses from, those that change less first."""
+"""What is chosen from, those that change less first: as by `refine.scope: auto`, with `pretrain.ema` and without, and
+without the network refined from where it is."""
 
 
-def _network(case: Case, data: Data, initial: bytes, found: Finding) -> tuple[bytes, np.ndarray | None]:
-    """The network that comes to posttrain, and the margins that were seen while it was trained."""
+def _network(case: Case, data: Data, initial: bytes) -> tuple[bytes, np.ndarray | None, bytes | None]:
+    """The network that comes to posttrain, the margins seen while it was trained, and the average of its weights."""
     if case.network == "frozen":
         model = cases.loaded(case, initial)
         begin = start(case, data, initial)
@@ -134,10 +146,9 @@ def _network(case: Case, data: Data, initial: bytes, found: Finding) -> tuple[by
         with torch.no_grad():
             layer.weight.copy_(weight.float())
             layer.bias.copy_(bias.float())
-        return to_bytes(model), None
+        return to_bytes(model), None, None
     trained, average = _training(case, data, initial, np.ones(len(data.train), bool), watch=True)
-    found.rows["trained again, all, ema"] = _accuracy(case, data, average)
-    return trained.weights, trained.aum
+    return trained.weights, trained.aum, average
 
 
 def _training(
@@ -164,33 +175,37 @@ def _training(
 
 
 def _trained_again(
-    case: Case, data: Data, initial: bytes, kept: np.ndarray, name: str, found: Finding, **changes: Any
+    case: Case,
+    data: Data,
+    initial: bytes,
+    kept: np.ndarray,
+    name: str,
+    transition: Tensor,
+    found: Finding,
+    **changes: Any,
 ) -> None:
     began = time.perf_counter()
     trained, average = _training(case, data, initial, kept, **changes)
     seconds = time.perf_counter() - began
     for label, weights in ((name, trained.weights), (f"{name}, ema", average)):
-        found.rows[label] = _accuracy(case, data, weights) | {"seconds": seconds}
+        found.rows[label] = _accuracy(case, data, weights, transition) | {"seconds": seconds}
 
 
-def _accuracy(case: Case, data: Data, weights: bytes) -> dict[str, float]:
+def _accuracy(case: Case, data: Data, weights: bytes, transition: Tensor) -> dict[str, float]:
     """Test accuracy, and accuracy and corrected loss on the validation labels, of a network."""
     model = cases.loaded(case, weights)
     logits = cases.logits(case, model, data.validation)
     return {
         "test": cases.accuracy(case, model, data.test),
         "validation": float((logits.argmax(dim=1).numpy() == data.validation.given).mean()),
-        "loss": _loss(logits, data),
+        "loss": _loss(logits, data, transition),
     }
 
 
-_transition: dict[str, Tensor] = {}
-
-
-def _loss(logits: Tensor, data: Data) -> float:
+def _loss(logits: Tensor, data: Data, transition: Tensor) -> float:
     unit = torch.eye(data.classes)
     labels = torch.from_numpy(data.validation.given.astype(np.int64))
-    return corrected_loss(in_memory(logits.float(), labels, 2048), unit, _transition.get("T", unit.double()))
+    return corrected_loss(in_memory(logits.float(), labels, 2048), unit, transition)
 
 
 def _boundaries(
@@ -199,16 +214,12 @@ def _boundaries(
     begin: Start,
     run: CleaningInMemory,
     flagged: np.ndarray,
+    transition: Tensor,
     found: Finding,
     seconds: float,
 ) -> None:
-    prior = run._prior
-    if prior.confident_joint is not None:
-        _transition["T"] = noise_matrix.estimate(prior.confident_joint, prior.validation_noise_rate)
-    else:
-        _transition.pop("T", None)
     train, validation, members = begin.features.train, begin.features.validation, begin.boundary.members
-    found.rows["as it came"] = _accuracy(case, data, begin.weights)
+    found.rows["as it came"] = _accuracy(case, data, begin.weights, transition)
     right = data.train.given == data.train.true
 
     def refitted(kept: np.ndarray) -> ProbeEnsemble:
@@ -223,7 +234,7 @@ def _boundaries(
         "boundary, right labels alone": refitted(right),
     }
     for name, boundary in drawn.items():
-        found.rows[name] = _of_logits(begin, data, lambda part, b=boundary: _logits(b, part))
+        found.rows[name] = _of_logits(begin, data, transition, lambda part, b=boundary: _logits(b, part))
     found.rows["boundary, posttrain"]["seconds"] = seconds
     weights = _gce_boundary(begin, data)
     parts = begin.boundary
@@ -231,20 +242,20 @@ def _boundaries(
     def robust(part: InMemory) -> Tensor:
         return part.side_by_side(parts.layers, parts.standardizers) @ weights.T
 
-    found.rows["boundary, gce"] = _of_logits(begin, data, robust)
+    found.rows["boundary, gce"] = _of_logits(begin, data, transition, robust)
 
 
 def _logits(boundary: ProbeEnsemble, part: InMemory) -> Tensor:
     return part.side_by_side(boundary.layers, boundary.standardizers) @ boundary.weights.float().T
 
 
-def _of_logits(begin: Start, data: Data, logits: Callable[[InMemory], Tensor]) -> dict[str, float]:
+def _of_logits(begin: Start, data: Data, transition: Tensor, logits: Callable[[InMemory], Tensor]) -> dict[str, float]:
     of_validation, of_test = logits(begin.features.validation), logits(begin.test)
     given = begin.features.validation.labels
     return {
         "test": float((of_test.argmax(dim=1) == begin.test.labels).double().mean()),
         "validation": float((of_validation.argmax(dim=1) == given).double().mean()),
-        "loss": _loss(of_validation, data),
+        "loss": _loss(of_validation, data, transition),
     }
 
 

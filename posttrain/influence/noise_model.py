@@ -110,12 +110,6 @@ class NoiseModel:
         live_noise_rate = self.live_noise_rate if self.noise.source == "validation" else None
         return Prior(self.confident_joint, live_noise_rate, self.validation_noise_rate)
 
-    def after_removal(self, live: int, removed: int) -> tuple[float, Float[Tensor, "classes classes"]]:
-        """The share of wrong labels and their T among `live` samples, once `removed` wrong ones are gone."""
-        left = live - removed
-        rate = max(0.0, self.remaining_noise_rate * live - removed) / left if left else 0.0
-        return rate, noise_matrix.estimate(self.confident_joint, rate)
-
     def with_confident_joint(self, joint: Tensor) -> NoiseModel:
         """The same with both T estimated from this V, in samples."""
         return replace(
@@ -197,6 +191,17 @@ def with_log_odds_offset(model: NoiseModel, sums: PosteriorSums) -> NoiseModel:
     target = model.remaining_noise_rate * float(sums.count)
     offset = crossing(_log_odds_offsets().tolist(), sums.expected_wrong.tolist(), target)
     return replace(model, log_odds_offset=model.log_odds_offset + offset)
+
+
+def noise_left(
+    confident_joint: Float[Tensor, "classes classes"], rate: float, samples: int, *, acted_on: int, left: int
+) -> tuple[float, Float[Tensor, "classes classes"]]:
+    """The share of wrong labels and their T among the samples that are left.
+
+    Of so many samples a share `rate` was wrong, and `acted_on` of these were removed or got another label.
+    """
+    still = max(0.0, rate * samples - acted_on) / left if left else 0.0
+    return still, noise_matrix.estimate(confident_joint, still)
 
 
 def _log_odds_offsets() -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from posttrain import policy
 from posttrain.cluster.network import Network
 from posttrain.influence import noise_matrix
+from posttrain.influence.noise_model import noise_left
 from posttrain.rounds import State
 from posttrain.runs.context import Run
 from posttrain.runs.evaluate import evaluate, held_out_loss
@@ -89,10 +90,10 @@ def _noise(run: Run, state: State[Network, Fitted]) -> tuple[Tensor, Noise]:
     joint = prior.confident_joint
     if joint is None:
         return unit, Noise(0.0, unit)
-    acted_on, live = policy.acted_on(state.history), state.live.count
-    found = next(done.metrics["live_noise"] for done in state.history if "live_noise" in done.metrics)
-    rate = max(0.0, found * (live + acted_on) - acted_on) / max(1, live)
-    return noise_matrix.estimate(joint, prior.validation_noise_rate), Noise(rate, noise_matrix.estimate(joint, rate))
+    rate = next(done.metrics["live_noise"] for done in state.history if "live_noise" in done.metrics)
+    acted_on, first = policy.acted_on(state.history), state.history[0].live
+    left = noise_left(joint, rate, first, acted_on=acted_on, left=state.live.count)
+    return noise_matrix.estimate(joint, prior.validation_noise_rate), Noise(*left)
 
 
 def _keep(

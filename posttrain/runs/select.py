@@ -12,6 +12,7 @@ import pyarrow as pa
 from posttrain import policy
 from posttrain.arrow_compute import pc
 from posttrain.errors import StepError
+from posttrain.influence.noise_model import noise_left
 from posttrain.influence.noise_rate import NoiseEstimate
 from posttrain.influence.selection import select as selected_by
 from posttrain.live import Live, NewLabels, Removal, Rows
@@ -80,8 +81,14 @@ def select(run: Run, state: State[Any, Any], scored: Scored, *, quota: Quota = N
         scored.metrics,
         ScoreHistogram(settings.score, edges, kept, gone, lowest),
         float(pc.sum(acted_on[SELF_CONFIDENCE]).as_py() or 0.0),
-        Noise(*scored.noise_model.after_removal(int(scored.class_counts.sum()), acted_on.num_rows)),
+        _noise_left(scored, acted_on.num_rows, len(removal.removed)),
     )
+
+
+def _noise_left(scored: Scored, acted_on: int, removed: int) -> Noise:
+    model, live = scored.noise_model, int(scored.class_counts.sum())
+    rate = model.remaining_noise_rate
+    return Noise(*noise_left(model.confident_joint, rate, live, acted_on=acted_on, left=live - removed))
 
 
 def _written(run: Run, number: int, acted_on: pa.Table) -> Removal:

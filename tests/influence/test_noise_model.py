@@ -26,6 +26,7 @@ from posttrain.influence.noise_model import (
     PosteriorSums,
     Prior,
     estimate_noise_model,
+    noise_left,
     posterior_sums,
     with_log_odds_offset,
 )
@@ -277,3 +278,13 @@ def test_among_classes_that_are_equally_likely_the_suggestion_is_the_one_whose_s
     for y in range(6):
         others = {c: float(noise_model.transition[c, y]) for c in range(6) if c != y}
         assert int(found[y]) == max(others, key=lambda c: others[c])
+
+
+@pytest.mark.parametrize(
+    ("removed", "relabelled", "rate"), [(0, 0, 0.2), (100, 0, 100 / 900), (0, 100, 0.1), (300, 0, 0.0)]
+)
+def test_what_is_removed_or_corrected_is_no_longer_among_the_noise(removed: int, relabelled: int, rate: float):
+    left, transition = noise_left(torch.ones(4, 4), 0.2, 1000, acted_on=removed + relabelled, left=1000 - removed)
+    assert left == pytest.approx(rate)
+    assert torch.allclose(transition.sum(dim=1), torch.ones(4, dtype=torch.float64))
+    assert torch.allclose(transition.diagonal(), torch.full((4,), 1 - rate, dtype=torch.float64))
