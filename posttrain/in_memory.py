@@ -330,9 +330,8 @@ def clean_in_memory(
     live = Live(len(samples.labels))
     first = run.fitted(live)
     metrics = {"validation_accuracy": first.ensemble.accuracy}
-    start = State(
-        (Round(0, live.count, 0, 0, 0, metrics),), live, first.ensemble, first.ensemble, validation.count, first
-    )
+    history, boundary = (Round(0, live.count, 0, 0, 0, metrics),), first.ensemble
+    start = State(history, live, boundary, boundary, boundary, validation.count, first)
     steps = run.steps()
 
     def scored(state: State[ProbeEnsemble, Fitted], features: None, fitted: Fitted) -> Scored:

@@ -53,6 +53,9 @@ class State(Generic[Model, Probe]):
     model: Model
     first: Model
     """The model as it came."""
+    base: Model
+    """The model whose features the rounds take where they change nothing but the head: the first one, or that from
+    whose weights its training began."""
     validation_samples: int
     probe: Probe | None = None
     """Fitted on the live samples already, where refining the model did that."""

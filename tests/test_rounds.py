@@ -34,7 +34,7 @@ FakeState = State[int, str]
 def start(*accuracies: float, live: int = 100, samples: int = 1000) -> FakeState:
     """A state after a round for each accuracy; the model is the number of the last."""
     rounds = tuple(Round(i, live, 0, 0, 0, {"validation_accuracy": a}) for i, a in enumerate(accuracies))
-    return State(rounds, Live(live), len(rounds) - 1, 0, samples)
+    return State(rounds, Live(live), len(rounds) - 1, 0, 0, samples)
 
 
 class DiedError(Exception):

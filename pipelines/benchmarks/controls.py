@@ -107,7 +107,7 @@ def without_removal(run: Run, state: rounds.State[Any, Any], budget: Sequence[in
             backbone, live = embed(run, state)
             probe = fitted(run, backbone, live, state.history, number, known=state.probe)
             again = refitted(run, probe.choice, probe.ensemble.members, live)
-            model = with_boundary_as_head(run, state.first, again)
+            model = with_boundary_as_head(run, state.base, again)
         done = Round(number, state.live.count, 0, 0, 0, evaluate(run, state, model))
         state = replace(state, history=(*state.history, done), model=model)
     state = conclude(run, rounds.Outcome(state, "as many rounds as with removals")).state

@@ -230,9 +230,8 @@ class CleaningInMemory:
             metrics[rounds.REFERENCE] = self.start.boundary.accuracy
         first = Round(0, len(self.data.train), 0, 0, 0, metrics)
         model = Model(self.start.weights)
-        state = State[Model, ProbeEnsemble](
-            (first,), Live(len(self.data.train)), model, model, len(self.data.validation)
-        )
+        live = Live(len(self.data.train))
+        state = State[Model, ProbeEnsemble]((first,), live, model, model, model, len(self.data.validation))
         steps = Steps(self.embed, self.fit, self.score, self.select, self.refine, self.evaluate, self.commit)
         return rounds.clean(state, steps, rounds.Limits.of(self.removal))
 

@@ -177,8 +177,9 @@ def _controls(
     yield EMA, network_accuracies(case, data, average.finished(after)), everything, steps
     trained = tuple(Round(number, len(everything), 0, 0, 0, accuracies) for number in range(1 + len(plan.steps)))
     control = CleaningInMemory(case, data, "both", begin)
+    first = Model(begin.weights)
     state = control.concluded(
-        State(trained, Live(len(everything)), Model(after), Model(begin.weights), len(data.validation)), "both"
+        State(trained, Live(len(everything)), Model(after), first, first, len(data.validation)), "both"
     )
     yield THEN_BOUNDARY, state.history[-1].metrics, everything, steps
     for name, ranking in ((RANDOM, at_random(case, data)), (BY_LOSS, by_loss(case, data))):

@@ -152,7 +152,7 @@ def _champion_by_class(
             network = network_of(
                 run, *champions.own_network(registry, attempt.champion, run.config.model, run.inputs.spec)
             )
-            samples, correct = by_class(run, state, network, on=state.first)
+            samples, correct = by_class(run, state, network, on=state.base)
         run.folder.write_json(path, {"samples": samples, "correct": correct})
     record = run.folder.read_json(path)
     return ClassCounts(tuple(record["samples"]), tuple(record["correct"]))

@@ -1,14 +1,16 @@
 """Alternatives: the models that a run with `refine.scope: auto` can leave behind, compared on held-out labels.
 
-The rounds put a new head on the model as it came, which costs little. What they leave is then also trained: the network
-from where it is, and from the weights that its own training began with, where they are known. Each alternative is
-written down as soon as it is there, so that a run that was killed goes on with the next one.
+The rounds put a new head on the network, which costs little. What they leave is then also trained: the network
+from where it is, and from the weights that its own training began with, where they are known; and each of the two also
+gets a boundary of its own. What is left still has some wrong labels: where the run file names plain cross-entropy, the
+network is trained with generalised cross-entropy, which they bend less. Each alternative is written down as soon as it
+is there, so that a run that was killed goes on with the next one.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +23,9 @@ from posttrain.influence import noise_matrix
 from posttrain.influence.noise_model import noise_left
 from posttrain.rounds import State
 from posttrain.runs.context import Run
+from posttrain.runs.embed import features_of
 from posttrain.runs.evaluate import evaluate, held_out_loss
-from posttrain.runs.fit import Fitted, refitted
+from posttrain.runs.fit import Fitted, chosen, refitted
 from posttrain.runs.networks import network_from, network_of, recipe
 from posttrain.runs.refine import train, with_boundary_as_head
 from posttrain.runs.score import prior_of
@@ -50,14 +53,14 @@ def alternatives(run: Run, state: State[Network, Fitted], boundary: Fitted) -> l
     """All that can be delivered after the last round; `boundary` is fitted on what is left."""
     transition, left = _noise(run, state)
     made: list[Alternative] = []
-    for name, make in _makers(run, state, boundary, left):
+    for name, make in _makers(run, state, boundary, left, made):
         run.progress.say(f"alternative: {name}")
         made.append(_kept(run, name) or _keep(run, state, name, make, transition))
     return made
 
 
 def _makers(
-    run: Run, state: State[Network, Fitted], boundary: Fitted, left: Noise
+    run: Run, state: State[Network, Fitted], boundary: Fitted, left: Noise, made: Sequence[Alternative]
 ) -> Iterator[tuple[str, Callable[[], Network]]]:
     """The alternatives by name, those that change less first."""
     config = run.config
@@ -67,20 +70,31 @@ def _makers(
 
         def on_all() -> Network:
             again = refitted(run, boundary.choice, boundary.ensemble.members, whole)
-            return with_boundary_as_head(run, state.first, again)
+            return with_boundary_as_head(run, state.base, again)
 
         yield "the boundary, nothing removed", on_all
-    yield "the boundary on what is left", lambda: with_boundary_as_head(run, state.first, boundary)
+    yield "the boundary on what is left", lambda: with_boundary_as_head(run, state.base, boundary)
     seed = config.run.seed + 1000 * (state.number + 1)
 
     def trained(start: Network, section: str) -> Network:
         settings = config.refining if section == "refine" else config.pretrain
+        if settings.method == "cross_entropy":
+            settings = settings.model_copy(update={"method": "gce"})
         return train(run, start, settings, state.live, name=section, seed=seed, noise=left)
 
+    def with_boundary() -> Network:
+        """The last alternative with a boundary fitted on its own features."""
+        network = made[-1].model
+        backbone, live = features_of(run, network, state.live, ("train", "validation"))
+        with run.progress.step("fit"):
+            return with_boundary_as_head(run, network, chosen(run, backbone, live, state.number + 1))
+
     yield "the network refined on what is left", lambda: trained(state.first, "refine")
+    yield "a boundary on the network refined", with_boundary
     initial = run.inputs.initial_weights
     if initial is not None:
         yield "the network trained again on what is left", lambda: trained(network_of(run, initial), "pretrain")
+        yield "a boundary on the network trained again", with_boundary
 
 
 def _noise(run: Run, state: State[Network, Fitted]) -> tuple[Tensor, Noise]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from posttrain.cluster.network import Network
 from posttrain.influence.score_round import score_round
@@ -13,7 +14,7 @@ from posttrain.runs.commit import commit_without_removal, tell_round
 from posttrain.runs.context import Run
 from posttrain.runs.embed import features_of
 from posttrain.runs.evaluate import evaluate, of_boundary
-from posttrain.runs.fit import Fitted, fitted, refitted
+from posttrain.runs.fit import Fitted, chosen, chosen_in, fitted, keep_choice, refitted
 from posttrain.runs.networks import network_of, read_checkpoint
 from posttrain.runs.quarantine import quarantined_before, readable_validation_samples
 from posttrain.runs.refine import train
@@ -74,32 +75,66 @@ def begin(run: Run, model: Network) -> State[Network, Fitted]:
     run.progress.begin_round(0)
     splits = [name for name in ("train", "validation", "test") if name in run.splits]
     backbone, live = features_of(run, model, run.live_at_start(), splits)
-    state = State[Network, Fitted]((), live, model, model, readable_validation_samples(run))
+    with run.progress.step("fit"):
+        probe = fitted(run, backbone, live, (), 0)
+    base, probe, live = _better_base(run, model, probe, live, splits)
+    state = State((), live, model, model, base, readable_validation_samples(run), probe)
     metrics = evaluate(run, state, model)
     with run.progress.step("fit"):
-        compared, probe = _without_removal(run, backbone, live)
-    metrics |= compared
+        metrics |= _without_removal(run, probe, live)
     if run.config.refine.keeps_backbone:
         metrics[REFERENCE] = metrics["boundary_validation_accuracy"]
     done = commit_without_removal(run, 0, live, model, metrics)
-    return State((done,), live, model, model, state.validation_samples, probe)
+    return replace(state, history=(done,))
 
 
-def _without_removal(run: Run, backbone: str, live: Live) -> tuple[dict[str, float], Fitted]:
-    """What a removal has to be compared with: a new head, and the chosen boundary, with nothing removed.
+def _better_base(
+    run: Run, model: Network, probe: Fitted, live: Live, splits: Sequence[str]
+) -> tuple[Network, Fitted, Live]:
+    """The model, or with the scope `auto` that from whose weights its training began, where its boundary is better.
 
-    The members of the ensemble are chosen here, for round 1, too.
+    A network that has memorised wrong labels bends its own features towards them, and those of its initial weights have
+    seen none of them. Both boundaries are compared by their cross-entropy on the validation labels.
     """
+    initial = _initial_network(run, model)
+    if initial is None:
+        return model, probe, live
+    backbone, live = features_of(run, initial, live, splits)
+    with run.progress.step("fit"):
+        if not probe.is_of(probe.choice.backbone, live):
+            # an image that only this network could not take
+            probe = refitted(run, probe.choice, probe.choice.members, live)
+        other = chosen(run, backbone, live, 0)
+    better = other.ensemble.loss < probe.ensemble.loss
+    run.progress.say(
+        f"features of the weights that training began with: validation loss of the boundary {other.ensemble.loss:.3f}, "
+        f"of the model's own {probe.ensemble.loss:.3f}; taken: {'the former' if better else 'the latter'}"
+    )
+    if not better:
+        return model, probe, live
+    keep_choice(run, 0, other.choice)
+    return initial, other, live
+
+
+def _initial_network(run: Run, model: Network) -> Network | None:
+    """The network from whose weights the model's training began; None where the rounds have no use for it."""
+    if run.config.refine.scope != "auto" or run.inputs.initial_weights is None:
+        return None
+    initial = network_of(run, run.inputs.initial_weights)
+    return None if initial.backbone == model.backbone else initial
+
+
+def _without_removal(run: Run, probe: Fitted, live: Live) -> dict[str, float]:
+    """What a removal has to be compared with: a new head, and the chosen boundary, with nothing removed."""
     head, l2_values = run.inputs.spec.head, run.config.probe.l2
-    probe = fitted(run, backbone, live, (), 0)
     of_head = [one for one in probe.choice.best_of_layers() if one[0] == head]
     member = of_head[0] if of_head else (head, l2_values[len(l2_values) // 2])
     refit = refitted(run, probe.choice, (member,), live)
     metrics: dict[str, float] = {}
     for name, boundary in (("refit", refit.ensemble), ("boundary", probe.ensemble)):
-        found = of_boundary(run, backbone, boundary)
+        found = of_boundary(run, probe.choice.backbone, boundary)
         metrics |= {f"{name}_{key}": value for key, value in found.items() if key.endswith("accuracy")}
-    return metrics, probe
+    return metrics
 
 
 def resume(run: Run, committed: Sequence[Round]) -> State[Network, Fitted]:
@@ -108,4 +143,7 @@ def resume(run: Run, committed: Sequence[Round]) -> State[Network, Fitted]:
     for done in committed:
         tell_round(run, done)
     first, last = (read_checkpoint(run, number) for number in (0, committed[-1].number))
-    return State(tuple(committed), live, last, first, readable_validation_samples(run))
+    initial = _initial_network(run, first)
+    is_base = initial is not None and chosen_in(run, committed[:1])[0].backbone == initial.backbone
+    base = initial if initial is not None and is_base else first
+    return State(tuple(committed), live, last, first, base, readable_validation_samples(run))

@@ -12,7 +12,7 @@ from posttrain.live import Live, Removal
 from posttrain.report.figures import ScoreHistogram
 from posttrain.rounds import State
 from posttrain.runs.context import Run
-from posttrain.runs.networks import feature_network, write_checkpoint
+from posttrain.runs.networks import network_of_round, write_checkpoint
 from posttrain.runs.select import Choice
 from posttrain.schema import Round
 from posttrain.store.scores import delete_score_shards
@@ -28,7 +28,7 @@ def commit(run: Run, state: State[Network, Any], selected: Choice, done: Round) 
     run.ledger.commit(done)
     delete_score_shards(run.folder, done.number)
     # the next round's features are those of the new backbone: the old ones are not asked for again
-    run.folder.keep_only_features(feature_network(run, state.model, state.first).backbone)
+    run.folder.keep_only_features(network_of_round(run, state).backbone)
     tell_round(run, done, selected.histogram)
     run.progress.say(round_sentence(done))
     return done

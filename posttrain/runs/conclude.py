@@ -49,7 +49,7 @@ def _best_alternative(run: Run, outcome: Outcome[Network, Fitted]) -> Outcome[Ne
         return outcome
     number = state.number + 1
     run.progress.begin_round(number)
-    backbone, live = features_of(run, state.first, state.live, ("train", "validation"))
+    backbone, live = features_of(run, state.base, state.live, ("train", "validation"))
     state, scoring = replace(state, live=live), outcome.final_scoring
     with run.progress.step("fit"):
         probe = fitted(run, backbone, live, state.history, number, known=scoring.probe if scoring else state.probe)
@@ -60,7 +60,7 @@ def _best_alternative(run: Run, outcome: Outcome[Network, Fitted]) -> Outcome[Ne
     said = f"delivered: {best.name}: "
     done = commit_without_removal(run, number, live, best.model, metrics, ended=outcome.reason, said=said)
     alternatives.forget(run)
-    run.folder.keep_only_features(feature_network(run, best.model, state.first).backbone)
+    run.folder.keep_only_features(feature_network(best.model, state.base).backbone)
     state = replace(state, history=(*state.history, done), model=best.model)
     final = FinalScoring(probe, scoring.metrics if scoring else {})
     return replace(outcome, state=state, final_scoring=final)
@@ -94,7 +94,7 @@ def base_network(run: Run, state: State[Network, Fitted]) -> Network:
     """The network whose features the final model's head takes: a later run needs no others of the same images."""
     scope, last = run.config.refine.scope, state.history[-1]
     if scope == "auto":
-        return feature_network(run, state.model, state.first)
+        return feature_network(state.model, state.base)
     if scope == "head" or state.model.digest == state.first.digest:
         return state.first
     # a round that only put the boundary on

@@ -9,7 +9,7 @@ from posttrain.cluster.network import Network
 from posttrain.live import Live
 from posttrain.rounds import State
 from posttrain.runs.context import Run
-from posttrain.runs.networks import feature_network
+from posttrain.runs.networks import network_of_round
 from posttrain.runs.quarantine import quarantine
 from posttrain.store.features import ShardSummary
 
@@ -17,7 +17,7 @@ from posttrain.store.features import ShardSummary
 def embed(run: Run, state: State[Network, Any]) -> tuple[str, Live]:
     """The name of the feature store of the round's network, written where it is not there; what is live now."""
     run.progress.begin_round(state.number + 1)
-    return features_of(run, feature_network(run, state.model, state.first), state.live, ("train", "validation"))
+    return features_of(run, network_of_round(run, state), state.live, ("train", "validation"))
 
 
 def features_of(run: Run, network: Network, live: Live, splits: Iterable[str]) -> tuple[str, Live]:

@@ -23,7 +23,7 @@ from posttrain.store.features import read_shard
 def evaluate(run: Run, state: State[Network, Any], model: Network) -> dict[str, float]:
     """Accuracy and cross-entropy on the validation and the test set."""
     splits = [name for name in ("validation", "test") if name in run.splits]
-    network = feature_network(run, model, state.first)
+    network = feature_network(model, state.base)
     backbone, _ = features_of(run, network, state.live, splits)
     with run.progress.step("evaluate") as tell:
         # a new head sits on layers of the first network, whose features are there
@@ -36,7 +36,7 @@ def evaluate(run: Run, state: State[Network, Any], model: Network) -> dict[str, 
 
 def held_out_loss(run: Run, state: State[Network, Any], model: Network, transition: torch.Tensor) -> float:
     """`influence.held_out` of the model on the validation labels, whose transition matrix is given."""
-    network = feature_network(run, model, state.first)
+    network = feature_network(model, state.base)
     backbone, _ = features_of(run, network, state.live, ["validation"])
     layers = head_layers(model, network)
     assert layers is not None, "a network's head takes its own features"
@@ -71,7 +71,7 @@ def by_class(
     where the model is not this network with a new head, the images go through the model itself.
     """
     split = "test" if "test" in run.splits else "validation"
-    on = on or feature_network(run, model, state.first)
+    on = on or feature_network(model, state.base)
     names = head_layers(model, on)
     if names is None:
         on = model = replace(model, spec=replace(model.spec, layers=(model.spec.head,)))

@@ -94,20 +94,32 @@ def fitted(
     for choice in choices:
         if choice.backbone == backbone:
             return refitted(run, choice, choice.members, live)
-    candidates = (
-        choices[-1].best_of_layers()
-        if choices
-        else [(layer, l2) for layer in run.inputs.layers for l2 in run.config.probe.l2]
-    )
+    found = chosen(run, backbone, live, number, candidates=choices[-1].best_of_layers() if choices else None)
+    keep_choice(run, number, found.choice)
+    return found
+
+
+def chosen(
+    run: Run, backbone: str, live: Live, number: int, *, candidates: Sequence[tuple[str, float]] | None = None
+) -> Fitted:
+    """The best ensemble on the live samples, of candidates (layer, l2): without them, of all layers and all L2.
+
+    `number` is that of the round, for messages.
+    """
+    if candidates is None:
+        candidates = [(layer, l2) for layer in run.inputs.layers for l2 in run.config.probe.l2]
     samples, validation = stored(run, backbone, "train", live), stored(run, backbone, "validation")
     try:
         found = ensemble.choose(samples, validation, candidates=candidates, classes=len(run.inputs.classes))
     except FeaturelessError as error:
         raise _featureless(run, live, number, error) from error
     tried = tuple((one.layer, one.l2, one.loss, one.accuracy) for one in found.tried)
-    choice = Choice(backbone, found.members, tried)
+    return Fitted(found, Choice(backbone, found.members, tried), samples, validation)
+
+
+def keep_choice(run: Run, number: int, choice: Choice) -> None:
+    """Write the choice down as that of round `number`, for later rounds."""
     run.folder.write_json(_path(run, number), asdict(choice))
-    return Fitted(found, choice, samples, validation)
 
 
 def _featureless(run: Run, live: Live, number: int, error: FeaturelessError) -> DataError | RecipeError:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from posttrain.cluster.network import Network, load_network
+from posttrain.rounds import State
 from posttrain.runs.context import Run
 from posttrain.schema import ModelSpec
 from posttrain.vision import models
@@ -48,9 +49,14 @@ def network_from(run: Run, weights: bytes, kept: dict[str, Any]) -> Network:
     return network_of(run, weights, spec)
 
 
-def feature_network(run: Run, model: Network, first: Network) -> Network:
-    """The network whose features the model's head takes: the first one where the model is that with a new head."""
-    return model if head_layers(model, first) is None else first
+def feature_network(model: Network, base: Network) -> Network:
+    """The network whose features the model's head takes: the base where the model is that with a new head."""
+    return model if head_layers(model, base) is None else base
+
+
+def network_of_round(run: Run, state: State[Network, Any]) -> Network:
+    """The network whose features the round after this state takes."""
+    return state.base if run.config.refine.keeps_backbone else feature_network(state.model, state.base)
 
 
 def linear_head(model: Network) -> tuple[torch.Tensor, torch.Tensor]:

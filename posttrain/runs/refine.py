@@ -97,9 +97,9 @@ def refine(
     settings = run.config.refining
     if settings.keeps_backbone:
         with run.progress.step("refine"):
-            assert state.first.backbone == backbone
+            assert state.base.backbone == backbone
             again = refitted(run, fitted.choice, fitted.ensemble.members, live)
-            return with_boundary_as_head(run, state.first, again), again
+            return with_boundary_as_head(run, state.base, again), again
     seed = run.config.run.seed + 1000 * (state.number + 1)
     return train(run, state.model, settings, live, name="refine", seed=seed, noise=selected.noise), None
 

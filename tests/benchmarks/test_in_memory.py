@@ -83,7 +83,7 @@ def test_the_boundary_becomes_the_head_in_the_end_where_the_mode_asks_for_it(
         Round(number, len(data.train), 0, 0, 0, {"validation_accuracy": accuracy}) for number in range(rounds + 1)
     )
     model = in_memory.Model(start.weights)
-    state = State(history, Live(len(data.train)), model, model, len(data.validation))
+    state = State(history, Live(len(data.train)), model, model, model, len(data.validation))
     after = in_memory.CleaningInMemory(NOISY, data, mode, start).concluded(state, mode)
     assert (after.model.boundary is start.boundary) is becomes
     assert after.number == rounds + becomes
