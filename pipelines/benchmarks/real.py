@@ -3,15 +3,17 @@
     python -m pipelines.benchmarks.real --folder runs/real
 
 Overfitted: fine-tuned from the pre-trained weights on all given labels until it fits them. Frozen: as pre-trained, with
-a head fitted on all given labels. posttrain cleans in at most four rounds of 10 %; each control gets the
-same features, and each training the same recipe, seed and steps. A finding is kept as soon as it is there: the same
-command goes on.
+a head fitted on all given labels. posttrain does what `refine.scope: auto` does, in rounds of 10 %, but for the network
+refined from where it is; each control gets the same features, and each training the same recipe, seed and steps. What
+takes long is kept in the folder as soon as it is there: the same command goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -28,10 +30,12 @@ from torch import Tensor
 from pipelines.benchmarks import cases
 from pipelines.benchmarks.baselines import confident_learning, self_confidence
 from pipelines.benchmarks.cases import DATASETS, PRETRAINED, Case, Data
+from pipelines.benchmarks.first_round import embedded
 from pipelines.benchmarks.hardware import hardware
-from pipelines.benchmarks.in_memory import CleaningInMemory, Start, rows, start
-from pipelines.benchmarks.real_report import report
+from pipelines.benchmarks.in_memory import PROBE, CleaningInMemory, Start, rows, start
+from pipelines.benchmarks.real_report import AGAIN, BOUNDARY, EMA, OFFERED, report
 from pipelines.benchmarks.training import steps_of_epoch
+from posttrain.config import Removal
 from posttrain.influence import ensemble
 from posttrain.influence.ensemble import ProbeEnsemble
 from posttrain.influence.held_out import corrected_loss
@@ -47,15 +51,17 @@ NOISES = (
     "symmetric 40",
     "human aggre",
     "instance 40",
-    "pair 40",
     "clean",
+    "pair 40",
     "symmetric 20",
     "instance 20",
     "pair 20",
 )
 STATES = ("overfitted", "frozen")
-EMA = 0.99
+DECAY = 0.99
+"""Of the moving average of weights, by step."""
 NEIGHBOURS = 50
+REMOVAL = Removal(budget=0.1, max_rounds=8)
 
 
 @dataclass
@@ -65,6 +71,8 @@ class Finding:
     case: str
     wrong: float
     """Share of wrong labels."""
+    base: str = ""
+    """Whose features the rounds take: those of the network as it came, or of its initial weights."""
     rate: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """As posttrain estimates it, with its interval."""
     removed: dict[str, tuple[float, float, float]] = field(default_factory=dict)
@@ -76,119 +84,111 @@ class Finding:
     delivered: str = ""
 
 
-def measured(case: Case) -> Finding:
+@dataclass(frozen=True)
+class Network:
+    """A network that was trained from the pre-trained weights."""
+
+    weights: bytes = field(repr=False)
+    average: bytes = field(repr=False)
+    """The moving average of its weights."""
+    aum: np.ndarray
+    seconds: float
+
+
+def measured(case: Case, folder: Path) -> Finding:
     """All that is measured of a case."""
     data = cases.load(case)
     wrong = data.train.given != data.train.true
-    found = Finding(str(case), float(wrong.mean()))
     initial = to_bytes(cases.network(case, case.seed))
-    weights, aum, average = _network(case, data, initial)
+    everything = np.ones(len(wrong), bool)
+    plain = trained(case, data, initial, everything, "cross_entropy", folder)
+    pretrained = start(case, data, initial)
+    own = pretrained
+    if case.network == "overfitted":
+        own = start(case, data, plain.weights)
+    weights = own.weights if case.network == "overfitted" else _with_head(case, data, pretrained)
     began = time.perf_counter()
-    begin = start(case, data, weights)
-    run = CleaningInMemory(case, data, "head", begin)
+    # as `runs.begin` chooses the base of the rounds
+    base = pretrained if pretrained.boundary.loss < own.boundary.loss else own
+    run = CleaningInMemory(case, data, "head", base, REMOVAL)
     run.clean()
     seconds = time.perf_counter() - began
-    found.rate = (run.estimates[0].rate, run.estimates[0].low, run.estimates[0].high)
-    _note_removed(found, "posttrain", ~run.kept, wrong)
-    suspicion, flagged = dict(_rankings(case, data, begin, aum)), _cleanlab(begin)
-    suspicion |= flagged[0]
-    _note_removed(found, "cleanlab", flagged[1], wrong)
+    suspicion, flagged = _cleanlab(pretrained)
+    estimate = run.estimates[0]
+    found = Finding(str(case), float(wrong.mean()), "as it came" if base is own else "initial weights")
+    found.rate = estimate.rate, estimate.low, estimate.high
+    for name, gone in (("posttrain", ~run.kept), ("cleanlab", flagged)):
+        hit = int((gone & wrong).sum())
+        found.removed[name] = float(gone.mean()), hit / max(1, int(gone.sum())), hit / max(1, int(wrong.sum()))
+    aum = plain.aum if case.network == "overfitted" else None
+    rankings = {**dict(_rankings(case, data, base, pretrained, weights, aum)), "cleanlab, self-confidence": suspicion}
     if wrong.any():
-        found.ranking = {name: float(average_precision_score(wrong, score)) for name, score in suspicion.items()}
+        found.ranking = {name: float(average_precision_score(wrong, score)) for name, score in rankings.items()}
     transition = run.validation_transition()
-    _boundaries(case, data, begin, run, flagged[1], transition, found, seconds)
-    if average is not None:
-        found.rows["trained again, all, ema"] = _accuracy(case, data, average, transition)
-        _train_again(case, data, initial, run.kept, flagged[1], transition, found)
-    offered = [name for name in found.rows if name in _OFFERED]
-    found.delivered = min(offered, key=lambda name: found.rows[name]["loss"])
+    found.rows["as it came"] = _accuracy(case, data, weights, transition)
+    if case.network == "overfitted":
+        found.rows[f"as it came{EMA}"] = _accuracy(case, data, plain.average, transition)
+    kept = {
+        "posttrain": run.kept,
+        "nothing removed": everything,
+        "random removal": _at_random(case, run.kept),
+        "cleanlab": ~flagged,
+        "right labels alone": ~wrong,
+    }
+    _boundaries(data, base, kept, transition, found)
+    found.rows["boundary, posttrain"]["seconds"] = seconds
+    for name, left in kept.items():
+        network = trained(case, data, initial, left, "gce", folder)
+        row = AGAIN + name
+        found.rows[row] = _accuracy(case, data, network.weights, transition) | {"seconds": network.seconds}
+        found.rows[row + EMA] = _accuracy(case, data, network.average, transition)
+        found.rows[row + BOUNDARY] = _boundary_on(case, data, base, network.weights, left, transition)
+    found.delivered = min(OFFERED, key=lambda name: found.rows[name]["loss"])
     return found
 
 
-def _train_again(
-    case: Case,
-    data: Data,
-    initial: bytes,
-    left: np.ndarray,
-    flagged: np.ndarray,
-    transition: Tensor,
-    found: Finding,
-) -> None:
-    """The network trained again from its pre-trained weights: on what posttrain and the controls keep."""
-    wrong = data.train.given != data.train.true
-    kept = {"posttrain": left, "cleanlab": ~flagged, "right labels alone": ~wrong}
-    kept["random removal"] = _at_random(case, left)
-    for name, mask in kept.items():
-        _trained_again(case, data, initial, mask, f"trained again, {name}", transition, found)
-    everything = np.ones(len(wrong), bool)
-    _trained_again(case, data, initial, everything, "trained again, all, gce", transition, found, method="gce")
+def trained(case: Case, data: Data, initial: bytes, kept: np.ndarray, method: str, folder: Path) -> Network:
+    """The network trained from the pre-trained weights on the kept samples, in as many steps as on all.
+
+    Kept in the folder: the states of a network share it.
+    """
+    digest = hashlib.sha256(f"{case.dataset}, {case.noise}, {case.seed}, {method}".encode() + kept.tobytes())
+    path = folder / "networks" / f"{digest.hexdigest()[:16]}.pt"
+    if not path.exists():
+        settings = DATASETS[case.dataset].training["overfitted"]
+        steps = settings.epochs * steps_of_epoch(len(kept), settings.batch_size)
+        part = data.train.rows(kept)
+        epochs = -(-steps // steps_of_epoch(len(part), settings.batch_size))
+        settings = cases.with_settings(settings, epochs=epochs, max_steps=steps, method=method)
+        average = cases.averaged(case, initial, DECAY)
+        result = cases.train(
+            case,
+            part,
+            seed=case.seed,
+            weights=initial,
+            settings=settings,
+            watch=True,
+            after_step=average.update_parameters,
+        )
+        average.update_parameters(cases.loaded(case, result.weights))
+        assert result.aum is not None
+        found = (result.weights, to_bytes(average.module), torch.from_numpy(result.aum), result.seconds)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(found, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
+    weights, average, aum, seconds = torch.load(path, weights_only=True)
+    return Network(weights, average, aum.numpy(), seconds)
 
 
-_OFFERED = (
-    "as it came",
-    "boundary, nothing removed",
-    "boundary, posttrain",
-    "trained again, posttrain",
-    "trained again, posttrain, ema",
-)
-"""What is chosen from, those that change less first: as by `refine.scope: auto`, with `pretrain.ema` and without, and
-without the network refined from where it is."""
-
-
-def _network(case: Case, data: Data, initial: bytes) -> tuple[bytes, np.ndarray | None, bytes | None]:
-    """The network that comes to posttrain, the margins seen while it was trained, and the average of its weights."""
-    if case.network == "frozen":
-        model = cases.loaded(case, initial)
-        begin = start(case, data, initial)
-        head = find_head(model, classes=data.classes)
-        weight, bias = begin.head.fold()
-        layer = head_of(model, head)
-        with torch.no_grad():
-            layer.weight.copy_(weight.float())
-            layer.bias.copy_(bias.float())
-        return to_bytes(model), None, None
-    trained, average = _training(case, data, initial, np.ones(len(data.train), bool), watch=True)
-    return trained.weights, trained.aum, average
-
-
-def _training(
-    case: Case, data: Data, initial: bytes, kept: np.ndarray, *, watch: bool = False, **changes: Any
-) -> tuple[cases.Trained, bytes]:
-    """Training from the pre-trained weights on the kept samples, in as many steps as on all; and its moving average."""
-    settings = DATASETS[case.dataset].training["overfitted"]
-    steps = settings.epochs * steps_of_epoch(len(data.train), settings.batch_size)
-    part = data.train.rows(kept)
-    epochs = -(-steps // steps_of_epoch(len(part), settings.batch_size))
-    settings = cases.with_settings(settings, epochs=epochs, max_steps=steps, **changes)
-    average = cases.averaged(case, initial, EMA)
-    trained = cases.train(
-        case,
-        part,
-        seed=case.seed,
-        weights=initial,
-        settings=settings,
-        watch=watch,
-        after_step=average.update_parameters,
-    )
-    average.update_parameters(cases.loaded(case, trained.weights))
-    return trained, to_bytes(average.module)
-
-
-def _trained_again(
-    case: Case,
-    data: Data,
-    initial: bytes,
-    kept: np.ndarray,
-    name: str,
-    transition: Tensor,
-    found: Finding,
-    **changes: Any,
-) -> None:
-    began = time.perf_counter()
-    trained, average = _training(case, data, initial, kept, **changes)
-    seconds = time.perf_counter() - began
-    for label, weights in ((name, trained.weights), (f"{name}, ema", average)):
-        found.rows[label] = _accuracy(case, data, weights, transition) | {"seconds": seconds}
+def _with_head(case: Case, data: Data, begin: Start) -> bytes:
+    """The pre-trained network with the fitted head."""
+    model = cases.loaded(case, begin.weights)
+    weight, bias = begin.head.fold()
+    layer = head_of(model, find_head(model, classes=data.classes))
+    with torch.no_grad():
+        layer.weight.copy_(weight.float())
+        layer.bias.copy_(bias.float())
+    return to_bytes(model)
 
 
 def _accuracy(case: Case, data: Data, weights: bytes, transition: Tensor) -> dict[str, float]:
@@ -198,68 +198,62 @@ def _accuracy(case: Case, data: Data, weights: bytes, transition: Tensor) -> dic
     return {
         "test": cases.accuracy(case, model, data.test),
         "validation": float((logits.argmax(dim=1).numpy() == data.validation.given).mean()),
-        "loss": _loss(logits, data, transition),
+        "loss": _loss(logits, torch.from_numpy(data.validation.given.astype(np.int64)), transition),
     }
 
 
-def _loss(logits: Tensor, data: Data, transition: Tensor) -> float:
-    unit = torch.eye(data.classes)
-    labels = torch.from_numpy(data.validation.given.astype(np.int64))
-    return corrected_loss(in_memory(logits.float(), labels, 2048), unit, transition)
+def _loss(logits: Tensor, labels: Tensor, transition: Tensor) -> float:
+    return corrected_loss(in_memory(logits.float(), labels, 2048), torch.eye(logits.shape[1]), transition)
 
 
-def _boundaries(
-    case: Case,
-    data: Data,
-    begin: Start,
-    run: CleaningInMemory,
-    flagged: np.ndarray,
-    transition: Tensor,
-    found: Finding,
-    seconds: float,
-) -> None:
-    train, validation, members = begin.features.train, begin.features.validation, begin.boundary.members
-    found.rows["as it came"] = _accuracy(case, data, begin.weights, transition)
-    right = data.train.given == data.train.true
-
-    def refitted(kept: np.ndarray) -> ProbeEnsemble:
-        return ensemble.refit(rows(train, kept), validation, members, classes=data.classes)
-
-    drawn = {
-        "new head": begin.head,
-        "boundary, nothing removed": begin.boundary,
-        "boundary, posttrain": refitted(run.kept),
-        "boundary, random removal": refitted(_at_random(case, run.kept)),
-        "boundary, cleanlab": refitted(~flagged),
-        "boundary, right labels alone": refitted(right),
-    }
-    for name, boundary in drawn.items():
-        found.rows[name] = _of_logits(begin, data, transition, lambda part, b=boundary: _logits(b, part))
-    found.rows["boundary, posttrain"]["seconds"] = seconds
-    weights = _gce_boundary(begin, data)
-    parts = begin.boundary
+def _boundaries(data: Data, base: Start, kept: dict[str, np.ndarray], transition: Tensor, found: Finding) -> None:
+    """The boundaries on the features of the rounds."""
+    train, validation = base.features.train, base.features.validation
+    found.rows["new head"] = _of_boundary(base.head, validation, base.test, transition)
+    for name, left in kept.items():
+        again = ensemble.refit(rows(train, left), validation, base.boundary.members, classes=data.classes)
+        found.rows[f"boundary, {name}"] = _of_boundary(again, validation, base.test, transition)
+    weights, parts = _gce_boundary(base), base.boundary
 
     def robust(part: InMemory) -> Tensor:
         return part.side_by_side(parts.layers, parts.standardizers) @ weights.T
 
-    found.rows["boundary, gce"] = _of_logits(begin, data, transition, robust)
+    found.rows["boundary, gce"] = _of_logits(robust, validation, base.test, transition)
 
 
-def _logits(boundary: ProbeEnsemble, part: InMemory) -> Tensor:
-    return part.side_by_side(boundary.layers, boundary.standardizers) @ boundary.weights.float().T
+def _boundary_on(
+    case: Case, data: Data, base: Start, weights: bytes, kept: np.ndarray, transition: Tensor
+) -> dict[str, float]:
+    """A boundary chosen and drawn on a trained network's own features, by the kept samples."""
+    model = cases.loaded(case, weights)
+    train, validation, test = (
+        embedded(case, model, base.layers, part, PROBE.max_features)
+        for part in (data.train, data.validation, data.test)
+    )
+    candidates = [(name, l2) for name in base.layers for l2 in PROBE.l2]
+    boundary = ensemble.choose(rows(train, kept), validation, candidates=candidates, classes=data.classes)
+    return _of_boundary(boundary, validation, test, transition)
 
 
-def _of_logits(begin: Start, data: Data, transition: Tensor, logits: Callable[[InMemory], Tensor]) -> dict[str, float]:
-    of_validation, of_test = logits(begin.features.validation), logits(begin.test)
-    given = begin.features.validation.labels
+def _of_boundary(boundary: ProbeEnsemble, validation: InMemory, test: InMemory, transition: Tensor) -> dict[str, float]:
+    def logits(part: InMemory) -> Tensor:
+        return part.side_by_side(boundary.layers, boundary.standardizers) @ boundary.weights.float().T
+
+    return _of_logits(logits, validation, test, transition)
+
+
+def _of_logits(
+    logits: Callable[[InMemory], Tensor], validation: InMemory, test: InMemory, transition: Tensor
+) -> dict[str, float]:
+    of_validation, of_test = logits(validation), logits(test)
     return {
-        "test": float((of_test.argmax(dim=1) == begin.test.labels).double().mean()),
-        "validation": float((of_validation.argmax(dim=1) == given).double().mean()),
-        "loss": _loss(of_validation, data, transition),
+        "test": float((of_test.argmax(dim=1) == test.labels).double().mean()),
+        "validation": float((of_validation.argmax(dim=1) == validation.labels).double().mean()),
+        "loss": _loss(of_validation, validation.labels, transition),
     }
 
 
-def _gce_boundary(begin: Start, data: Data) -> Tensor:
+def _gce_boundary(begin: Start) -> Tensor:
     """A linear head on the boundary's features by generalised cross-entropy; L2 by validation accuracy."""
     boundary, train, validation = begin.boundary, begin.features.train, begin.features.validation
     own = train.side_by_side(boundary.layers, boundary.standardizers)
@@ -283,18 +277,18 @@ def _gce_boundary(begin: Start, data: Data) -> Tensor:
     return best[1]
 
 
-def _rankings(case: Case, data: Data, begin: Start, aum: np.ndarray | None) -> Iterator[tuple[str, np.ndarray]]:
-    """Suspicion [n] by posttrain's first round and by the controls on the same features."""
-    scored = score_round(begin.features.train, begin.features.validation, begin.boundary, seed=0)
-    tables = list(scored.tables)
-    yield "posttrain", np.concatenate([table["mislabel_odds"] for table in tables])
+def _rankings(
+    case: Case, data: Data, base: Start, pretrained: Start, weights: bytes, aum: np.ndarray | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Suspicion [n] by posttrain's first round, by the network as it came, and among neighbours as pre-trained."""
+    scored = score_round(base.features.train, base.features.validation, base.boundary, seed=0)
+    yield "posttrain", np.concatenate([table["mislabel_odds"] for table in scored.tables])
     given = torch.from_numpy(data.train.given.astype(np.int64))
-    logits = cases.logits(case, cases.loaded(case, begin.weights), data.train)
+    logits = cases.logits(case, cases.loaded(case, weights), data.train)
     yield "loss", torch.nn.functional.cross_entropy(logits, given, reduction="none").numpy()
     if aum is not None:
         yield "AUM", -aum
-    own = begin.features.train.side_by_side(begin.head.layers, begin.head.standardizers)[:, :-1]
-    own = torch.nn.functional.normalize(own)
+    own = torch.nn.functional.normalize(_head_features(pretrained))
     nearest = (own @ own.T).fill_diagonal_(-2).topk(NEIGHBOURS, dim=1).indices
     agreeing = (given[nearest] == given[:, None]).double()
     yield f"{NEIGHBOURS} nearest neighbours", 1 - agreeing.mean(dim=1).numpy()
@@ -302,25 +296,17 @@ def _rankings(case: Case, data: Data, begin: Start, aum: np.ndarray | None) -> I
     yield "SimiFeat, 10 votes", 1 - agreeing[:, :10].mean(dim=1).numpy()
 
 
-def _cleanlab(begin: Start) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """As a user of cleanlab would: cross-validated logistic regression on what goes into the head, and its own cut."""
-    train = begin.features.train
-    own = train.side_by_side(begin.head.layers, begin.head.standardizers)[:, :-1].numpy()
-    given = train.labels.numpy()
+def _cleanlab(begin: Start) -> tuple[np.ndarray, np.ndarray]:
+    """As a user of cleanlab would: cross-validated logistic regression on what goes into the head; and its own cut."""
+    given = begin.features.train.labels.numpy()
     model = LogisticRegression(C=1 / (len(given) * 0.01), max_iter=300)
+    own = _head_features(begin).numpy()
     probabilities: Any = cross_val_predict(model, own, given, cv=5, method="predict_proba")
-    return {"cleanlab, self-confidence": self_confidence(probabilities, given)}, confident_learning(
-        probabilities, given
-    )[1]
+    return self_confidence(probabilities, given), confident_learning(probabilities, given)[1]
 
 
-def _note_removed(found: Finding, name: str, gone: np.ndarray, wrong: np.ndarray) -> None:
-    hit = int((gone & wrong).sum())
-    found.removed[name] = (
-        float(gone.mean()),
-        hit / max(1, int(gone.sum())),
-        hit / max(1, int(wrong.sum())),
-    )
+def _head_features(begin: Start) -> Tensor:
+    return begin.features.train.side_by_side(begin.head.layers, begin.head.standardizers)[:, :-1]
 
 
 def _at_random(case: Case, kept: np.ndarray) -> np.ndarray:
@@ -332,11 +318,11 @@ def _at_random(case: Case, kept: np.ndarray) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--datasets", nargs="+", choices=list(PRETRAINED), default=list(PRETRAINED))
+    parser.add_argument("--datasets", nargs="+", choices=list(PRETRAINED), default=["cifar10n-lite0-top"])
     parser.add_argument("--noises", nargs="+", choices=NOISES, default=list(NOISES))
     parser.add_argument("--states", nargs="+", choices=STATES, default=list(STATES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--folder", type=Path, default=Path("runs/real"), help="the findings")
+    parser.add_argument("--folder", type=Path, default=Path("runs/real"), help="the findings, and the networks")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("results") / "real.md")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
@@ -347,7 +333,7 @@ def main() -> None:
         path = options.folder / f"{case.key}.json"
         if not path.exists():
             began = time.perf_counter()
-            found = measured(case)
+            found = measured(case, options.folder)
             path.with_suffix(".tmp").write_text(json.dumps(found.__dict__, indent=1))
             path.with_suffix(".tmp").replace(path)
             print(f"{case}: {time.perf_counter() - began:.0f} s", flush=True)

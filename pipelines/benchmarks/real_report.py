@@ -10,26 +10,31 @@ from pipelines.benchmarks.tables import document, markdown, percent
 
 Record = Mapping[str, Any]
 
-CONTROLS = {
-    "overfitted": (
-        "as it came",
-        "trained again, all, ema",
-        "trained again, all, gce",
-        "trained again, all, gce, ema",
-        "boundary, nothing removed",
-        "boundary, gce",
-        "trained again, cleanlab",
-        "trained again, cleanlab, ema",
-        "trained again, random removal",
-        "trained again, random removal, ema",
-    ),
-    "frozen": ("as it came", "new head", "boundary, nothing removed", "boundary, gce", "boundary, cleanlab"),
-}
-ORACLES = (
-    "trained again, right labels alone",
-    "trained again, right labels alone, ema",
-    "boundary, right labels alone",
+AGAIN, EMA, BOUNDARY = "trained again, ", ", average of weights", ", its boundary"
+"""Parts of the names of models: trained again from the pre-trained weights by generalised cross-entropy; the moving
+average of its weights; and a boundary on its own features."""
+_BOUNDARIES = ("boundary, nothing removed", "boundary, gce", "boundary, random removal", "boundary, cleanlab")
+_TRAINED = tuple(
+    f"{AGAIN}{kept}{form}" for kept in ("nothing removed", "random removal", "cleanlab") for form in ("", EMA, BOUNDARY)
 )
+CONTROLS = {
+    "overfitted": ("as it came", f"as it came{EMA}", "new head", *_BOUNDARIES, *_TRAINED),
+    "frozen": ("as it came", "new head", *_BOUNDARIES, *_TRAINED),
+}
+OURS = ("boundary, posttrain", *(f"{AGAIN}posttrain{form}" for form in ("", EMA, BOUNDARY)))
+ORACLES = (
+    "boundary, right labels alone",
+    *(f"{AGAIN}right labels alone{form}" for form in ("", EMA, BOUNDARY)),
+)
+OFFERED = (
+    "as it came",
+    "boundary, nothing removed",
+    "boundary, posttrain",
+    f"{AGAIN}posttrain",
+    f"{AGAIN}posttrain{BOUNDARY}",
+)
+"""What is delivered is one of these, those that change less first: as by `refine.scope: auto`, without the network
+refined from where it is."""
 
 
 def report(records: Sequence[Record], command: str, hardware: str) -> str:
@@ -82,13 +87,11 @@ def _of_state(records: Sequence[Record], state: str) -> Iterable[list[str]]:
             ],
         ),
     ]
-    models = [*CONTROLS[state], "boundary, posttrain"]
-    models += ["trained again, posttrain", "trained again, posttrain, ema"] if state == "overfitted" else []
-    oracles = [name for name in ORACLES if any(name in one["rows"] for one in records)]
+    models = [*CONTROLS[state], *OURS]
     rows = [[name, *(percent([_test(one, name) for one in own]) for own in groups.values())] for name in models]
     rows.append(["**delivered**", *(percent([_test(one, one["delivered"]) for one in own]) for own in groups.values())])
     rows += [
-        [f"*{name}*", *(percent([_test(one, name) for one in own]) for own in groups.values())] for name in oracles
+        [f"*{name}*", *(percent([_test(one, name) for one in own]) for own in groups.values())] for name in ORACLES
     ]
     yield ["Test accuracy:", "", *markdown(["", *groups], rows)]
     yield _gains(noisy, state)
