@@ -54,7 +54,7 @@ CONTROLS = [
 """What a user could do instead of posttrain."""
 ROWS = {
     "the network as it came": "the network as it came",
-    "posttrain, head": "**posttrain, `refine.scope: head`** (default)",
+    "posttrain, head": "**posttrain, `refine.scope: head`**",
     "posttrain, both": "posttrain, `both`",
     "posttrain, network": "posttrain, `network`",
     "new head, nothing removed": "new head, nothing removed",

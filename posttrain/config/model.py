@@ -132,14 +132,15 @@ class Pretrain(Training):
 class Refine(Training):
     """Refining the model after each removal."""
 
-    scope: Literal["auto", "head", "network", "both"] = "head"
+    scope: Literal["auto", "head", "network", "both"] = "auto"
     """What is retrained on the samples that are left. head: the decision boundary fitted to them becomes the new head;
-    the other keys of this section have no effect. auto: rounds as with head; at the end the network is also refined by
-    this section, and trained again by the section pretrain where the weights that its training began with are known
-    (model.initial_weights); what does best on the validation labels, corrected for their noise, is delivered. network:
-    the whole network is trained in every round. both: as network, and at the end the boundary becomes its new head,
-    unless it does worse on validation labels. If nothing was removed, head and both change the head only if that is
-    clearly better."""
+    the other keys of this section have no effect. auto: rounds as with head, and at the end what does best on the
+    validation labels, corrected for their noise, is delivered: the model as it came, the boundary with nothing removed
+    or on what is left, and, where the weights that its training began with are known (model.initial_weights, or
+    posttrain trained it), the network refined by this section or trained again by the section pretrain, each with a
+    boundary of its own; gce stands in for method cross_entropy. network: the whole network is trained in every round.
+    both: as network, and at the end the boundary becomes its new head, unless it does worse on validation labels. If
+    nothing was removed, head and both change the head only if that is clearly better."""
     augment: Augment | None = None
     """Augmentation of the training images: none, crop (random shifts), crop_flip (random shifts and mirroring). null:
     as in pretrain, where posttrain trains the model itself; else crop_flip."""

@@ -88,13 +88,23 @@ def _leakage(summary: Mapping[str, Any]) -> tuple[str | None, str]:
     )
 
 
+_REMOVAL_ALONE = "the boundary on what is left"
+"""The alternative that differs from the control in nothing but the removal."""
+
+
 def _controls(summary: Mapping[str, Any]) -> list[tuple[str, str | None, str]]:
     """The same change of test accuracy with nothing removed: what the removal has to be compared with."""
     before, after = summary["test_accuracy_before"], summary["test_accuracy_after"]
     boundary, head = summary["test_accuracy_boundary"], summary["test_accuracy_refit"]
     if after is None or boundary is None:
         return []
-    gain = f"control: same boundary, all samples kept; the removal itself: {100 * (after - boundary):+.1f} points"
+    points = f"{100 * (after - boundary):+.1f} points"
+    delivered = next((one["name"] for one in summary.get("alternatives") or () if one["delivered"]), _REMOVAL_ALONE)
+    gain = (
+        f"control: same boundary, all samples kept; the removal itself: {points}"
+        if delivered == _REMOVAL_ALONE
+        else f"control: the boundary, all samples kept; what is delivered: {points}"
+    )
     return [
         ("  nothing removed", _change(before, boundary), gain),
         ("  new head alone", _change(before, head), "control: only the head refitted, all samples kept"),
@@ -109,8 +119,12 @@ def _alternatives(summary: Mapping[str, Any]) -> list[tuple[str, str | None, str
         remark = f"{one['name']}: {one['seconds']:.0f} s" + (f", test {100 * test:.1f} %" if test is not None else "")
         loss = f"{one['validation_corrected_loss']:.3f}"
         rows.append((f"  {'delivered' if one['delivered'] else 'not delivered'}", loss, remark))
-    head = ("validation loss", "", "corrected for label noise; the lowest is delivered")
-    return [head, *rows] if rows else []
+    if not rows:
+        return []
+    return [
+        ("validation loss", "", "corrected for label noise; the lowest is delivered"),
+        *rows,
+    ]
 
 
 def _noise(summary: Mapping[str, Any]) -> tuple[str | None, str]:

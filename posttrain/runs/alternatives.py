@@ -1,8 +1,8 @@
 """Alternatives: the models that a run with `refine.scope: auto` can leave behind, compared on held-out labels.
 
-The rounds put a new head on the network, which costs little. What they leave is then also trained: the network
-from where it is, and from the weights that its own training began with, where they are known; and each of the two also
-gets a boundary of its own. What is left still has some wrong labels: where the run file names plain cross-entropy, the
+The rounds put a new head on the network, which costs little. Where the weights are known that its own training began
+with, the network is also trained on what they leave, from where it is and from these weights, and each of the two gets
+a boundary of its own. What is left still has some wrong labels: where the run file names plain cross-entropy, the
 network is trained with generalised cross-entropy, which they bend less. Each alternative is written down as soon as it
 is there, so that a run that was killed goes on with the next one.
 """
@@ -89,12 +89,16 @@ def _makers(
         with run.progress.step("fit"):
             return with_boundary_as_head(run, network, chosen(run, backbone, live, state.number + 1))
 
+    initial = run.inputs.initial_weights
+    if initial is None:
+        run.progress.say(
+            "no network is trained: the weights that its training began with (model.initial_weights) are not known"
+        )
+        return
     yield "the network refined on what is left", lambda: trained(state.first, "refine")
     yield "a boundary on the network refined", with_boundary
-    initial = run.inputs.initial_weights
-    if initial is not None:
-        yield "the network trained again on what is left", lambda: trained(network_of(run, initial), "pretrain")
-        yield "a boundary on the network trained again", with_boundary
+    yield "the network trained again on what is left", lambda: trained(network_of(run, initial), "pretrain")
+    yield "a boundary on the network trained again", with_boundary
 
 
 def _noise(run: Run, state: State[Network, Fitted]) -> tuple[Tensor, Noise]:

@@ -109,6 +109,7 @@ def runfile(digits_parquet: Path, mlflow_uri: str) -> Callable[..., dict[str, An
                 "weights": str(digits_parquet / "weights.pt"),
             },
             "removal": {"max_rounds": 3},
+            "refine": {"scope": "head"},
             "ray": {"workers": 2},
             "tracking": {"uri": mlflow_uri, "log_model": False},
         }
