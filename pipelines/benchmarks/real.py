@@ -16,7 +16,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from pipelines.benchmarks.training import steps_of_epoch
 from posttrain.config import Removal
 from posttrain.influence import ensemble
 from posttrain.influence.ensemble import ProbeEnsemble
-from posttrain.influence.held_out import corrected_loss
+from posttrain.influence.held_out import HeldOutLoss, corrected_loss, preferred
 from posttrain.influence.in_memory import InMemory
 from posttrain.influence.probe import in_memory
 from posttrain.influence.score_round import score_round
@@ -79,7 +79,7 @@ class Finding:
     """By method: share of the samples, precision, recall."""
     ranking: dict[str, float] = field(default_factory=dict)
     """Average precision by method."""
-    rows: dict[str, dict[str, float]] = field(default_factory=dict)
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By model: test accuracy, and what else is known of it."""
     delivered: str = ""
 
@@ -109,7 +109,9 @@ def measured(case: Case, folder: Path) -> Finding:
     weights = own.weights if case.network == "overfitted" else _with_head(case, data, pretrained)
     began = time.perf_counter()
     # as `runs.begin` chooses the base of the rounds
-    base = pretrained if pretrained.boundary.loss < own.boundary.loss else own
+    unit = torch.eye(data.classes, dtype=torch.float64)
+    own_loss, initial_loss = (_boundary_loss(one, unit) for one in (own, pretrained))
+    base = pretrained if preferred([initial_loss, own_loss], last=False) == 0 else own
     run = CleaningInMemory(case, data, "head", base, REMOVAL)
     run.clean()
     seconds = time.perf_counter() - began
@@ -143,7 +145,11 @@ def measured(case: Case, folder: Path) -> Finding:
         found.rows[row] = _accuracy(case, data, network.weights, transition) | {"seconds": network.seconds}
         found.rows[row + EMA] = _accuracy(case, data, network.average, transition)
         found.rows[row + BOUNDARY] = _boundary_on(case, data, base, network.weights, left, transition)
-    found.delivered = min(OFFERED, key=lambda name: found.rows[name]["loss"])
+    # as `runs.alternatives`
+    offered = OFFERED if not run.kept.all() else OFFERED[:2]
+    losses = [HeldOutLoss(**found.rows[name]["loss"]) for name in offered]
+    at = preferred(losses, last=not run.kept.all())
+    found.delivered = offered[at]
     return found
 
 
@@ -191,7 +197,7 @@ def _with_head(case: Case, data: Data, begin: Start) -> bytes:
     return to_bytes(model)
 
 
-def _accuracy(case: Case, data: Data, weights: bytes, transition: Tensor) -> dict[str, float]:
+def _accuracy(case: Case, data: Data, weights: bytes, transition: Tensor) -> dict[str, Any]:
     """Test accuracy, and accuracy and corrected loss on the validation labels, of a network."""
     model = cases.loaded(case, weights)
     logits = cases.logits(case, model, data.validation)
@@ -202,8 +208,15 @@ def _accuracy(case: Case, data: Data, weights: bytes, transition: Tensor) -> dic
     }
 
 
-def _loss(logits: Tensor, labels: Tensor, transition: Tensor) -> float:
-    return corrected_loss(in_memory(logits.float(), labels, 2048), torch.eye(logits.shape[1]), transition)
+def _loss(logits: Tensor, labels: Tensor, transition: Tensor) -> dict[str, Any]:
+    """The fields of a `HeldOutLoss`."""
+    return asdict(corrected_loss(in_memory(logits.float(), labels, 2048), torch.eye(logits.shape[1]), transition))
+
+
+def _boundary_loss(begin: Start, transition: Tensor) -> HeldOutLoss:
+    boundary = begin.boundary
+    reduce = begin.features.validation.standardised(boundary.layers, boundary.standardizers)
+    return corrected_loss(reduce, boundary.weights, transition)
 
 
 def _boundaries(data: Data, base: Start, kept: dict[str, np.ndarray], transition: Tensor, found: Finding) -> None:
@@ -223,7 +236,7 @@ def _boundaries(data: Data, base: Start, kept: dict[str, np.ndarray], transition
 
 def _boundary_on(
     case: Case, data: Data, base: Start, weights: bytes, kept: np.ndarray, transition: Tensor
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """A boundary chosen and drawn on a trained network's own features, by the kept samples."""
     model = cases.loaded(case, weights)
     train, validation, test = (
@@ -235,7 +248,7 @@ def _boundary_on(
     return _of_boundary(boundary, validation, test, transition)
 
 
-def _of_boundary(boundary: ProbeEnsemble, validation: InMemory, test: InMemory, transition: Tensor) -> dict[str, float]:
+def _of_boundary(boundary: ProbeEnsemble, validation: InMemory, test: InMemory, transition: Tensor) -> dict[str, Any]:
     def logits(part: InMemory) -> Tensor:
         return part.side_by_side(boundary.layers, boundary.standardizers) @ boundary.weights.float().T
 
@@ -244,7 +257,7 @@ def _of_boundary(boundary: ProbeEnsemble, validation: InMemory, test: InMemory, 
 
 def _of_logits(
     logits: Callable[[InMemory], Tensor], validation: InMemory, test: InMemory, transition: Tensor
-) -> dict[str, float]:
+) -> dict[str, Any]:
     of_validation, of_test = logits(validation), logits(test)
     return {
         "test": float((of_test.argmax(dim=1) == test.labels).double().mean()),

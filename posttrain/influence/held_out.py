@@ -7,9 +7,15 @@ t an inverse temperature and e the share of labels that are drawn from all C cla
 noisy label (forward correction, Patrini et al. 2017): the model whose p is the class probability has the lowest.
 Networks that have memorised their labels are too sure of themselves, and human labels are wrong more often than their
 T says; t and e take both out of the comparison. Taking the minimum over them is ours; no published source.
+
+Sums are kept by groups of samples: all models are compared on the same samples in the same blocks, and how much the
+difference of two models varies from group to group gives its standard error.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +24,8 @@ from torch import Tensor
 from posttrain.influence.probe import Reduce
 
 _TEMPERATURES = tuple(2.0 ** (k / 4) for k in range(-16, 17))
+GROUPS = 50
+"""A sample belongs to the group of its position in its block, modulo this."""
 _FLOORS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 
 
@@ -27,20 +35,53 @@ def corrected_losses(
     weights: Float[Tensor, "classes dim"],
     transition: Float[Tensor, "classes classes"],
 ) -> tuple[Tensor, Tensor]:
-    """Sums over a block under a linear head: 1, and the loss for every t and e of the grids, [t, e]."""
+    """Sums over a block under a linear head, by group: 1, and the loss for every t and e of the grids, [t, e]."""
     logits = (features @ weights.to(features).T).double()
     of_label = transition.to(logits).T[labels]
     floors = torch.tensor(_FLOORS, dtype=torch.float64, device=logits.device)
+    group = torch.arange(len(labels), device=logits.device) % GROUPS
     rows: list[Tensor] = []
     for t in _TEMPERATURES:
         # [batch]: the probability of the given label where e = 0
         q = ((t * logits).softmax(dim=1) * of_label).sum(dim=1)
         mixed = q[:, None] * (1 - floors) + floors / logits.shape[1]
-        rows.append(-mixed.clamp_min(1e-30).log().sum(dim=0))
-    return torch.tensor(float(len(labels)), dtype=torch.float64), torch.stack(rows)
+        rows.append(mixed.new_zeros(GROUPS, len(floors)).index_add_(0, group, -mixed.clamp_min(1e-30).log()))
+    return torch.bincount(group, minlength=GROUPS).double(), torch.stack(rows, dim=1)
 
 
-def corrected_loss(reduce: Reduce, weights: Tensor, transition: Tensor) -> float:
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """L of a model, as sums by group."""
+
+    samples: tuple[float, ...]
+    losses: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """L."""
+        return sum(self.losses) / sum(self.samples)
+
+    def above(self, other: HeldOutLoss) -> tuple[float, float]:
+        """By how much L is above that of another model on the same samples, and the standard error of that."""
+        residuals = [
+            (loss - count * self.mean) - (other_loss - other_count * other.mean)
+            for count, loss, other_count, other_loss in zip(
+                self.samples, self.losses, other.samples, other.losses, strict=True
+            )
+        ]
+        variance = sum(own**2 for own in residuals) * GROUPS / (GROUPS - 1)
+        return self.mean - other.mean, variance**0.5 / sum(self.samples)
+
+
+def corrected_loss(reduce: Reduce, weights: Tensor, transition: Tensor) -> HeldOutLoss:
     """L of the held-out samples that `reduce` sums over, under a linear head."""
     count, losses = reduce(corrected_losses, weights, transition)
-    return float(losses.min() / count)
+    best = divmod(int(losses.sum(dim=0).argmin()), len(_FLOORS))
+    return HeldOutLoss(tuple(count.tolist()), tuple(losses[:, best[0], best[1]].tolist()))
+
+
+def preferred(losses: Sequence[HeldOutLoss], *, last: bool) -> int:
+    """The first, or the last, of the models whose L is above the lowest by at most one standard error of that."""
+    lowest = min(losses, key=lambda one: one.mean)
+    good = [at for at, one in enumerate(losses) if one.above(lowest)[0] <= one.above(lowest)[1]]
+    return good[-1] if last else good[0]

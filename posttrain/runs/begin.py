@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from posttrain.cluster.network import Network
+from posttrain.influence.held_out import preferred
 from posttrain.influence.score_round import score_round
 from posttrain.live import Live
 from posttrain.methods import NEEDS_NOISE
@@ -91,10 +92,10 @@ def begin(run: Run, model: Network) -> State[Network, Fitted]:
 def _better_base(
     run: Run, model: Network, probe: Fitted, live: Live, splits: Sequence[str]
 ) -> tuple[Network, Fitted, Live]:
-    """The model, or with the scope `auto` that from whose weights its training began, where its boundary is better.
+    """The model, or with the scope `auto` that from whose weights its training began, unless its boundary is worse.
 
     A network that has memorised wrong labels bends its own features towards them, and those of its initial weights have
-    seen none of them. Both boundaries are compared by their cross-entropy on the validation labels.
+    seen none of them. Worse: its loss on the validation labels is higher by more than one standard error.
     """
     initial = _initial_network(run, model)
     if initial is None:
@@ -105,10 +106,11 @@ def _better_base(
             # an image that only this network could not take
             probe = refitted(run, probe.choice, probe.choice.members, live)
         other = chosen(run, backbone, live, 0)
-    better = other.ensemble.loss < probe.ensemble.loss
+    losses = [one.held_out_loss for one in (other, probe)]
+    better = preferred(losses, last=False) == 0
     run.progress.say(
-        f"features of the weights that training began with: validation loss of the boundary {other.ensemble.loss:.3f}, "
-        f"of the model's own {probe.ensemble.loss:.3f}; taken: {'the former' if better else 'the latter'}"
+        f"features of the weights that training began with: validation loss of the boundary {losses[0].mean:.3f}, "
+        f"of the model's own {losses[1].mean:.3f}; taken: {'the former' if better else 'the latter'}"
     )
     if not better:
         return model, probe, live

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from posttrain.cluster.network import Network
 from posttrain.cluster.views import View
 from posttrain.errors import DataError, FeaturelessError, RecipeError
 from posttrain.influence import ensemble
 from posttrain.influence.ensemble import ProbeEnsemble
+from posttrain.influence.held_out import HeldOutLoss, corrected_loss
 from posttrain.live import Live
 from posttrain.rounds import State
 from posttrain.runs.context import Run
@@ -66,6 +69,13 @@ class Fitted:
     def is_of(self, backbone: str, live: Live) -> bool:
         """Whether these samples and features are what it was fitted on."""
         return self.choice.backbone == backbone and self.samples.live.digest == live.digest
+
+    @property
+    def held_out_loss(self) -> HeldOutLoss:
+        """Of the boundary on the validation labels, whose noise is not known yet."""
+        boundary, unit = self.ensemble, torch.eye(len(self.ensemble.weights), dtype=torch.float64)
+        reduce = self.validation.standardised(boundary.layers, boundary.standardizers)
+        return corrected_loss(reduce, boundary.weights, unit)
 
     @property
     def view(self) -> View:

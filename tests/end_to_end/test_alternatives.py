@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_data import Digits, accuracy, as_built, assert_same_result, interrupted_after
+from small_data import Digits, accuracy, as_built, assert_same_result, interrupted_after, memorise, removed_ids
 
 from posttrain.cluster import training
 
@@ -78,6 +78,56 @@ def test_a_run_interrupted_between_alternatives_makes_only_those_that_are_missin
     assert [name.split("-")[0] for name in trained] == ["pretrain"]
     assert_same_result(tmp_path / "run", best["run"])
     assert not (tmp_path / "run" / "alternatives").exists()
+
+
+@pytest.fixture(scope="module")
+def pretrained(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Weights that know the right labels, as those of other data would, and what memorising the given ones made of
+    them."""
+    from posttrain.vision.models import mlp
+
+    folder = tmp_path_factory.mktemp("pretrained")
+    torch.manual_seed(0)
+    model = mlp(10)
+    right = Digits()
+    right.given = right.true
+    memorise(right, model, folder / "initial.pt", epochs=20)
+    memorise(digits, model, folder / "weights.pt", epochs=300)
+    return {"weights": str(folder / "weights.pt"), "initial_weights": str(folder / "initial.pt")}
+
+
+def test_the_rounds_take_the_features_of_the_initial_weights_where_these_are_better(
+    pretrained: dict[str, Any], run: Run, tmp_path: Path
+) -> None:
+    removal = {"max_rounds": 2, "budget": 0.1}
+    sections: dict[str, dict[str, Any]] = {
+        "model": pretrained,
+        "refine": {"scope": "auto"},
+        "pretrain": {"epochs": 3},
+        "removal": removal,
+    }
+    with interrupted_after("tell_round", call=2):
+        run(tmp_path / "auto", **sections)
+    summary = run(tmp_path / "auto", **sections)
+    alone = run(tmp_path / "head", model={"weights": pretrained["initial_weights"]}, removal=removal)
+    assert removed_ids(tmp_path / "auto") == removed_ids(tmp_path / "head")
+    offered = {one["name"]: one["test_accuracy"] for one in summary["alternatives"]}
+    assert offered["the boundary on what is left"] == alone["test_accuracy_after"]
+    assert offered["the boundary, nothing removed"] == alone["test_accuracy_boundary"]
+    # before and after are those of the model that came and of the delivered one
+    assert summary["test_accuracy_before"] == offered["the model as it came"] != alone["test_accuracy_before"]
+    assert summary["test_accuracy_after"] == next(
+        one["test_accuracy"] for one in summary["alternatives"] if one["delivered"]
+    )
+
+
+def test_no_network_is_trained_where_the_initial_weights_are_not_known(run: Run, tmp_path: Path) -> None:
+    summary = run(tmp_path / "run", refine={"scope": "auto"}, removal={"max_rounds": 1})
+    assert [one["name"] for one in summary["alternatives"]] == [
+        "the model as it came",
+        "the boundary, nothing removed",
+        "the boundary on what is left",
+    ]
 
 
 @pytest.mark.long

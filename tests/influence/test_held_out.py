@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from posttrain.influence.held_out import _FLOORS, _TEMPERATURES, corrected_loss
+from posttrain.influence.held_out import _FLOORS, _TEMPERATURES, GROUPS, HeldOutLoss, corrected_loss, preferred
 from posttrain.influence.probe import in_memory
 
 CLASSES = 5
@@ -18,7 +18,7 @@ def loss(logits: Tensor, labels: Tensor, transition: Tensor | None = None) -> fl
     """Of logits as they are: features under the unit matrix."""
     unit = torch.eye(CLASSES)
     transition = torch.eye(CLASSES, dtype=torch.float64) if transition is None else transition
-    return corrected_loss(in_memory(logits, labels, 100), unit, transition)
+    return corrected_loss(in_memory(logits, labels, 100), unit, transition).mean
 
 
 def noisy(rate: float, *, seed: int = 0, samples: int = 4000) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -58,3 +58,38 @@ def test_the_better_model_has_the_lower_loss_however_sure_it_is_of_itself(known:
     assert plain(sure, labels) > plain(worse, labels)
     assert loss(sure, labels, of_labels) < loss(worse, labels, of_labels)
     assert loss(sure, labels, of_labels) == pytest.approx(loss(logits, labels, of_labels), abs=0.01)
+
+
+def of(logits: Tensor, labels: Tensor) -> HeldOutLoss:
+    return corrected_loss(in_memory(logits, labels, 100), torch.eye(CLASSES), torch.eye(CLASSES, dtype=torch.float64))
+
+
+def test_the_standard_error_is_that_of_the_difference_over_many_draws_of_the_samples() -> None:
+    logits, _, labels, _ = noisy(0.2, samples=40_000)
+    generator = torch.Generator().manual_seed(1)
+    worse = logits + 0.5 * torch.randn(logits.shape, generator=generator)
+    found = [of(*own).above(of(*other)) for own, other in zip(parts(worse, labels), parts(logits, labels), strict=True)]
+    differences = torch.tensor([difference for difference, _ in found])
+    errors = torch.tensor([error for _, error in found])
+    assert float(errors.mean()) == pytest.approx(float(differences.std()), rel=0.35)
+    # most of the noise is common to both models: each alone is much less certain
+    alone = torch.tensor([of(*own).mean for own in parts(worse, labels)]).std()
+    assert float(errors.mean()) < float(alone) / 2
+
+
+def parts(logits: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(logits.split(1000), labels.split(1000), strict=True))
+
+
+def test_of_models_that_are_as_good_the_first_or_the_last_is_preferred() -> None:
+    logits, _, labels, _ = noisy(0.2)
+    generator = torch.Generator().manual_seed(1)
+    nearly = [logits + 0.01 * torch.randn(logits.shape, generator=generator) for _ in range(3)]
+    worse = [logits + 2 * torch.randn(logits.shape, generator=generator) for _ in range(2)]
+    losses = [of(one, labels) for one in (worse[0], *nearly, worse[1])]
+    close = [at for at in (1, 2, 3) if losses[at].above(min(losses, key=lambda one: one.mean))[0] < 0.01]
+    assert close == [1, 2, 3]
+    assert preferred(losses, last=False) in close and preferred(losses, last=True) in close
+    assert preferred([losses[0], losses[1], losses[1]], last=False) == 1
+    assert preferred([losses[1], losses[1], losses[0]], last=True) == 1
+    assert len(losses[0].samples) == GROUPS and sum(losses[0].samples) == 4000
