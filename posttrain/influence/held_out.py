@@ -12,6 +12,9 @@ Sums are kept by groups of samples: all models are compared on the same samples 
 difference of two models varies from group to group gives its standard error.
 """
 
+# torch.Tensor.tolist carries no complete types
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 from collections.abc import Sequence

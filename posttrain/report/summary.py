@@ -122,7 +122,7 @@ def _alternatives(summary: Mapping[str, Any]) -> list[tuple[str, str | None, str
     if not rows:
         return []
     return [
-        ("validation loss", "", "corrected for label noise; the lowest is delivered"),
+        ("validation loss", "", "corrected for label noise; lower is better"),
         *rows,
     ]
 
