@@ -33,7 +33,7 @@ from pipelines.benchmarks.cases import DATASETS, PRETRAINED, Case, Data
 from pipelines.benchmarks.first_round import embedded
 from pipelines.benchmarks.hardware import hardware
 from pipelines.benchmarks.in_memory import PROBE, CleaningInMemory, Start, rows, start
-from pipelines.benchmarks.real_report import AGAIN, BOUNDARY, EMA, OFFERED, report
+from pipelines.benchmarks.real_report import AGAIN, BOUNDARY, EMA, report
 from pipelines.benchmarks.training import steps_of_epoch
 from posttrain.config import Removal
 from posttrain.influence import ensemble
@@ -81,7 +81,6 @@ class Finding:
     """Average precision by method."""
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By model: test accuracy, and what else is known of it."""
-    delivered: str = ""
 
 
 @dataclass(frozen=True)
@@ -145,11 +144,6 @@ def measured(case: Case, folder: Path) -> Finding:
         found.rows[row] = _accuracy(case, data, network.weights, transition) | {"seconds": network.seconds}
         found.rows[row + EMA] = _accuracy(case, data, network.average, transition)
         found.rows[row + BOUNDARY] = _boundary_on(case, data, base, network.weights, left, transition)
-    # as `runs.alternatives`
-    offered = OFFERED if not run.kept.all() else OFFERED[:2]
-    losses = [HeldOutLoss(**found.rows[name]["loss"]) for name in offered]
-    at = preferred(losses, last=not run.kept.all())
-    found.delivered = offered[at]
     return found
 
 
