@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from posttrain.cluster.devices import computing_in
-from posttrain.cluster.training import Training, fit_network
+from posttrain.cluster.training import Training, fit_network, twins
 from posttrain.cluster.training_step import Batch
+from posttrain.methods import METHODS
 from posttrain.schema import ImageSpec, Precision, stream_seed, uniform
 from posttrain.vision import models, noise
 from posttrain.vision.images import decode_column, normalize
+from posttrain.vision.losses import Noise
 from posttrain.vision.weights import load_bytes, to_bytes
 
 NOISES = (
@@ -76,6 +78,8 @@ class DataSet:
     """In which the network computes."""
     trunk: ImageSpec | None = None
     """Of the images, where the network takes what its first blocks make of them, which stay as they are."""
+    pooled: bool = False
+    """Whether these are all blocks, and the network takes their pooled features."""
 
 
 def _training(epochs: int, augment: str, **changes: Any) -> Training:
@@ -154,7 +158,28 @@ PRETRAINED = {
 }
 """Data sets for a network that was pre-trained on others: `real` runs on them. Of `lite0-top` the first blocks stay as
 they are in all trainings, which makes these four times as fast."""
-DATASETS |= PRETRAINED
+FEATURES = {
+    "cifar10n-features": DataSet(
+        3000,
+        1000,
+        5000,
+        "posttrain.vision.models:mlp",
+        {"inputs": 1280, "width": 256},
+        # mean and deviation over all features of all images
+        ImageSpec(1280, (1, 1), (0.87 / 255,), (1.59 / 255,)),
+        {
+            method: _training(30, "none", learning_rate=1e-3, until_train_accuracy=None, method=method)
+            for method in METHODS
+        },
+        (3, 5),
+        folder="cifar10n",
+        trunk=_LITE0,
+        pooled=True,
+    )
+}
+"""Two layers on the pooled features of the frozen, pre-trained network: `synergy` runs on them, and its networks are
+called by the method that trains them."""
+DATASETS |= PRETRAINED | FEATURES
 
 
 @dataclass(frozen=True)
@@ -311,9 +336,10 @@ def _whole(dataset: str, split: str) -> tuple[Tensor, dict[str, np.ndarray]]:
     pixels, columns = _images(dataset, split)
     image = DATASETS[dataset].trunk
     if image is not None:
-        from pipelines.benchmarks.efficientnet import trunk  # which imports this module
+        from pipelines.benchmarks.efficientnet import pooled, trunk  # which imports this module
 
-        pixels = trunk(normalize(part, image.mean, image.std) for part in pixels.split(500))
+        made_of = pooled if DATASETS[dataset].pooled else trunk
+        pixels = made_of(normalize(part, image.mean, image.std) for part in pixels.split(500))
     return pixels, columns
 
 
@@ -375,15 +401,19 @@ def train(
     settings: Training | None = None,
     watch: bool = False,
     after_step: Callable[[nn.Module], None] | None = None,
+    noise: Noise | None = None,
 ) -> Trained:
     """The case's network, trained on a part's given labels as posttrain trains it; `watch` keeps what baselines need.
 
-    AUM sums the margins of each sample's own training step; its cost is nothing but the bookkeeping.
+    AUM sums the margins of each sample's own training step; its cost is nothing but the bookkeeping. Of the two
+    networks of co-teaching the first is meant. `noise`: what is known of the labels, for methods that need it.
     """
     dataset = DATASETS[case.dataset]
     settings = settings or dataset.training[case.network]
     model = network(case, seed) if weights is None else loaded(case, weights)
     model.to(_device).to(memory_format=torch.channels_last).train()
+    # before it has hooks, which the second network must not have
+    whole = _with_twin(case, model, seed) if settings.method == "co_teaching" else model
     margins, seen = np.zeros(len(part)), np.zeros(len(part))
     snapshots: list[bytes] = []
 
@@ -407,7 +437,7 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         found = fit_network(
-            model,
+            whole,
             images,  # pyright: ignore[reportArgumentType]  the same method, without Ray
             settings,
             spec=dataset.image,
@@ -417,6 +447,7 @@ def train(
             seed=seed,
             progress=lambda done, total: None,
             classes=case.classes,
+            noise=noise,
             precision=dataset.precision,
         )
     seconds = time.perf_counter() - began
@@ -425,6 +456,12 @@ def train(
     aum = margins / np.maximum(seen, 1) if watch else None
     # the first snapshot is the untrained network
     return Trained(to_bytes(model), found["accuracy"], found["epochs"], seconds, aum, snapshots[1:])
+
+
+def _with_twin(case: Case, model: nn.Module, seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return twins(model, models.find_head(model, classes=case.classes))
 
 
 def network(case: Case, seed: int) -> nn.Module:

@@ -17,7 +17,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from pipelines.benchmarks import cases
-from pipelines.benchmarks.cases import DATASETS, NETWORKS, PRETRAINED, Case
+from pipelines.benchmarks.cases import DATASETS, FEATURES, NETWORKS, PRETRAINED, Case
 
 F = TypeVar("F")
 
@@ -27,7 +27,7 @@ def parser(
 ) -> argparse.ArgumentParser:
     """The options of every benchmark; `default` are the noises that are taken where none is named, else all."""
     found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    own = [name for name in DATASETS if name not in PRETRAINED]
+    own = [name for name in DATASETS if name not in PRETRAINED | FEATURES]
     found.add_argument("--datasets", nargs="+", choices=own, default=own)
     found.add_argument("--noises", nargs="+", choices=noises, default=list(default or noises))
     found.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))

@@ -1,7 +1,7 @@
 """EfficientNet-Lite0 with the ImageNet weights that its package ships: a pre-trained network without a download.
 
 `lite0` is the whole network. `Lite0Top` is what is trained where the first `TRUNK` of its 16 blocks stay as they are:
-it takes their output, which `trunk` computes once for all trainings.
+it takes their output, which `trunk` computes once for all trainings. `pooled` is what goes into the head.
 """
 
 from __future__ import annotations
@@ -53,4 +53,12 @@ def trunk(batches: Iterator[Tensor]) -> Tensor:
     first = nn.Sequential(whole._conv_stem, whole._bn0, nn.ReLU6(), *list(whole._blocks)[:TRUNK])
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         parts = [first(batch).half() for batch in batches]
+    return torch.cat(parts)
+
+
+def pooled(batches: Iterator[Tensor]) -> Tensor:
+    """float16 [n, 1280, 1, 1] of batches of normalised images: what goes into the head of the whole network."""
+    whole = lite0(10).eval().to(memory_format=torch.channels_last)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        parts = [whole.extract_features(batch).float().mean(dim=(2, 3), keepdim=True).half() for batch in batches]
     return torch.cat(parts)

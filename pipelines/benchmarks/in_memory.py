@@ -14,17 +14,20 @@ from pipelines.benchmarks.training import refining, round_seed, trained_on
 from posttrain import policy, rounds
 from posttrain.config import Probe as ProbeSection
 from posttrain.config import Removal
+from posttrain.in_memory import Choice as Taken
 from posttrain.in_memory import Scored, select_scored
 from posttrain.influence import ensemble, noise_matrix, selection
 from posttrain.influence.ensemble import ProbeEnsemble
 from posttrain.influence.in_memory import InMemory
-from posttrain.influence.noise_model import UNKNOWN, Prior
+from posttrain.influence.noise_model import UNKNOWN, Prior, noise_left
 from posttrain.influence.score_round import PreviousRemovals, score_round
 from posttrain.live import Live
-from posttrain.rounds import Outcome, Selected, State, Steps
+from posttrain.methods import Method
+from posttrain.rounds import Outcome, State, Steps
 from posttrain.runs.fit import Choice
 from posttrain.schema import Round, stream_seed
 from posttrain.vision import layers, models
+from posttrain.vision.losses import Noise
 
 PROBE = ProbeSection()
 REMOVAL = Removal(budget=0.1, max_rounds=4)
@@ -110,6 +113,8 @@ class CleaningInMemory:
     mode: Mode
     start: Start
     removal: Removal = field(default_factory=lambda: REMOVAL)
+    method: Method = "cross_entropy"
+    """By which the whole network is trained on."""
     kept: np.ndarray = field(init=False)
     """bool [n]: the live samples."""
     steps: list[int] = field(default_factory=list)
@@ -169,7 +174,7 @@ class CleaningInMemory:
         labels = self.data.train.given[kept].astype(np.int64)
         return Scored(joined(found.tables), labels, np.flatnonzero(kept), found.noise_model)
 
-    def select(self, state: State[Model, ProbeEnsemble], scored: Scored) -> Selected:
+    def select(self, state: State[Model, ProbeEnsemble], scored: Scored) -> Taken:
         """What the round removes, by the rules of a run."""
         return select_scored(scored, self.start.features.train, state.history, self.removal, self.data.classes)
 
@@ -178,7 +183,7 @@ class CleaningInMemory:
         state: State[Model, ProbeEnsemble],
         features: Features,
         boundary: ProbeEnsemble,
-        selected: Selected,
+        selected: Taken,
         live: Live,
     ) -> tuple[Model, None]:
         """The model without this round's samples: the boundary drawn again, or the whole network trained on."""
@@ -192,7 +197,8 @@ class CleaningInMemory:
             self.data.train.rows(kept),
             state.model.weights,
             seed=round_seed(self.case, state.number + 1),
-            settings=refining(self.case.dataset),
+            settings=refining(self.case.dataset, self.method),
+            noise=_noise_left(selected, live),
         )
         self.steps.append(steps)
         return Model(weights), None
@@ -207,7 +213,7 @@ class CleaningInMemory:
             test = embedded(self.case, network, model.boundary.layers, self.data.test, PROBE.max_features)
         return boundary_accuracies(model.boundary, test)
 
-    def commit(self, state: State[Model, ProbeEnsemble], selected: Selected, done: Round) -> Round:
+    def commit(self, state: State[Model, ProbeEnsemble], selected: Taken, done: Round) -> Round:
         """Take the round's samples out."""
         self.kept = self.mask(state.live)
         return done
@@ -254,6 +260,13 @@ class CleaningInMemory:
         model = Model(state.model.weights, boundary)
         done = Round(state.number + 1, state.live.count, 0, 0, 0, self.evaluate(state, model))
         return replace(state, history=(*state.history, done), model=model)
+
+
+def _noise_left(selected: Taken, live: Live) -> Noise:
+    """Of the samples that are live after a removal, as `runs.select` tells it."""
+    model, before = selected.scored.noise_model, len(selected.scored.labels)
+    rate = model.remaining_noise_rate
+    return Noise(*noise_left(model.confident_joint, rate, before, acted_on=selected.acted_on, left=live.count))
 
 
 def rows(features: InMemory, kept: np.ndarray) -> InMemory:

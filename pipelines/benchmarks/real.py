@@ -22,13 +22,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
-from sklearn.model_selection import cross_val_predict
 from torch import Tensor
 
 from pipelines.benchmarks import cases
-from pipelines.benchmarks.baselines import confident_learning, self_confidence
+from pipelines.benchmarks.baselines import confident_learning, cross_validated, self_confidence
 from pipelines.benchmarks.cases import DATASETS, PRETRAINED, Case, Data
 from pipelines.benchmarks.first_round import embedded
 from pipelines.benchmarks.hardware import hardware
@@ -306,9 +304,7 @@ def _rankings(
 def _cleanlab(begin: Start) -> tuple[np.ndarray, np.ndarray]:
     """As a user of cleanlab would: cross-validated logistic regression on what goes into the head; and its own cut."""
     given = begin.features.train.labels.numpy()
-    model = LogisticRegression(C=1 / (len(given) * 0.01), max_iter=300)
-    own = _head_features(begin).numpy()
-    probabilities: Any = cross_val_predict(model, own, given, cv=5, method="predict_proba")
+    probabilities = cross_validated(_head_features(begin).numpy(), given)
     return self_confidence(probabilities, given), confident_learning(probabilities, given)[1]
 
 

@@ -85,6 +85,15 @@ def with_spread(mean: float, values: Sequence[float], *, signed: bool = False) -
     return f"{mean:{'+' if signed else ''}.1f}{deviation}"
 
 
+def percent_with_error(values: Sequence[float | None], *, signed: bool = False) -> str:
+    """Mean ± standard error of the mean in percent, in brackets the number of values, where some are not known."""
+    known = [100 * value for value in values if value is not None]
+    if not known:
+        return ""
+    error = f" ± {statistics.stdev(known) / len(known) ** 0.5:.1f}" if len(known) > 1 else ""
+    return f"{statistics.mean(known):{'+' if signed else ''}.1f}{error}{fewer(known, values)}"
+
+
 def fewer(known: Sequence[object], wanted: Sequence[object]) -> str:
     """In brackets how many are known, where some are not."""
     return f" ({len(known)})" if len(known) < len(wanted) else ""

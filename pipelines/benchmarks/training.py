@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
 from pipelines.benchmarks import cases
-from pipelines.benchmarks.cases import Case, Part
+from pipelines.benchmarks.cases import FEATURES, Case, Part
 from posttrain.cluster.training import Training
 from posttrain.config import Refine
+from posttrain.methods import Method
+from posttrain.vision.losses import Noise
 from posttrain.vision.weights import to_bytes
 
 REFINE = Refine(scope="network", epochs=2, batch_size=64, augment="crop_flip")
-"""Of each round. Digits are cropped and not mirrored."""
+"""Of each round. Digits are cropped and not mirrored; features are neither."""
 DECAY = 0.99
 """Of the moving average of weights, by gradient step."""
 
 
-def refining(dataset: str) -> Training:
+def refining(dataset: str, method: Method = "cross_entropy") -> Training:
     """How the data set's network is trained in one round of refining."""
-    settings = REFINE.model_dump(exclude={"scope"})
-    return Training(**{**settings, "augment": "crop" if dataset == "digits" else settings["augment"]})
+    settings: dict[str, Any] = REFINE.model_dump(exclude={"scope"}) | {"method": method}
+    if dataset == "digits":
+        settings["augment"] = "crop"
+    elif dataset in FEATURES:
+        settings["augment"] = "none"
+    return Training(**settings)
 
 
 def round_seed(case: Case, number: int) -> int:
@@ -44,11 +51,12 @@ def trained_on(
     settings: Training,
     steps: int | None = None,
     watch: Callable[[nn.Module], None] = lambda model: None,
+    noise: Noise | None = None,
 ) -> tuple[bytes, int]:
     """The network after training on a part, and the gradient steps that it took.
 
     `steps`: exactly as many, whatever the settings' epochs. Without weights the training starts from those of
-    the case's seed. `watch` sees the model before each step.
+    the case's seed. `watch` sees the model before each step. `noise`: as `cases.train` takes it.
     """
     if steps is not None:
         epochs = -(-steps // steps_of_epoch(len(part), settings.batch_size))
@@ -61,7 +69,7 @@ def trained_on(
         watch(model)
 
     # a forward pass for each step, and the hook runs before it
-    result = cases.train(case, part, seed=seed, weights=weights, settings=settings, after_step=before_step)
+    result = cases.train(case, part, seed=seed, weights=weights, settings=settings, after_step=before_step, noise=noise)
     return result.weights, passed
 
 

@@ -191,7 +191,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
         # convolutions on the CPU and on tensor cores take this layout: 16 s an epoch on two cores instead of 25
         model = load_network(network)
         if training.method == "co_teaching":
-            model = Twins(model, _twin(model, network.spec.head))
+            model = twins(model, network.spec.head)
         model = model.to(device).to(memory_format=torch.channels_last).train()
         parallel = ray.train.torch.prepare_model(model, move_to_device=device) if world > 1 else model
         images = LiveImages(
@@ -224,11 +224,11 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
     return {"weights": to_bytes(model.first if isinstance(model, Twins) else model), "gpu": gpu_name(device), **outcome}
 
 
-def _twin(model: torch.nn.Module, head: str) -> torch.nn.Module:
-    """A copy with a head of its own: two networks that start alike would stay alike."""
+def twins(model: torch.nn.Module, head: str) -> Twins:
+    """The network and a copy with a head of its own: two networks that start alike would stay alike."""
     twin = copy.deepcopy(model)
     twin.get_submodule(head).reset_parameters()  # pyright: ignore[reportCallIssue]  the head is a Linear
-    return twin
+    return Twins(model, twin)
 
 
 def fit_network(
