@@ -36,7 +36,7 @@ from pipelines.benchmarks.training import steps_of_epoch
 from posttrain.config import Removal
 from posttrain.influence import ensemble
 from posttrain.influence.ensemble import ProbeEnsemble
-from posttrain.influence.held_out import HeldOutLoss, corrected_loss, preferred
+from posttrain.influence.held_out import HeldOutLoss, corrected_loss, no_worse
 from posttrain.influence.in_memory import InMemory
 from posttrain.influence.probe import in_memory
 from posttrain.influence.score_round import score_round
@@ -108,7 +108,7 @@ def measured(case: Case, folder: Path) -> Finding:
     # as `runs.begin` chooses the base of the rounds
     unit = torch.eye(data.classes, dtype=torch.float64)
     own_loss, initial_loss = (_boundary_loss(one, unit) for one in (own, pretrained))
-    base = pretrained if preferred([initial_loss, own_loss], last=False) == 0 else own
+    base = pretrained if no_worse(initial_loss, own_loss) else own
     run = CleaningInMemory(case, data, "head", base, REMOVAL)
     run.clean()
     seconds = time.perf_counter() - began

@@ -17,7 +17,6 @@ difference of two models varies from group to group gives its standard error.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,8 +82,7 @@ def corrected_loss(reduce: Reduce, weights: Tensor, transition: Tensor) -> HeldO
     return HeldOutLoss(tuple(count.tolist()), tuple(losses[:, best[0], best[1]].tolist()))
 
 
-def preferred(losses: Sequence[HeldOutLoss], *, last: bool) -> int:
-    """The first, or the last, of the models whose L is above the lowest by at most one standard error of that."""
-    lowest = min(losses, key=lambda one: one.mean)
-    good = [at for at, one in enumerate(losses) if one.above(lowest)[0] <= one.above(lowest)[1]]
-    return good[-1] if last else good[0]
+def no_worse(one: HeldOutLoss, other: HeldOutLoss) -> bool:
+    """Whether a model's L is above that of another one by at most one standard error of the difference."""
+    difference, error = one.above(other)
+    return difference <= error

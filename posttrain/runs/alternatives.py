@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from torch import Tensor
 from posttrain import policy
 from posttrain.cluster.network import Network
 from posttrain.influence import noise_matrix
-from posttrain.influence.held_out import HeldOutLoss, preferred
 from posttrain.influence.noise_model import noise_left
 from posttrain.rounds import State
 from posttrain.runs.context import Run
@@ -42,9 +41,7 @@ class Alternative:
     name: str
     model: Network
     metrics: dict[str, float]
-    """As `evaluate` gives them, and `LOSS`."""
-    loss: HeldOutLoss
-    """On the validation labels."""
+    """As `evaluate` gives them, and `LOSS`: `influence.held_out` on the validation labels."""
     seconds: float
     """That it took to make it."""
 
@@ -124,12 +121,11 @@ def _keep(
     model = make()
     seconds = time.perf_counter() - began
     metrics = evaluate(run, state, model)
-    loss = held_out_loss(run, state, model, transition)
-    metrics[LOSS] = loss.mean
+    metrics[LOSS] = held_out_loss(run, state, model, transition)
     run.folder.write_bytes(_path(run, name, "safetensors"), model.weights)
-    record = {"recipe": recipe(model.spec), "metrics": metrics, "loss": asdict(loss), "seconds": seconds}
+    record = {"recipe": recipe(model.spec), "metrics": metrics, "seconds": seconds}
     run.folder.write_json(_path(run, name, "json"), record)
-    return Alternative(name, model, metrics, loss, seconds)
+    return Alternative(name, model, metrics, seconds)
 
 
 def _kept(run: Run, name: str) -> Alternative | None:
@@ -139,19 +135,12 @@ def _kept(run: Run, name: str) -> Alternative | None:
         return None
     record = run.folder.read_json(path)
     model = network_from(run, run.folder.read_bytes(_path(run, name, "safetensors")), record["recipe"])
-    loss = HeldOutLoss(*(tuple(record["loss"][key]) for key in ("samples", "losses")))
-    return Alternative(name, model, record["metrics"], loss, record["seconds"])
+    return Alternative(name, model, record["metrics"], record["seconds"])
 
 
-def best(made: Sequence[Alternative], *, acted: bool) -> Alternative:
-    """The one to deliver: of those that no other beats on the validation labels by more than one standard error.
-
-    Where nothing was removed or relabelled the first of these, which changes least; else the last, which is freest of
-    what was. Measured with EfficientNet-Lite0 fine-tuned on CIFAR-10N, human labels and flips of 40 %, three seeds,
-    test accuracy: 63.4 as it came, 70.6 with a boundary on what is left, 71.6 trained again, 72.3 with its own boundary
-    (pipelines/benchmarks/results/real.md).
-    """
-    return made[preferred([one.loss for one in made], last=acted)]
+def best(made: Sequence[Alternative]) -> Alternative:
+    """The one with the lowest loss on the validation labels; of equal ones the first, which changes less."""
+    return min(made, key=lambda one: one.metrics[LOSS])
 
 
 def forget(run: Run) -> None:

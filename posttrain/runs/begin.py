@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from posttrain.cluster.network import Network
-from posttrain.influence.held_out import preferred
+from posttrain.influence.held_out import no_worse
 from posttrain.influence.score_round import score_round
 from posttrain.live import Live
 from posttrain.methods import NEEDS_NOISE
@@ -107,12 +107,12 @@ def _better_base(
             probe = refitted(run, probe.choice, probe.choice.members, live)
         other = chosen(run, backbone, live, 0)
     losses = [one.held_out_loss for one in (other, probe)]
-    better = preferred(losses, last=False) == 0
+    taken = no_worse(*losses)
     run.progress.say(
         f"features of the weights that training began with: validation loss of the boundary {losses[0].mean:.3f}, "
-        f"of the model's own {losses[1].mean:.3f}; taken: {'the former' if better else 'the latter'}"
+        f"of the model's own {losses[1].mean:.3f}; taken: {'the former' if taken else 'the latter'}"
     )
-    if not better:
+    if not taken:
         return model, probe, live
     keep_choice(run, 0, other.choice)
     return initial, other, live

@@ -54,7 +54,7 @@ def _best_alternative(run: Run, outcome: Outcome[Network, Fitted]) -> Outcome[Ne
     with run.progress.step("fit"):
         probe = fitted(run, backbone, live, state.history, number, known=scoring.probe if scoring else state.probe)
     made = alternatives.alternatives(run, state, probe)
-    best = alternatives.best(made, acted=policy.acted_on(state.history) > 0)
+    best = alternatives.best(made)
     run.folder.write_json(run.folder.path("alternatives.json"), [one.as_record(one is best) for one in made])
     metrics = {**state.history[-1].metrics, **(scoring.metrics if scoring else {}), **best.metrics}
     said = f"delivered: {best.name}: "

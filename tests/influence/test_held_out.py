@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from posttrain.influence.held_out import _FLOORS, _TEMPERATURES, GROUPS, HeldOutLoss, corrected_loss, preferred
+from posttrain.influence.held_out import _FLOORS, _TEMPERATURES, GROUPS, HeldOutLoss, corrected_loss, no_worse
 from posttrain.influence.probe import in_memory
 
 CLASSES = 5
@@ -81,15 +81,11 @@ def parts(logits: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
     return list(zip(logits.split(1000), labels.split(1000), strict=True))
 
 
-def test_of_models_that_are_as_good_the_first_or_the_last_is_preferred() -> None:
+def test_a_model_is_worse_where_its_loss_is_higher_by_more_than_a_standard_error() -> None:
     logits, _, labels, _ = noisy(0.2)
     generator = torch.Generator().manual_seed(1)
-    nearly = [logits + 0.01 * torch.randn(logits.shape, generator=generator) for _ in range(3)]
-    worse = [logits + 2 * torch.randn(logits.shape, generator=generator) for _ in range(2)]
-    losses = [of(one, labels) for one in (worse[0], *nearly, worse[1])]
-    close = [at for at in (1, 2, 3) if losses[at].above(min(losses, key=lambda one: one.mean))[0] < 0.01]
-    assert close == [1, 2, 3]
-    assert preferred(losses, last=False) in close and preferred(losses, last=True) in close
-    assert preferred([losses[0], losses[1], losses[1]], last=False) == 1
-    assert preferred([losses[1], losses[1], losses[0]], last=True) == 1
-    assert len(losses[0].samples) == GROUPS and sum(losses[0].samples) == 4000
+    nearly, worse = (logits + by * torch.randn(logits.shape, generator=generator) for by in (0.01, 2))
+    as_it_is, as_good, not_as_good = (of(one, labels) for one in (logits, nearly, worse))
+    assert no_worse(as_good, as_it_is) and no_worse(as_it_is, as_it_is)
+    assert no_worse(as_it_is, not_as_good) and not no_worse(not_as_good, as_it_is)
+    assert len(as_it_is.samples) == GROUPS and sum(as_it_is.samples) == 4000
