@@ -207,7 +207,7 @@ def _removals(records: Sequence[Record]) -> list[str]:
 def _removed(records: Sequence[Record], name: str) -> list[str]:
     noisy = [one["removed"][name] for one in records if one["wrong"]]
     clean = [one["removed"][name][0] for one in records if not one["wrong"]]
-    estimated = [one["estimated"] for one in records if one["wrong"]] if name in (HEAD, NETWORK) else []
+    estimated = [one.get("estimated") for one in records if one["wrong"]] if name in (HEAD, NETWORK) else []
     shares = (percent_with_error([part[k] for part in noisy]) for k in range(3))
     return [percent_with_error(estimated), *shares, percent_with_error(clean)]
 
