@@ -64,6 +64,8 @@ class Finding:
     seed: int
     wrong: float
     """Share of wrong labels."""
+    estimated: float = 0.0
+    """The same, as posttrain estimates it in its first round; 0 where it sees no sign of any."""
     fitted: float = 0.0
     """Share of the given labels that the network has after its last epoch."""
     best_epoch: int = 0
@@ -224,6 +226,7 @@ def _with_posttrain(case: Case, data: Data, weights: bytes, found: Finding) -> d
         found.seconds[name] = embedding + time.process_time() - began
         found.rows[name] = _row(metrics)
         runs[mode] = run
+    found.estimated = runs["network"].estimates[0].rate
     found.rounds, found.steps = len(runs["network"].steps), sum(runs["network"].steps)
     return runs
 

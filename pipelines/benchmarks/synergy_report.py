@@ -67,7 +67,8 @@ def _sizes(records: Sequence[Record]) -> list[str]:
         f"papers. {' and '.join(NEEDS_NOISE)} are told the noise by a first network that cross-entropy trains; after a "
         "removal, what is left of it; of the right labels, that there is none.",
         "",
-        "Nothing is chosen by test labels, but for the best of the other removals, in its favour.",
+        "Nothing is chosen by test labels, but for the best of the other removals, by case and in its favour. Trained",
+        f"alike: `{SCRATCH}` is compared with the others from scratch, the rest with those that are trained on.",
         "In percent, ± the standard error of the mean; differences are paired, by noise and seed.",
     ]
 
@@ -105,7 +106,7 @@ def _of_noisy(noisy: Sequence[Record]) -> list[list[str]]:
     return [
         ["## Mean over the noisy labels", "", f"{len(noisy)} cases: {', '.join(_by(noisy, 'noise'))}."],
         markdown(["", *VARIANTS], [[name, *_accuracies(own)] for name, own in methods.items()]),
-        *(_differences(methods, name, other) for name, other in _REFERENCES.items()),
+        *(_differences(methods, reference) for reference in _REFERENCES),
         _not_better(methods),
     ]
 
@@ -114,28 +115,33 @@ def _test(record: Record, name: str) -> float:
     return record["rows"][name]["test"]
 
 
-def _best_other(record: Record) -> float:
+def _best_alike(record: Record, ours: str) -> float:
+    names = SCRATCH_OTHERS.values() if ours == SCRATCH else SCRATCH_OTHERS
+    return max(_test(record, name) for name in names)
+
+
+def _best_other(record: Record, ours: str) -> float:
     return max(_test(record, name) for name in OTHERS)
 
 
-_REFERENCES: dict[str, Callable[[Record], float]] = {
-    LAST: lambda record: _test(record, LAST),
-    BEST: lambda record: _test(record, BEST),
-    "the best of the other removals": _best_other,
+ALIKE, OTHER = "the best of the other removals, trained alike", "the best of the other removals"
+_REFERENCES: dict[str, Callable[[Record, str], float]] = {
+    LAST: lambda record, ours: _test(record, LAST),
+    BEST: lambda record, ours: _test(record, BEST),
+    ALIKE: _best_alike,
+    OTHER: _best_other,
 }
+"""Test accuracy of what a variant is compared with. Trained alike: from scratch where that is, else trained on."""
 
 
 def differences(records: Sequence[Record], name: str, reference: str) -> list[float]:
     """Test accuracy of a variant minus that of the reference, a share, for each record."""
-    return [_test(one, name) - _REFERENCES[reference](one) for one in records]
+    return [_test(one, name) - _REFERENCES[reference](one, name) for one in records]
 
 
-def _differences(methods: Mapping[str, Sequence[Record]], name: str, reference: Callable[[Record], float]) -> list[str]:
-    rows = [
-        [method, *(_marked([_test(one, ours) - reference(one) for one in own]) for ours in OURS)]
-        for method, own in methods.items()
-    ]
-    return [f"Minus `{name}`, in points; bold: more than two standard errors:", "", *markdown(["", *OURS], rows)]
+def _differences(methods: Mapping[str, Sequence[Record]], reference: str) -> list[str]:
+    rows = [[method, *(_marked(differences(own, name, reference)) for name in OURS)] for method, own in methods.items()]
+    return [f"Minus `{reference}`, in points; bold: more than two standard errors:", "", *markdown(["", *OURS], rows)]
 
 
 def _marked(values: Sequence[float]) -> str:
@@ -173,7 +179,7 @@ def _not_better(methods: Mapping[str, Sequence[Record]]) -> list[str]:
 def _by_noise(records: Sequence[Record]) -> list[list[str]]:
     found: list[list[str]] = []
     for noise, of_noise in sorted(_by(records, "noise").items(), key=lambda item: NOISES.index(item[0])):
-        wrong = percent_with_error([one["wrong"] for one in of_noise])
+        wrong = percent_with_error([one["wrong"] for one in _once(of_noise)])
         rows = [[method, *_accuracies(own)] for method, own in _by(of_noise, "method").items()]
         found += [[f"## {noise}", "", f"Wrong labels: {wrong}.", "", *markdown(["", *VARIANTS], rows)]]
     return found
@@ -185,24 +191,30 @@ def _removals(records: Sequence[Record]) -> list[str]:
         for method, own in _by(records, "method").items()
         for name in (HEAD, NETWORK, SMALL_LOSS)
     ]
-    # the same for all methods
-    once = {(one["noise"], one["seed"]): one for one in records}
-    rows.append(["any", CLEANLAB, *_removed(list(once.values()), CLEANLAB)])
+    rows.append(["any", CLEANLAB, *_removed(_once(records), CLEANLAB)])
     return [
         "## What is removed",
         "",
-        "Share of the samples, precision and recall over the noisy labels (precision where anything is removed: in",
+        "Wrong labels as posttrain estimates them on the validation labels (of noisy ones), and what is removed:",
+        "share of the samples, precision and recall over the noisy labels (precision where anything is removed: in",
         "brackets the number of cases), and the share of clean ones, all of it wrongly removed. A random removal is as",
         "often right as labels are wrong.",
         "",
-        *markdown(["", "", "removed", "precision", "recall", "removed of clean"], rows),
+        *markdown(["", "", "estimated", "removed", "precision", "recall", "removed of clean"], rows),
     ]
 
 
 def _removed(records: Sequence[Record], name: str) -> list[str]:
     noisy = [one["removed"][name] for one in records if one["wrong"]]
     clean = [one["removed"][name][0] for one in records if not one["wrong"]]
-    return [*(percent_with_error([part[k] for part in noisy]) for k in range(3)), percent_with_error(clean)]
+    estimated = [one.get("estimated") for one in records if one["wrong"]] if name in (HEAD, NETWORK) else []
+    shares = (percent_with_error([part[k] for part in noisy]) for k in range(3))
+    return [percent_with_error(estimated), *shares, percent_with_error(clean)]
+
+
+def _once(records: Sequence[Record]) -> list[Record]:
+    """One record of each kind of noise and seed, for what is the same for all methods."""
+    return list({(one["noise"], one["seed"]): one for one in records}.values())
 
 
 def _costs(records: Sequence[Record]) -> list[str]:

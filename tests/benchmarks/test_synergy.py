@@ -11,11 +11,13 @@ import pytest
 from pipelines.benchmarks import cases, synergy
 from pipelines.benchmarks.cases import Case
 from pipelines.benchmarks.synergy_report import (
+    ALIKE,
     BEST,
     CLEANLAB,
     HEAD,
     LAST,
     NETWORK,
+    OTHER,
     RANDOM,
     RIGHT,
     SCRATCH,
@@ -25,8 +27,6 @@ from pipelines.benchmarks.synergy_report import (
     differences,
     report,
 )
-
-OTHERS = "the best of the other removals"
 
 
 def record(test: dict[str, float], noise: str = "symmetric 40", seed: int = 0, method: str = "gce") -> dict[str, Any]:
@@ -38,6 +38,7 @@ def record(test: dict[str, float], noise: str = "symmetric 40", seed: int = 0, m
         "method": method,
         "seed": seed,
         "wrong": 0.0 if clean else 0.4,
+        "estimated": 0.0 if clean else 0.35,
         "fitted": 0.75,
         "best_epoch": 3,
         "rounds": 4,
@@ -59,7 +60,9 @@ def test_a_difference_is_positive_where_posttrain_is_better():
     one = record({LAST: 0.5, BEST: 0.56, HEAD: 0.6, RANDOM: 0.45, SMALL_LOSS: 0.57, SCRATCH_OTHERS[CLEANLAB]: 0.63})
     assert differences([one], HEAD, LAST) == pytest.approx([0.1])
     assert differences([one], HEAD, BEST) == pytest.approx([0.04])
-    assert differences([one], HEAD, OTHERS) == pytest.approx([-0.03])
+    assert differences([one], HEAD, OTHER) == pytest.approx([-0.03])
+    assert differences([one], HEAD, ALIKE) == pytest.approx([0.03])
+    assert differences([one], SCRATCH, ALIKE) == pytest.approx([-0.13])
 
 
 def test_the_report_pairs_the_noisy_cases_of_a_method():
@@ -76,7 +79,8 @@ def test_the_report_pairs_the_noisy_cases_of_a_method():
     assert cells(text, f"Minus `{LAST}`", "mixup") == ["+20.0", "+10.0", "+10.0"]
     assert cells(text, "## Mean over the noisy labels", "gce")[0] == "45.0 ± 5.0"
     assert cells(text, "## clean", "gce")[0] == "90.0"
-    assert cells(text, "## What is removed", "gce") == [HEAD, "30.0 ± 0.0", "80.0 ± 0.0", "60.0 ± 0.0", "2.0"]
+    removed = [HEAD, "35.0 ± 0.0", "30.0 ± 0.0", "80.0 ± 0.0", "60.0 ± 0.0", "2.0"]
+    assert cells(text, "## What is removed", "gce") == removed
     assert text.count("does not improve") == 2, "the heading, and a sentence on gce"
     assert f"- gce: posttrain does not improve the mean of `{LAST}` ({NETWORK} -1.5 ± 0.5), nor of `{BEST}`" in text
 
