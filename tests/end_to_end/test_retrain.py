@@ -90,6 +90,7 @@ def jobfile(shards: Shards, tmp_path: Path) -> Callable[..., dict[str, Any]]:
             "model": {"factory": "posttrain.vision.models:mlp", "channels": 1, "image_size": 8},
             "pretrain": {"epochs": 60},
             "removal": {"max_rounds": 4, "budget": 0.1},
+            "refine": {"scope": "head"},
             "ray": {"workers": 2},
             "results": {"cleaned": "manifest"},
         }
