@@ -93,9 +93,10 @@ def _boundary_as_head(run: Run, outcome: Outcome[Network, Fitted]) -> Outcome[Ne
 def base_network(run: Run, state: State[Network, Fitted]) -> Network:
     """The network whose features the final model's head takes: a later run needs no others of the same images."""
     scope, last = run.config.refine.scope, state.history[-1]
-    if scope == "auto":
-        return feature_network(state.model, state.base)
-    if scope == "head" or state.model.digest == state.first.digest:
+    if run.config.refine.keeps_backbone:
+        # where a trained network is delivered, too: a boundary on its layers is no network to start from
+        return state.base
+    if state.model.digest == state.first.digest:
         return state.first
     # a round that only put the boundary on
     return read_checkpoint(run, last.number - 1) if last.ended else state.model
