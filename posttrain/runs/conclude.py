@@ -91,8 +91,8 @@ def _boundary_as_head(run: Run, outcome: Outcome[Network, Fitted]) -> Outcome[Ne
 
 
 def base_network(run: Run, state: State[Network, Fitted]) -> Network:
-    """The network whose features the final model's head takes: a later run needs no others of the same images."""
-    scope, last = run.config.refine.scope, state.history[-1]
+    """The network that later runs of a job start from, and whose features they need of new images alone."""
+    last = state.history[-1]
     if run.config.refine.keeps_backbone:
         # where a trained network is delivered, too: a boundary on its layers is no network to start from
         return state.base
