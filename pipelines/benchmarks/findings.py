@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import TypeAdapter
 
@@ -37,3 +39,16 @@ def keep(found: DataclassInstance, path: Path) -> None:
     aside = path.with_suffix(".tmp")
     aside.write_text(json.dumps(asdict(found), indent=1, allow_nan=False))
     os.replace(aside, path)
+
+
+def measured(
+    wanted: Iterable[Case], folder: Path, measure: Callable[[Case], DataclassInstance]
+) -> list[dict[str, Any]]:
+    """All findings in the folder, one file for each case; of those wanted, what is not there is measured and kept."""
+    for case in wanted:
+        path = folder / f"{case.key}.json"
+        if not path.exists():
+            began = time.perf_counter()
+            keep(measure(case), path)
+            print(f"{case}: {time.perf_counter() - began:.0f} s", flush=True)
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
-from pipelines.benchmarks import cases
+from pipelines.benchmarks import cases, findings
 from pipelines.benchmarks.baselines import confident_learning, cross_validated, self_confidence
 from pipelines.benchmarks.cases import DATASETS, PRETRAINED, Case, Data
 from pipelines.benchmarks.first_round import embedded
@@ -330,17 +330,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    options.folder.mkdir(parents=True, exist_ok=True)
     print(hardware(), flush=True)
-    for case in cases.cases(options.datasets, options.noises, options.states, options.seeds):
-        path = options.folder / f"{case.key}.json"
-        if not path.exists():
-            began = time.perf_counter()
-            found = measured(case, options.folder)
-            path.with_suffix(".tmp").write_text(json.dumps(found.__dict__, indent=1))
-            path.with_suffix(".tmp").replace(path)
-            print(f"{case}: {time.perf_counter() - began:.0f} s", flush=True)
-    kept = [json.loads(path.read_text()) for path in sorted(options.folder.glob("*.json"))]
+    wanted = cases.cases(options.datasets, options.noises, options.states, options.seeds)
+    kept = findings.measured(wanted, options.folder, partial(measured, folder=options.folder))
     text = report(kept, "python -m pipelines.benchmarks.real", hardware())
     options.output.write_text(text)
     print(text)

@@ -11,9 +11,8 @@ Each case is kept in the folder as soon as it is there: the same command goes on
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import cast
@@ -23,7 +22,7 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from pipelines.benchmarks import cases
+from pipelines.benchmarks import cases, findings
 from pipelines.benchmarks.baselines import confident_learning, cross_validated
 from pipelines.benchmarks.cases import DATASETS, FEATURES, Case, Data
 from pipelines.benchmarks.hardware import hardware
@@ -276,18 +275,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    options.folder.mkdir(parents=True, exist_ok=True)
     print(hardware(), flush=True)
     with threadpool_limits(limits=options.threads):
-        for case in cases.cases(list(FEATURES), options.noises, options.methods, options.seeds):
-            path = options.folder / f"{case.key}.json"
-            if not path.exists():
-                began = time.perf_counter()
-                found = measured(case)
-                path.with_suffix(".tmp").write_text(json.dumps(asdict(found), indent=1))
-                path.with_suffix(".tmp").replace(path)
-                print(f"{case}: {time.perf_counter() - began:.0f} s", flush=True)
-    kept = [json.loads(path.read_text()) for path in sorted(options.folder.glob("*.json"))]
+        wanted = cases.cases(list(FEATURES), options.noises, options.methods, options.seeds)
+        kept = findings.measured(wanted, options.folder, measured)
     text = report(kept, "python -m pipelines.benchmarks.synergy", hardware())
     options.output.write_text(text)
     print(text)

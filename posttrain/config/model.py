@@ -113,7 +113,7 @@ class Training(Section):
 
 
 class Pretrain(Training):
-    """Training the model from scratch, where no weights are given."""
+    """Training the model where no weights are given, and training it again (refine.scope auto)."""
 
     epochs: int = Field(default=200, ge=1)
     """Largest number of passes over the training data."""

@@ -108,9 +108,10 @@ def _better_base(
         other = chosen(run, backbone, live, 0)
     losses = [one.held_out_loss for one in (other, probe)]
     taken = no_worse(*losses)
+    source = "initial weights" if taken else "model as it came"
     run.progress.say(
-        f"features of the weights that training began with: validation loss of the boundary {losses[0].mean:.3f}, "
-        f"of the model's own {losses[1].mean:.3f}; taken: {'the former' if taken else 'the latter'}"
+        f"the rounds take the features of the {source}; validation loss of a boundary: initial weights "
+        f"{losses[0].mean:.3f}, model as it came {losses[1].mean:.3f}"
     )
     if not taken:
         return model, probe, live

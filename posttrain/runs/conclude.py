@@ -46,6 +46,7 @@ def conclude(run: Run, outcome: Outcome[Network, Fitted]) -> Outcome[Network, Fi
 def _best_alternative(run: Run, outcome: Outcome[Network, Fitted]) -> Outcome[Network, Fitted]:
     state = outcome.state
     if state.history[-1].ended:
+        _tidy(run, state)
         return outcome
     number = state.number + 1
     run.progress.begin_round(number)
@@ -59,11 +60,16 @@ def _best_alternative(run: Run, outcome: Outcome[Network, Fitted]) -> Outcome[Ne
     metrics = {**state.history[-1].metrics, **(scoring.metrics if scoring else {}), **best.metrics}
     said = f"delivered: {best.name}: "
     done = commit_without_removal(run, number, live, best.model, metrics, ended=outcome.reason, said=said)
-    alternatives.forget(run)
-    run.folder.keep_only_features(feature_network(best.model, state.base).backbone)
     state = replace(state, history=(*state.history, done), model=best.model)
+    _tidy(run, state)
     final = FinalScoring(probe, scoring.metrics if scoring else {})
     return replace(outcome, state=state, final_scoring=final)
+
+
+def _tidy(run: Run, state: State[Network, Fitted]) -> None:
+    """Keep nothing of the alternatives that are not delivered."""
+    alternatives.forget(run)
+    run.folder.keep_only_features(feature_network(state.model, state.base).backbone)
 
 
 def _boundary_as_head(run: Run, outcome: Outcome[Network, Fitted]) -> Outcome[Network, Fitted]:

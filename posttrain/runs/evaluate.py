@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,11 +24,8 @@ from posttrain.store.features import read_shard
 def evaluate(run: Run, state: State[Network, Any], model: Network) -> dict[str, float]:
     """Accuracy and cross-entropy on the validation and the test set."""
     splits = [name for name in ("validation", "test") if name in run.splits]
-    network = feature_network(model, state.base)
-    backbone, _ = features_of(run, network, state.live, splits)
+    backbone, layers = _features_of_head(run, state, model, splits)
     with run.progress.step("evaluate") as tell:
-        # a new head sits on layers of the first network, whose features are there
-        layers = (model.spec.head,) if model.spec == network.spec else tuple(model.spec.arguments["layers"])
         metrics = _of_linear_head(run, backbone, layers, *linear_head(model))
         total = sum(run.splits[name].rows for name in splits)
         tell(total, total)
@@ -36,12 +34,20 @@ def evaluate(run: Run, state: State[Network, Any], model: Network) -> dict[str, 
 
 def held_out_loss(run: Run, state: State[Network, Any], model: Network, transition: torch.Tensor) -> float:
     """`influence.held_out` of the model on the validation labels, whose transition matrix is given."""
-    network = feature_network(model, state.base)
-    backbone, _ = features_of(run, network, state.live, ["validation"])
-    layers = head_layers(model, network)
-    assert layers is not None, "a network's head takes its own features"
+    backbone, layers = _features_of_head(run, state, model, ["validation"])
     reduce, weights = _on_raw_features(run, backbone, "validation", layers, *linear_head(model))
     return corrected_loss(reduce, weights, transition).mean
+
+
+def _features_of_head(
+    run: Run, state: State[Network, Any], model: Network, splits: Sequence[str]
+) -> tuple[str, tuple[str, ...]]:
+    """The feature store of what the model's head takes, with these splits in it, and the layers."""
+    network = feature_network(model, state.base)
+    backbone, _ = features_of(run, network, state.live, splits)
+    layers = head_layers(model, network)
+    assert layers is not None, "a network's head takes its own features"
+    return backbone, layers
 
 
 def of_boundary(run: Run, backbone: str, boundary: ProbeEnsemble) -> dict[str, float]:

@@ -138,6 +138,7 @@ def test_a_run_interrupted_when_the_best_is_committed_ends_the_same(
         run(tmp_path / "run", **AUTO)
     run(tmp_path / "run", **AUTO)
     assert_same_result(tmp_path / "run", best["run"])
+    assert not (tmp_path / "run" / "alternatives").exists()
     told = json.loads((tmp_path / "run" / "alternatives.json").read_text())
     assert [one["delivered"] for one in told] == [one["delivered"] for one in best["alternatives"]]
 
