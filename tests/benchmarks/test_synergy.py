@@ -86,6 +86,7 @@ def test_the_report_pairs_the_noisy_cases_of_a_method():
 
 
 def test_all_is_measured_of_a_case(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("cleanlab", reason="needs cleanlab: pip install 'posttrain[benchmark]'")
     digits = cases.DATASETS["digits"]
     short = replace(digits.training["augmented"], epochs=3, method="co_teaching")
     both = {"co_teaching": short, "cross_entropy": replace(short, method="cross_entropy")}

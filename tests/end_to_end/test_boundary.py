@@ -143,7 +143,7 @@ def test_all_layers_are_embedded_in_one_pass_and_never_again_while_the_backbone_
 def test_a_trained_network_is_embedded_once_and_its_layers_are_chosen_anew_in_each_round(
     run: Run, resnet: Sections, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    summary = run(tmp_path / "run", **resnet, removal={"max_rounds": 3}, refine=NETWORK)
+    summary = run(tmp_path / "run", **resnet, removal={"max_rounds": 3, "patience": 3}, refine=NETWORK)
     live = [done["live"] for done in rounds(tmp_path / "run")]
     assert len(live) == 4
     # the network of the last round is evaluated, but no further round wants its training features
