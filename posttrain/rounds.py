@@ -54,8 +54,8 @@ class State(Generic[Model, Probe]):
     first: Model
     """The model as it came."""
     base: Model
-    """The model whose features the rounds take where they change nothing but the head: the first one, or that from
-    whose weights its training began."""
+    """The model whose features the rounds take where they change nothing but the head: the first one, or the network
+    with the weights that its training began with."""
     validation_samples: int
     probe: Probe | None = None
     """Fitted on the live samples already, where refining the model did that."""

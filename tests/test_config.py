@@ -247,6 +247,14 @@ def test_one_l2_needs_no_list():
         ("removal.score=entropy", "removal.score = \"entropy\": should be 'mislabel_odds', 'loo_margin', "),
         ("data.noise.rate=2", "data.noise.rate = 2: should be less than or equal to 1"),
         ("data.noise.kind=pairs", "data.noise.kind = \"pairs\": should be 'symmetric', 'pair', 'instance' or 'matrix'"),
+        (
+            "pretrain={method: gce, method_arguments: {q: 0}}",
+            'pretrain.method_arguments = {"q": 0}: q should be above 0 and at most 1 with method = gce',
+        ),
+        (
+            "refine={method: elr, method_arguments: {q: 1}}",
+            'refine.method_arguments = {"q": 1}: q is no argument of method = elr, which has strength and momentum',
+        ),
         ("removal=3", "removal = 3: should be a mapping"),
         ("model.arguments=[1]", "model.arguments = [1]: should be a mapping"),
         ("model.weights=model.bin", '= "model.bin": should be a .pt, .pth or .safetensors file'),

@@ -51,7 +51,7 @@ def trunk(batches: Iterator[Tensor]) -> Tensor:
     """float16 [n, 112, height, width] of batches of normalised images: what goes into `Lite0Top`."""
     whole = lite0(10).eval().to(memory_format=torch.channels_last)
     first = nn.Sequential(whole._conv_stem, whole._bn0, nn.ReLU6(), *list(whole._blocks)[:TRUNK])
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+    with torch.inference_mode():
         parts = [first(batch).half() for batch in batches]
     return torch.cat(parts)
 
@@ -59,6 +59,6 @@ def trunk(batches: Iterator[Tensor]) -> Tensor:
 def pooled(batches: Iterator[Tensor]) -> Tensor:
     """float16 [n, 1280, 1, 1] of batches of normalised images: what goes into the head of the whole network."""
     whole = lite0(10).eval().to(memory_format=torch.channels_last)
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        parts = [whole.extract_features(batch).float().mean(dim=(2, 3), keepdim=True).half() for batch in batches]
+    with torch.inference_mode():
+        parts = [whole.extract_features(batch).mean(dim=(2, 3), keepdim=True).half() for batch in batches]
     return torch.cat(parts)

@@ -41,7 +41,7 @@ def complaints(error: ValidationError, raw: Mapping[str, Any], kind: type[Sectio
             found[f"{key} has to be set"] = []
         elif entry["type"] in ("model_type", "dict_type"):
             found.setdefault(f"{key} = {shown(entry['input'])}", []).append("should be a mapping with keys beneath it")
-        elif entry["type"] == "value_error" and isinstance(entry["input"], Mapping) and not of_space:
+        elif entry["type"] == "value_error" and (not key or any(k.startswith(f"{key}.") for k in known_keys(kind))):
             found[message] = []  # a check across keys, which names them itself
         else:
             found.setdefault(f"{key} = {shown(_at(raw, parts))}", []).append(message)

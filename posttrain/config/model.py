@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, JsonValue, ValidationInfo, field_validator, model_validator
 
 from posttrain.config.section import Section, Text
-from posttrain.methods import METHODS, Method
+from posttrain.methods import BOUNDS, METHODS, Method
 
 Byte = Annotated[int, Field(ge=0, le=255)]
 
@@ -102,14 +102,21 @@ class Training(Section):
     ema: float | None = Field(default=None, gt=0, lt=1)
     """Decay, by step, of a moving average of the weights, which training leaves behind. null: the last weights."""
 
-    @model_validator(mode="after")
-    def _arguments_of_the_method(self) -> Self:
-        known = METHODS[self.method]
-        for name in self.method_arguments:
+    @field_validator("method_arguments")
+    @classmethod
+    def _arguments_of_the_method(cls, arguments: dict[str, float], info: ValidationInfo) -> dict[str, float]:
+        method = info.data.get("method")
+        if method is None:  # refused itself
+            return arguments
+        known = METHODS[method]
+        for name, value in arguments.items():
             if name not in known:
                 has = f"has {' and '.join(known)}" if known else "has none"
-                raise ValueError(f"method_arguments.{name} is no argument of method = {self.method}, which {has}")
-        return self
+                raise ValueError(f"{name} is no argument of method = {method}, which {has}")
+            words, holds = BOUNDS[method][name]
+            if not holds(value):
+                raise ValueError(f"{name} should be {words} with method = {method}")
+        return arguments
 
 
 class Pretrain(Training):

@@ -62,7 +62,7 @@ def make_challenger(
     with progress.step("check the inputs"):
         base = champions.base_network(config, job, registry, attempt.champion)
         run_config = champions.run_file(config, attempt.folder, base)
-        inputs = champions.prepare_inputs(run_config, inventory.files, base)
+        inputs = champions.prepare_inputs(run_config, inventory.files, base, config.model)
     opening.say_remarks(inputs, progress)
     with _opened(run_config, inputs, job, attempt, progress, assert_held, verbose=verbose) as (run, tracking, digests):
         from posttrain.runs.begin import begin_or_resume

@@ -88,7 +88,7 @@ def _leakage(summary: Mapping[str, Any]) -> tuple[str | None, str]:
     )
 
 
-_REMOVAL_ALONE = "the boundary on what is left"
+_BOUNDARY = "the boundary on what is left"
 """The alternative that differs from the control in nothing but the removal."""
 
 
@@ -98,31 +98,32 @@ def _controls(summary: Mapping[str, Any]) -> list[tuple[str, str | None, str]]:
     boundary, head = summary["test_accuracy_boundary"], summary["test_accuracy_refit"]
     if after is None or boundary is None:
         return []
-    points = f"{100 * (after - boundary):+.1f} points"
-    delivered = next((one["name"] for one in summary.get("alternatives") or () if one["delivered"]), _REMOVAL_ALONE)
-    gain = (
-        f"control: same boundary, all samples kept; the removal itself: {points}"
-        if delivered == _REMOVAL_ALONE
-        else f"control: the boundary, all samples kept; what is delivered: {points}"
-    )
+    # what is delivered may be a network that was trained: the removal itself shows where all else is the same
+    removed = next((one["test_accuracy"] for one in _offered(summary) if one["name"] == _BOUNDARY), after)
+    gain = f"the removal itself: {100 * (removed - boundary):+.1f} points"
     return [
-        ("  nothing removed", _change(before, boundary), gain),
-        ("  new head alone", _change(before, head), "control: only the head refitted, all samples kept"),
+        ("  nothing removed", _change(before, boundary), f"control: same boundary, all samples kept; {gain}"),
+        ("  new head alone", _change(before, head), "control: a new head on the same features, all samples kept"),
     ]
+
+
+def _offered(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    # runs that finished before there were any have none
+    return summary.get("alternatives", [])
 
 
 def _alternatives(summary: Mapping[str, Any]) -> list[tuple[str, str | None, str]]:
     """What could have been delivered, by the corrected loss on the validation labels, which decides."""
     rows: list[tuple[str, str | None, str]] = []
-    for one in summary.get("alternatives") or ():
+    for one in _offered(summary):
         test = one.get("test_accuracy")
-        remark = f"{one['name']}: {one['seconds']:.0f} s" + (f", test {100 * test:.1f} %" if test is not None else "")
-        loss = f"{one['validation_corrected_loss']:.3f}"
-        rows.append((f"  {'delivered' if one['delivered'] else 'not delivered'}", loss, remark))
+        remark = ("delivered; " if one["delivered"] else "") + f"{one['seconds']:.0f} s"
+        remark += f", test {100 * test:.1f} %" if test is not None else ""
+        rows.append((f"  {one['name']}", f"{one['validation_corrected_loss']:.3f}", remark))
     if not rows:
         return []
     return [
-        ("validation loss", "", "corrected for label noise; lower is better"),
+        ("validation loss", "", "corrected for label noise; the lowest is delivered"),
         *rows,
     ]
 
@@ -148,7 +149,8 @@ def _boundary(summary: Mapping[str, Any]) -> tuple[str | None, str]:
     members = boundary["members"]
     tried = len({row["layer"] for row in boundary["tried"]})
     named = ", ".join(f"{member['layer']} ({member['l2']:g})" for member in members)
-    return f"{len(members)} of {tried} layers", f"layer (L2 penalty): {named}"
+    of_rounds = "of the rounds; " if _offered(summary) else ""
+    return f"{len(members)} of {tried} layers", f"{of_rounds}layer (L2 penalty): {named}"
 
 
 def _percent(value: float | None) -> str | None:

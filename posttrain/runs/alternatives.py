@@ -19,6 +19,7 @@ from torch import Tensor
 
 from posttrain import policy
 from posttrain.cluster.network import Network
+from posttrain.errors import RecipeError
 from posttrain.influence import noise_matrix
 from posttrain.influence.noise_model import noise_left
 from posttrain.rounds import State
@@ -27,8 +28,8 @@ from posttrain.runs.embed import features_of
 from posttrain.runs.evaluate import evaluate, held_out_loss
 from posttrain.runs.fit import Fitted, chosen, refitted
 from posttrain.runs.networks import network_from, network_of, recipe
-from posttrain.runs.refine import train, with_boundary_as_head
-from posttrain.runs.score import prior_of
+from posttrain.runs.refine import Train, with_boundary_as_head
+from posttrain.runs.score import first_finding, prior_of
 from posttrain.vision.losses import Noise
 
 LOSS = "validation_corrected_loss"
@@ -49,78 +50,104 @@ class Alternative:
         return {"name": self.name, "delivered": delivered, "seconds": round(self.seconds, 1), **self.metrics}
 
 
-def alternatives(run: Run, state: State[Network, Fitted], boundary: Fitted) -> list[Alternative]:
-    """All that can be delivered after the last round; `boundary` is fitted on what is left."""
+@dataclass(frozen=True)
+class _Maker:
+    """How an alternative is made."""
+
+    name: str
+    make: Callable[[Network | None], Network]
+    """Of the model of the alternative `of`, where there is one."""
+    of: str | None = None
+
+
+def alternatives(run: Run, state: State[Network, Fitted], boundary: Fitted, train: Train) -> list[Alternative]:
+    """All that can be delivered after the last round; `boundary` is fitted on what is left.
+
+    A network that cannot be trained by its settings, or that cannot take every sample, is left out.
+    """
     transition, left = _noise(run, state)
-    made: list[Alternative] = []
-    for name, make in _makers(run, state, boundary, left, made):
+    made: dict[str, Alternative] = {}
+    for maker in _makers(run, state, boundary, left, train):
+        name, of = maker.name, made.get(maker.of or "")
+        if maker.of is not None and of is None:
+            continue
         run.progress.say(f"alternative: {name}")
-        made.append(_kept(run, name) or _keep(run, state, name, make, transition))
-    return made
+        try:
+            made[name] = _kept(run, name) or _keep(run, state, maker, of, transition)
+        except RecipeError as error:
+            run.progress.say(f"  left out: {error}")
+    return list(made.values())
 
 
-def _makers(
-    run: Run, state: State[Network, Fitted], boundary: Fitted, left: Noise, made: Sequence[Alternative]
-) -> Iterator[tuple[str, Callable[[], Network]]]:
-    """The alternatives by name, those that change less first."""
+def _makers(run: Run, state: State[Network, Fitted], boundary: Fitted, left: Noise, train: Train) -> Iterator[_Maker]:
+    """The alternatives, those that change less first."""
     config = run.config
-    yield "the model as it came", lambda: state.first
+    yield _Maker("the model as it came", lambda _: state.first)
     if policy.acted_on(state.history):
         whole = run.live_at_start().quarantine(state.live.quarantined)
 
-        def on_all() -> Network:
+        def on_all(_: Network | None) -> Network:
             again = refitted(run, boundary.choice, boundary.ensemble.members, whole)
             return with_boundary_as_head(run, state.base, again)
 
-        yield "the boundary, nothing removed", on_all
-    yield "the boundary on what is left", lambda: with_boundary_as_head(run, state.base, boundary)
-    seed = config.run.seed + 1000 * (state.number + 1)
-
-    def trained(start: Network, section: str) -> Network:
-        settings = config.refining if section == "refine" else config.pretrain
-        if settings.method == "cross_entropy":
-            settings = settings.model_copy(update={"method": "gce"})
-        return train(run, start, settings, state.live, name=section, seed=seed, noise=left)
-
-    def with_boundary() -> Network:
-        """The last alternative with a boundary fitted on its own features."""
-        network = made[-1].model
-        backbone, live = features_of(run, network, state.live, ("train", "validation"))
-        with run.progress.step("fit"):
-            return with_boundary_as_head(run, network, chosen(run, backbone, live, state.number + 1))
-
+        yield _Maker("the boundary, nothing removed", on_all)
+    yield _Maker("the boundary on what is left", lambda _: with_boundary_as_head(run, state.base, boundary))
     initial = run.inputs.initial_weights
     if initial is None:
         run.progress.say(
             "no network is trained: the weights that its training began with (model.initial_weights) are not known"
         )
         return
-    yield "the network refined on what is left", lambda: trained(state.first, "refine")
-    yield "a boundary on the network refined", with_boundary
-    yield "the network trained again on what is left", lambda: trained(network_of(run, initial), "pretrain")
-    yield "a boundary on the network trained again", with_boundary
+    seed = config.run.seed + 1000 * (state.number + 1)
+
+    def trained(start: Network, section: str) -> Network:
+        settings = config.refining if section == "refine" else config.pretrain
+        if settings.method == "cross_entropy":
+            settings = settings.model_copy(update={"method": "gce"})
+            run.progress.say(f"  {section}.method = gce in place of cross_entropy: wrong labels bend it less")
+        return train(run, start, settings, state.live, name=section, seed=seed, noise=left)
+
+    def with_boundary(network: Network | None) -> Network:
+        assert network is not None
+        splits = ("train", "validation")
+        backbone, live = features_of(run, network, state.live, splits, may_quarantine=False)
+        with run.progress.step("fit"):
+            return with_boundary_as_head(run, network, chosen(run, backbone, live, state.number + 1))
+
+    for name, section, start in (
+        ("the network refined", "refine", lambda: state.first),
+        ("the network trained again", "pretrain", lambda: network_of(run, initial)),
+    ):
+        yield _Maker(f"{name} on what is left", lambda _, start=start, section=section: trained(start(), section))
+        yield _Maker(f"a boundary on {name}", with_boundary, of=f"{name} on what is left")
 
 
 def _noise(run: Run, state: State[Network, Fitted]) -> tuple[Tensor, Noise]:
     """T of the validation labels, and the noise of the labels that are left."""
-    prior, classes = prior_of(run, state.history), len(run.inputs.classes)
-    unit = torch.eye(classes, dtype=torch.float64)
-    joint = prior.confident_joint
-    if joint is None:
+    unit = torch.eye(len(run.inputs.classes), dtype=torch.float64)
+    found = first_finding(run, state.history)
+    if found is None:
         return unit, Noise(0.0, unit)
-    rate = next(done.metrics["live_noise"] for done in state.history if "live_noise" in done.metrics)
-    acted_on, first = policy.acted_on(state.history), state.history[0].live
-    left = noise_left(joint, rate, first, acted_on=acted_on, left=state.live.count)
-    return noise_matrix.estimate(joint, prior.validation_noise_rate), Noise(*left)
+    done, joint = found
+    # the rate is that of all samples before any was removed, in previous runs of the job, too
+    before, previous = run.previous.removal, len(run.previous.removal.removed)
+    left = noise_left(
+        joint,
+        done.metrics["live_noise"],
+        state.history[0].live + previous,
+        acted_on=policy.acted_on(state.history) + previous + len(before.relabelled),
+        left=state.live.count,
+    )
+    return noise_matrix.estimate(joint, prior_of(run, state.history).validation_noise_rate), Noise(*left)
 
 
 def _keep(
-    run: Run, state: State[Network, Fitted], name: str, make: Callable[[], Network], transition: Tensor
+    run: Run, state: State[Network, Fitted], maker: _Maker, of: Alternative | None, transition: Tensor
 ) -> Alternative:
-    began = time.perf_counter()
-    model = make()
+    name, began = maker.name, time.perf_counter()
+    model = maker.make(of.model if of else None)
     seconds = time.perf_counter() - began
-    metrics = evaluate(run, state, model)
+    metrics = evaluate(run, state, model, may_quarantine=False)
     metrics[LOSS] = held_out_loss(run, state, model, transition)
     run.folder.write_bytes(_path(run, name, "safetensors"), model.weights)
     record = {"recipe": recipe(model.spec), "metrics": metrics, "seconds": seconds}

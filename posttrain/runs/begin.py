@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from posttrain.cluster.network import Network
+from posttrain.errors import RecipeError
 from posttrain.influence.held_out import no_worse
-from posttrain.influence.score_round import score_round
+from posttrain.influence.score_round import PreviousRemovals
 from posttrain.live import Live
 from posttrain.methods import NEEDS_NOISE
 from posttrain.rounds import REFERENCE, State
@@ -19,6 +20,7 @@ from posttrain.runs.fit import Fitted, chosen, chosen_in, fitted, keep_choice, r
 from posttrain.runs.networks import network_of, read_checkpoint
 from posttrain.runs.quarantine import quarantined_before, readable_validation_samples
 from posttrain.runs.refine import train
+from posttrain.runs.score import round_scores
 from posttrain.schema import Round
 from posttrain.vision.losses import Noise
 
@@ -59,16 +61,8 @@ def _noise_seen_first(run: Run, network: Network) -> Noise:
     backbone, live = features_of(run, model, live, ("train", "validation"))
     with run.progress.step("fit"):
         probe = fitted(run, backbone, live, (), 0)
-    found = score_round(
-        probe.samples,
-        probe.validation,
-        probe.ensemble,
-        seed=0,
-        curvature_kind=run.config.probe.curvature,
-        exact_limit=run.config.probe.exact_limit,
-        step=run.progress.step,
-    )
-    return Noise(found.noise_model.remaining_noise_rate, found.noise_model.transition)
+    found = round_scores(run, probe, seed=0, previous=PreviousRemovals()).noise_model
+    return Noise(found.remaining_noise_rate, found.transition)
 
 
 def begin(run: Run, model: Network) -> State[Network, Fitted]:
@@ -78,7 +72,7 @@ def begin(run: Run, model: Network) -> State[Network, Fitted]:
     backbone, live = features_of(run, model, run.live_at_start(), splits)
     with run.progress.step("fit"):
         probe = fitted(run, backbone, live, (), 0)
-    base, probe, live = _better_base(run, model, probe, live, splits)
+    base, probe = _better_base(run, model, probe, live, splits)
     state = State((), live, model, model, base, readable_validation_samples(run), probe)
     metrics = evaluate(run, state, model)
     with run.progress.step("fit"):
@@ -89,22 +83,21 @@ def begin(run: Run, model: Network) -> State[Network, Fitted]:
     return replace(state, history=(done,))
 
 
-def _better_base(
-    run: Run, model: Network, probe: Fitted, live: Live, splits: Sequence[str]
-) -> tuple[Network, Fitted, Live]:
-    """The model, or with the scope `auto` that from whose weights its training began, unless its boundary is worse.
+def _better_base(run: Run, model: Network, probe: Fitted, live: Live, splits: Sequence[str]) -> tuple[Network, Fitted]:
+    """The model, or with the scope `auto` the network of its initial weights, unless the boundary on that is worse.
 
     A network that has memorised wrong labels bends its own features towards them, and those of its initial weights have
     seen none of them. Worse: its loss on the validation labels is higher by more than one standard error.
     """
     initial = _initial_network(run, model)
     if initial is None:
-        return model, probe, live
-    backbone, live = features_of(run, initial, live, splits)
+        return model, probe
+    try:
+        backbone, _ = features_of(run, initial, live, splits, may_quarantine=False)
+    except RecipeError as error:
+        run.progress.say(f"the rounds take the features of the model as it came; initial weights: {error}")
+        return model, probe
     with run.progress.step("fit"):
-        if not probe.is_of(probe.choice.backbone, live):
-            # an image that only this network could not take
-            probe = refitted(run, probe.choice, probe.choice.members, live)
         other = chosen(run, backbone, live, 0)
     losses = [one.held_out_loss for one in (other, probe)]
     taken = no_worse(*losses)
@@ -114,13 +107,13 @@ def _better_base(
         f"{losses[0].mean:.3f}, model as it came {losses[1].mean:.3f}"
     )
     if not taken:
-        return model, probe, live
+        return model, probe
     keep_choice(run, 0, other.choice)
-    return initial, other, live
+    return initial, other
 
 
 def _initial_network(run: Run, model: Network) -> Network | None:
-    """The network from whose weights the model's training began; None where the rounds have no use for it."""
+    """The network with its initial weights; None where the rounds have no use for it."""
     if run.config.refine.scope != "auto" or run.inputs.initial_weights is None:
         return None
     initial = network_of(run, run.inputs.initial_weights)

@@ -55,11 +55,13 @@ def cleaned(
     run: Run, state: rounds.State[Network, Fitted], *, train: Train | None = None
 ) -> rounds.Outcome[Network, Fitted]:
     """All rounds from this state on, and the model that the run leaves behind; `train` in place of `refine.train`."""
+    from posttrain.runs import refine
     from posttrain.runs.conclude import conclude
 
+    train = train or refine.train
     outcome = rounds.clean(state, steps_of(run, train=train), rounds.Limits.of(run.config.removal))
     run.progress.say(f"stopped: {outcome.reason}")
-    return conclude(run, outcome)
+    return conclude(run, outcome, train=train)
 
 
 def steps_of(

@@ -94,7 +94,7 @@ def tell_round(run: Run, done: Round, histogram: ScoreHistogram | None = None) -
 def round_sentence(done: Round) -> str:
     """A line on a round."""
     parts = [f"round {done.number}: live {done.live:,}"]
-    if done.number:
+    if done.candidates:
         relabelled = f" and relabelled {done.relabelled:,}" if done.relabelled else ""
         parts.append(f"removed {done.removed:,}{relabelled} of {done.candidates:,} candidates")
     parts.append(f"validation accuracy {100 * done.metrics['validation_accuracy']:.1f} %")

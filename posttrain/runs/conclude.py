@@ -17,13 +17,13 @@ from posttrain.runs.embed import features_of
 from posttrain.runs.evaluate import evaluate
 from posttrain.runs.fit import Fitted, fitted
 from posttrain.runs.networks import feature_network, read_checkpoint
-from posttrain.runs.refine import with_boundary_as_head
+from posttrain.runs.refine import Train, train, with_boundary_as_head
 
 
-def conclude(run: Run, outcome: Outcome[Network, Fitted]) -> Outcome[Network, Fitted]:
-    """The outcome with the model that the run leaves behind."""
+def conclude(run: Run, outcome: Outcome[Network, Fitted], *, train: Train = train) -> Outcome[Network, Fitted]:
+    """The outcome with the model that the run leaves behind; where a network is trained for it, by `train`."""
     if run.config.refine.scope == "auto":
-        return _best_alternative(run, outcome)
+        return _best_alternative(run, outcome, train)
     outcome = _boundary_as_head(run, outcome)
     state = outcome.state
     first, last = state.history[0].metrics, state.history[-1].metrics
@@ -43,7 +43,7 @@ def conclude(run: Run, outcome: Outcome[Network, Fitted]) -> Outcome[Network, Fi
     return replace(outcome, state=replace(state, history=(*state.history, done), model=state.first), reason=reason)
 
 
-def _best_alternative(run: Run, outcome: Outcome[Network, Fitted]) -> Outcome[Network, Fitted]:
+def _best_alternative(run: Run, outcome: Outcome[Network, Fitted], train: Train) -> Outcome[Network, Fitted]:
     state = outcome.state
     if state.history[-1].ended:
         _tidy(run, state)
@@ -54,7 +54,7 @@ def _best_alternative(run: Run, outcome: Outcome[Network, Fitted]) -> Outcome[Ne
     state, scoring = replace(state, live=live), outcome.final_scoring
     with run.progress.step("fit"):
         probe = fitted(run, backbone, live, state.history, number, known=scoring.probe if scoring else state.probe)
-    made = alternatives.alternatives(run, state, probe)
+    made = alternatives.alternatives(run, state, probe, train)
     best = alternatives.best(made)
     run.folder.write_json(run.folder.path("alternatives.json"), [one.as_record(one is best) for one in made])
     metrics = {**state.history[-1].metrics, **(scoring.metrics if scoring else {}), **best.metrics}

@@ -10,7 +10,7 @@ from posttrain.live import Live
 from posttrain.rounds import State
 from posttrain.runs.context import Run
 from posttrain.runs.networks import network_of_round
-from posttrain.runs.quarantine import quarantine
+from posttrain.runs.quarantine import quarantine, refuse_more
 from posttrain.store.features import ShardSummary
 
 
@@ -20,8 +20,13 @@ def embed(run: Run, state: State[Network, Any]) -> tuple[str, Live]:
     return features_of(run, network_of_round(run, state), state.live, ("train", "validation"))
 
 
-def features_of(run: Run, network: Network, live: Live, splits: Iterable[str]) -> tuple[str, Live]:
-    """The name of the network's feature store with these splits in it, and what is live without the unreadable."""
+def features_of(
+    run: Run, network: Network, live: Live, splits: Iterable[str], *, may_quarantine: bool = True
+) -> tuple[str, Live]:
+    """The name of the network's feature store with these splits in it, and what is live without the unreadable.
+
+    Without `may_quarantine`, a network that cannot embed a sample that others can raises RecipeError.
+    """
     backbone = network.backbone
     summaries: dict[str, list[ShardSummary]] = {}
     for name in splits:
@@ -45,6 +50,9 @@ def features_of(run: Run, network: Network, live: Live, splits: Iterable[str]) -
         _say_gpus(run)
     if (at_once := run.workers.reduced_batch()) is not None:
         run.progress.say_once(f"  embed: memory did not suffice; going on with {at_once} images at a time")
+    if not may_quarantine:
+        refuse_more(run, summaries)
+        return backbone, live
     return backbone, quarantine(run, summaries, live)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import pyarrow as pa
 
 from posttrain.arrow_compute import pc
-from posttrain.errors import PosttrainError
+from posttrain.errors import PosttrainError, RecipeError
 from posttrain.live import Live, Rows
 from posttrain.runs.context import Run
 from posttrain.schema import PARTITION, ROW, SAMPLE_ID
@@ -23,9 +23,9 @@ def quarantine(run: Run, summaries: Mapping[str, Sequence[ShardSummary]], live: 
     """
     tables = []
     for name, found in summaries.items():
-        table = quarantine_table(list(found))
+        table = _unusable(name, found)
         if table.num_rows:
-            tables.append(table.append_column("split", pa.array([name] * table.num_rows)))
+            tables.append(table)
             if name == "train":
                 live = live.quarantine(Rows.of_table(table))
     _add(run, tables)
@@ -42,14 +42,39 @@ def quarantine(run: Run, summaries: Mapping[str, Sequence[ShardSummary]], live: 
     return live
 
 
-def _add(run: Run, tables: list[pa.Table]) -> None:
+def refuse_more(run: Run, summaries: Mapping[str, Sequence[ShardSummary]]) -> None:
+    """Raises RecipeError where a network could not embed a sample that is not in quarantine."""
+    tables = [_unusable(name, found) for name, found in summaries.items()]
+    new = [table for table in _not_in(_known(run), tables) if table.num_rows]
+    if new:
+        count, [first] = sum(table.num_rows for table in new), new[0].slice(0, 1).to_pylist()
+        raise RecipeError(
+            f"{count} sample{'s' * (count != 1)} cannot be used with it, the first: "
+            f"{first['file']} (sample_id {first[SAMPLE_ID]}): {first['reason']}"
+        )
+
+
+def _unusable(split: str, summaries: Sequence[ShardSummary]) -> pa.Table:
+    table = quarantine_table(list(summaries))
+    return table.append_column("split", pa.array([split] * table.num_rows, pa.string()))
+
+
+def _known(run: Run) -> pa.Table | None:
     path = run.folder.path(_FILE)
-    known = run.folder.read_table(path) if run.folder.exists(path) else None
+    return run.folder.read_table(path) if run.folder.exists(path) else None
+
+
+def _not_in(known: pa.Table | None, tables: Sequence[pa.Table]) -> list[pa.Table]:
+    keys = set() if known is None else set(_keys(known))
+    return [table.filter(pa.array([key not in keys for key in _keys(table)], pa.bool_())) for table in tables]
+
+
+def _add(run: Run, tables: list[pa.Table]) -> None:
+    path, known = run.folder.path(_FILE), _known(run)
     if known is not None and not tables:
         return
-    keys = set() if known is None else set(_keys(known))
-    new = [table.filter(pa.array([key not in keys for key in _keys(table)])) for table in tables]
-    empty = quarantine_table([]).append_column("split", pa.array([], pa.string()))
+    new = _not_in(known, tables)
+    empty = _unusable("train", [])
     parts = [part for part in (known, *new) if part is not None and part.num_rows]
     run.folder.write_table(path, pa.concat_tables(parts) if parts else empty)
     count = sum(table.num_rows for table in new)

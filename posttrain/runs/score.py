@@ -13,9 +13,9 @@ from posttrain import policy
 from posttrain.arrow_compute import pc
 from posttrain.cluster.network import Network
 from posttrain.errors import DataError, StepError
-from posttrain.influence.noise_model import NoiseModel, Prior
+from posttrain.influence.noise_model import UNKNOWN, NoiseModel, Prior
 from posttrain.influence.noise_rate import NoiseEstimate
-from posttrain.influence.score_round import PreviousRemovals, score_round
+from posttrain.influence.score_round import PreviousRemovals, RoundScores, score_round
 from posttrain.rounds import State
 from posttrain.runs.context import Run
 from posttrain.runs.fit import Fitted
@@ -41,18 +41,14 @@ class Scored:
 
 def score(run: Run, state: State[Network, Fitted], backbone: str, fitted: Fitted) -> Scored:
     """Every score of every live sample, streamed to the round's `scores.parquet`."""
-    settings, number = run.config.probe, state.number + 1
+    number = state.number + 1
     prior = prior_of(run, state.history)
-    scored = score_round(
-        replace(fitted.samples, round_scored=number),
-        fitted.validation,
-        fitted.ensemble,
+    scored = round_scores(
+        run,
+        replace(fitted, samples=replace(fitted.samples, round_scored=number)),
         seed=stream_seed("control", run.config.run.seed, state.number),
-        curvature_kind=settings.curvature,
-        exact_limit=settings.exact_limit,
         previous=_previous_removals(run, state),
         prior=prior,
-        step=run.progress.step,
     )
     noise_model, boundary = scored.noise_model, fitted.ensemble
     if prior.confident_joint is None and noise_model.prior.confident_joint is not None:
@@ -73,6 +69,24 @@ def score(run: Run, state: State[Network, Fitted], backbone: str, fitted: Fitted
     return Scored(path, counts, noise_model, metrics)
 
 
+def round_scores(
+    run: Run, fitted: Fitted, *, seed: int, previous: PreviousRemovals, prior: Prior = UNKNOWN
+) -> RoundScores[pa.Table]:
+    """`score_round` by the run's settings."""
+    settings = run.config.probe
+    return score_round(
+        fitted.samples,
+        fitted.validation,
+        fitted.ensemble,
+        seed=seed,
+        curvature_kind=settings.curvature,
+        exact_limit=settings.exact_limit,
+        previous=previous,
+        prior=prior,
+        step=run.progress.step,
+    )
+
+
 def _previous_removals(run: Run, state: State[Network, Fitted]) -> PreviousRemovals:
     """What the rounds of this run and previous runs of its job removed or relabelled."""
     by_rounds = sum(done.metrics.get("acted_on_self_confidence", 0.0) for done in state.history)
@@ -85,13 +99,22 @@ def _previous_removals(run: Run, state: State[Network, Fitted]) -> PreviousRemov
 
 def prior_of(run: Run, history: Sequence[Round]) -> Prior:
     """What the first of these rounds that found wrong labels estimated."""
+    found = first_finding(run, history)
+    if found is None:
+        return Prior(validation_noise_rate=run.previous.validation_noise)
+    done, joint = found
+    rate, validation_rate = (done.metrics[name] for name in ("live_noise", "validation_noise"))
+    held = done.metrics["noise_of_validation"]
+    return Prior(joint, rate if held else None, validation_rate)
+
+
+def first_finding(run: Run, history: Sequence[Round]) -> tuple[Round, torch.Tensor] | None:
+    """The first of these rounds that found wrong labels, and its `NoiseModel.confident_joint`."""
     for done in history[1:]:
         joint = run.ledger.confident_joint(done.number)
         if joint is not None:
-            rate, validation_rate = (done.metrics[name] for name in ("live_noise", "validation_noise"))
-            held = done.metrics["noise_of_validation"]
-            return Prior(torch.tensor(joint), rate if held else None, validation_rate)
-    return Prior(validation_noise_rate=run.previous.validation_noise)
+            return done, torch.tensor(joint)
+    return None
 
 
 def _write_scores(run: Run, scored: Iterator[pa.Table], samples: int, path: str) -> np.ndarray:

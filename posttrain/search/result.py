@@ -82,7 +82,7 @@ def write_best(config: RunFile, trial: Trial, digests: Mapping[str, str], first:
     run_path = folder.absolute.beneath("best").location
     recipe = config.with_values(trial.values)
     rays = recipe.ray
-    if not recipe.refine.keeps_backbone and (rays.train_workers or 0) > 1:
+    if recipe.refine.scope != "head" and (rays.train_workers or 0) > 1:
         # as in the trial: several would share out the batches in another way
         rays = rays.model_copy(update={"train_workers": 1})
     run = config.run.model_copy(update={"path": run_path})

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load, save
 from small_data import Digits, accuracy, as_built, assert_same_result, interrupted_after, memorise, removed_ids
 
 from posttrain.cluster import training
@@ -78,6 +80,32 @@ def test_a_run_interrupted_between_alternatives_makes_only_those_that_are_missin
     assert [name.split("-")[0] for name in trained] == ["pretrain"]
     assert_same_result(tmp_path / "run", best["run"])
     assert not (tmp_path / "run" / "alternatives").exists()
+
+
+def test_a_network_that_cannot_be_trained_or_cannot_take_every_sample_is_left_out(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = training.train
+
+    def overflowing(*arguments: Any, **options: Any) -> Any:
+        trained = real(*arguments, **options)
+        # features are kept as float16
+        tensors = {name: tensor * 1e6 for name, tensor in load(trained.weights).items()}
+        return replace(trained, weights=save(tensors)) if "pretrain" in options["run_name"] else trained
+
+    monkeypatch.setattr(training, "train", overflowing)
+    diverging = AUTO["refine"] | {"method": "cross_entropy", "learning_rate": 1e30}
+    summary = run(tmp_path / "run", **AUTO | {"refine": diverging})
+    assert [one["name"] for one in summary["alternatives"]] == [
+        "the model as it came",
+        "the boundary, nothing removed",
+        "the boundary on what is left",
+    ]
+    assert summary["quarantined"] == 0
+    said = capsys.readouterr().err
+    assert said.count("left out: ") == 2, said
+    assert "training diverged in epoch 1" in said
+    assert "samples cannot be used with it, the first: " in said
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,9 @@ from posttrain.config import Model
 from posttrain.errors import DataError, ModelError
 from posttrain.jobs.champion import base_network, prepare_inputs, run_file, trusted_recipe
 from posttrain.jobs.inventory import take_inventory
+from posttrain.jobs.job_folder import Base
 from posttrain.jobs.opening import open_registry
+from posttrain.runs.inputs import Inputs
 from posttrain.store.registry import CHAMPION
 from posttrain.vision import models
 from posttrain.vision.weights import to_bytes
@@ -32,17 +34,38 @@ def test_a_champion_that_somebody_saved_by_torch_is_what_the_run_starts_from(tmp
     registry = open_registry(job.config, job.folder)  # leaves alone what is registered in the job's own database
     base = base_network(job.config, job.folder, registry, registry.version(CHAMPION))
 
-    def weights(**data: str) -> bytes | None:
+    def inputs(**data: str) -> Inputs:
         config = job_file(tmp_path, **data)
         files = take_inventory(config.data, job.folder).files
-        return prepare_inputs(run_file(config, job.folder.run("a"), base), files, base).weights
+        return prepare_inputs(run_file(config, job.folder.run("a"), base), files, base, config.model)
 
     digits = inputs_of_digits(tmp_path)
-    assert weights(**digits) == to_bytes(model)
+    assert inputs(**digits).weights == to_bytes(model)
     # a tenth of the training data would be what it was trained on
     del digits["validation"]
     with pytest.raises(DataError, match=r"version 2\) was not made by this job, and the data have no validation set"):
-        weights(**digits)
+        inputs(**digits)
+
+
+def test_the_initial_weights_of_a_champion_are_known_where_the_job_trained_it_or_names_them(tmp_path: Path) -> None:
+    job = SmallJob(tmp_path)
+    config = job_file(tmp_path, **inputs_of_digits(tmp_path))
+    files = take_inventory(config.data, job.folder).files
+    given = to_bytes(models.mlp(10))
+    (tmp_path / "initial.safetensors").write_bytes(given)
+    classes = tuple(str(digit) for digit in range(10))
+
+    def initial(classes: tuple[str, ...] | None, **keys: str | None) -> bytes | None:
+        base = Base("a", {}, classes, to_bytes(models.mlp(10)), ".safetensors")
+        own = config.model_copy(update={"model": config.model.model_copy(update={"weights": None, **keys})})
+        return prepare_inputs(run_file(own, job.folder.run("a"), base), files, base, own.model).initial_weights
+
+    assert initial(classes) is not None
+    named = str(tmp_path / "initial.safetensors")
+    # the job began with weights, or the champion came from elsewhere: nobody knows what their training began with
+    assert initial(classes, weights=named) is None
+    assert initial(None) is None
+    assert initial(classes, weights=named, initial_weights=named) == given
 
 
 def inputs_of_digits(folder: Path) -> dict[str, str]:

@@ -63,3 +63,18 @@ def test_the_removal_is_shown_beside_its_controls() -> None:
 def test_without_test_labels_there_is_no_control() -> None:
     unknown = {key: None for key in SUMMARY if key.startswith("test_accuracy")}
     assert not any("test accuracy" in line or "control" in line for line in printed({**SUMMARY, **unknown}))
+
+
+def test_the_removal_is_compared_where_all_else_is_the_same() -> None:
+    def offered(name: str, loss: float, test: float, delivered: bool = False) -> dict[str, Any]:
+        figures = {"validation_corrected_loss": loss, "test_accuracy": test}
+        return {"name": name, "delivered": delivered, "seconds": 2.0, **figures}
+
+    boundary = offered("the boundary on what is left", 0.9, 0.94)
+    again = offered("the network trained again on what is left", 0.8, 0.95, delivered=True)
+    lines = printed({**SUMMARY, "alternatives": [boundary, again]})
+    # with 93 % where nothing is removed: what is delivered is better by the training, too
+    assert any(line.endswith("the removal itself: +1.0 points") for line in lines)
+    [other], [delivered] = ([line for line in lines if one["name"] in line] for one in (boundary, again))
+    assert other.split("left")[1].split() == ["0.900", "2", "s,", "test", "94.0", "%"]
+    assert delivered.split("left")[1].split() == ["0.800", "delivered;", "2", "s,", "test", "95.0", "%"]
