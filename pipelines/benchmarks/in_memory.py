@@ -295,9 +295,14 @@ def taken(
     return cut, gone
 
 
+def boundary_logits(boundary: ProbeEnsemble, part: InMemory) -> torch.Tensor:
+    """[n, classes]."""
+    return part.side_by_side(boundary.layers, boundary.standardizers) @ boundary.weights.float().T
+
+
 def boundary_accuracies(boundary: ProbeEnsemble, test: InMemory) -> dict[str, float]:
     """Of a boundary, on both held-out sets: of the validation set it is known."""
-    logits = test.side_by_side(boundary.layers, boundary.standardizers) @ boundary.weights.float().T
+    logits = boundary_logits(boundary, test)
     accuracy = float((logits.argmax(dim=1) == test.labels).double().mean())
     return {"validation_accuracy": boundary.accuracy, "test_accuracy": accuracy}
 

@@ -30,7 +30,7 @@ from pipelines.benchmarks.baselines import confident_learning, cross_validated, 
 from pipelines.benchmarks.cases import DATASETS, PRETRAINED, Case, Data
 from pipelines.benchmarks.first_round import embedded
 from pipelines.benchmarks.hardware import hardware
-from pipelines.benchmarks.in_memory import PROBE, CleaningInMemory, Start, rows, start
+from pipelines.benchmarks.in_memory import PROBE, CleaningInMemory, Start, boundary_logits, rows, start
 from pipelines.benchmarks.real_report import AGAIN, BOUNDARY, EMA, report
 from pipelines.benchmarks.training import steps_of_epoch
 from posttrain.config import Removal
@@ -241,10 +241,7 @@ def _boundary_on(
 
 
 def _of_boundary(boundary: ProbeEnsemble, validation: InMemory, test: InMemory, transition: Tensor) -> dict[str, Any]:
-    def logits(part: InMemory) -> Tensor:
-        return part.side_by_side(boundary.layers, boundary.standardizers) @ boundary.weights.float().T
-
-    return _of_logits(logits, validation, test, transition)
+    return _of_logits(partial(boundary_logits, boundary), validation, test, transition)
 
 
 def _of_logits(

@@ -26,16 +26,28 @@ from pipelines.benchmarks import cases, findings
 from pipelines.benchmarks.baselines import confident_learning, cross_validated
 from pipelines.benchmarks.cases import DATASETS, FEATURES, Case, Data
 from pipelines.benchmarks.hardware import hardware
-from pipelines.benchmarks.in_memory import CleaningInMemory, Mode, boundary_accuracies, network_accuracies, start, taken
+from pipelines.benchmarks.in_memory import (
+    CleaningInMemory,
+    Mode,
+    Model,
+    boundary_accuracies,
+    boundary_logits,
+    network_accuracies,
+    start,
+    taken,
+)
 from pipelines.benchmarks.refinement import at_random, by_loss
 from pipelines.benchmarks.synergy_report import (
+    AUTO,
     AVERAGE,
     BEST,
     BOUNDARY,
     CLEANLAB,
     HEAD,
     LAST,
+    LEFT,
     NETWORK,
+    OFFERED,
     RANDOM,
     REMOVAL,
     RIGHT,
@@ -45,7 +57,10 @@ from pipelines.benchmarks.synergy_report import (
     report,
 )
 from pipelines.benchmarks.training import Average, refining, round_seed, steps_of_epoch, trained_on
+from posttrain.influence.ensemble import ProbeEnsemble
+from posttrain.influence.held_out import corrected_loss
 from posttrain.influence.noise_model import noise_left
+from posttrain.influence.probe import in_memory
 from posttrain.influence.score_round import score_round
 from posttrain.methods import METHODS, NEEDS_NOISE, Method
 from posttrain.vision.losses import Noise
@@ -74,7 +89,8 @@ class Finding:
     steps: int = 0
     """That these took."""
     rows: dict[str, dict[str, float]] = field(default_factory=dict)
-    """By variant: accuracy on the test labels, and on the validation labels."""
+    """By variant: accuracy on the test labels, and on the validation labels; of what posttrain offers, the corrected
+    loss on these, too."""
     removed: dict[str, tuple[float, float | None, float | None]] = field(default_factory=dict)
     """By variant: share of the samples, precision, recall."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -166,8 +182,7 @@ def measured(case: Case) -> Finding:
         return shared.seen.left(acted_on, samples) if method in NEEDS_NOISE else None
 
     weights = _on_all(case, data, left(0, len(wrong)), found)
-    runs = _with_posttrain(case, data, weights, found)
-    head, network = runs["head"], runs["network"]
+    (head, of_head), (network, of_network) = _with_posttrain(case, data, weights, found)
     flagged, seconds = shared.cleanlab
     found.seconds[CLEANLAB] = seconds
     everything, count = np.ones(len(wrong), bool), int((~network.kept).sum())
@@ -184,7 +199,10 @@ def measured(case: Case) -> Finding:
     for name, out in {HEAD: ~head.kept, NETWORK: ~network.kept, **gone}.items():
         found.removed[name] = _removed(out, wrong)
     kept = int(head.kept.sum())
-    found.rows[SCRATCH] = _from_scratch(case, data, head.kept, left(len(wrong) - kept, kept))
+    again = _scratch_network(case, data, head.kept, left(len(wrong) - kept, kept))
+    found.rows[SCRATCH] = _accuracies(case, data, again)
+    networks = {LAST: weights, NETWORK: of_network.weights, SCRATCH: again}
+    _choose(case, data, networks, head, of_head.boundary or head.start.boundary, found)
     unit = Noise(0.0, torch.eye(data.classes, dtype=torch.float64))
     found.rows[RIGHT] = _from_scratch(case, data, ~wrong, unit)
     return found
@@ -210,24 +228,28 @@ def _on_all(case: Case, data: Data, noise: Noise | None, found: Finding) -> byte
     return weights
 
 
-def _with_posttrain(case: Case, data: Data, weights: bytes, found: Finding) -> dict[Mode, CleaningInMemory]:
-    """posttrain's rounds from the network on, with either scope."""
+def _with_posttrain(
+    case: Case, data: Data, weights: bytes, found: Finding
+) -> tuple[tuple[CleaningInMemory, Model], tuple[CleaningInMemory, Model]]:
+    """posttrain's rounds from the network on, with `head` and with `network`, and what is left after the last."""
     began = time.process_time()
     begin = start(case, data, weights)
     embedding = time.process_time() - began
     found.rows[BOUNDARY] = _row(boundary_accuracies(begin.boundary, begin.test))
     modes: dict[Mode, str] = {"head": HEAD, "network": NETWORK}
-    runs: dict[Mode, CleaningInMemory] = {}
+    runs: list[tuple[CleaningInMemory, Model]] = []
     for mode, name in modes.items():
         began = time.process_time()
         run = CleaningInMemory(case, data, mode, begin, REMOVAL, cast(Method, case.network))
-        metrics = run.concluded(run.clean().state, mode).history[-1].metrics
+        last = run.clean().state
+        concluded = run.concluded(last, mode)
         found.seconds[name] = embedding + time.process_time() - began
-        found.rows[name] = _row(metrics)
-        runs[mode] = run
-    found.estimated = runs["network"].estimates[0].rate
-    found.rounds, found.steps = len(runs["network"].steps), sum(runs["network"].steps)
-    return runs
+        found.rows[name] = _row(concluded.history[-1].metrics)
+        runs.append((run, (last if mode == "head" else concluded).model))
+    head, (network, _) = runs
+    found.estimated = network.estimates[0].rate
+    found.rounds, found.steps = len(network.steps), sum(network.steps)
+    return head, runs[1]
 
 
 def _refined(case: Case, data: Data, weights: bytes, kept: np.ndarray, rounds: list[int], noise: Noise | None) -> bytes:
@@ -239,12 +261,32 @@ def _refined(case: Case, data: Data, weights: bytes, kept: np.ndarray, rounds: l
     return weights
 
 
+def _choose(
+    case: Case, data: Data, networks: dict[str, bytes], head: CleaningInMemory, left: ProbeEnsemble, found: Finding
+) -> None:
+    """The row of what has the lowest corrected loss on the validation labels, as `runs.alternatives` chooses."""
+    labels, transition = torch.from_numpy(data.validation.given.astype(np.int64)), head.validation_transition()
+    validation = head.start.features.validation
+    logits = {name: cases.logits(case, cases.loaded(case, own), data.validation) for name, own in networks.items()}
+    found.rows[LEFT] = _row(boundary_accuracies(left, head.start.test))
+    for name, boundary in ((BOUNDARY, head.start.boundary), (LEFT, left)):
+        logits[name] = boundary_logits(boundary, validation)
+    for name, own in logits.items():
+        part = in_memory(own.float(), labels, 2048)
+        found.rows[name]["loss"] = corrected_loss(part, torch.eye(data.classes), transition).mean
+    found.rows[AUTO] = min((found.rows[name] for name in OFFERED), key=lambda row: row["loss"])
+
+
 def _from_scratch(case: Case, data: Data, kept: np.ndarray, noise: Noise | None) -> dict[str, float]:
+    return _accuracies(case, data, _scratch_network(case, data, kept, noise))
+
+
+def _scratch_network(case: Case, data: Data, kept: np.ndarray, noise: Noise | None) -> bytes:
+    """The method on the kept samples, in as many steps as on all."""
     settings = _training(case)
     steps = settings.epochs * steps_of_epoch(len(data.train), settings.batch_size)
     part = data.train.rows(kept)
-    weights, _ = trained_on(case, part, None, seed=case.seed, settings=settings, steps=steps, noise=noise)
-    return _accuracies(case, data, weights)
+    return trained_on(case, part, None, seed=case.seed, settings=settings, steps=steps, noise=noise)[0]
 
 
 def _training(case: Case) -> cases.Training:

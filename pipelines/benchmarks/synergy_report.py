@@ -17,14 +17,16 @@ Record = Mapping[str, Any]
 """The fields of a `synergy.Finding`."""
 
 LAST, AVERAGE, BEST = "all, last epoch", "all, average of weights", "all, best epoch"
-HEAD, NETWORK = "posttrain, head", "posttrain, network"
-BOUNDARY = "boundary, nothing removed"
+AUTO, HEAD, NETWORK = "posttrain, auto", "posttrain, head", "posttrain, network"
+BOUNDARY, LEFT = "boundary, nothing removed", "boundary, what is left"
 RANDOM, SMALL_LOSS, CLEANLAB = "random removal", "small-loss removal", "cleanlab's removal"
 SCRATCH, RIGHT = "from scratch, posttrain kept", "from scratch, right labels"
 SCRATCH_OTHERS = {name: f"from scratch, {name}" for name in (RANDOM, SMALL_LOSS, CLEANLAB)}
 OTHERS = (*SCRATCH_OTHERS, *SCRATCH_OTHERS.values())
-OURS = (HEAD, NETWORK, SCRATCH)
-VARIANTS = (LAST, AVERAGE, BEST, BOUNDARY, *OURS, *OTHERS, RIGHT)
+OURS = (AUTO, HEAD, NETWORK, SCRATCH)
+OFFERED = (LAST, BOUNDARY, LEFT, NETWORK, SCRATCH)
+"""What `AUTO` chooses from, those that change less first."""
+VARIANTS = (LAST, AVERAGE, BEST, BOUNDARY, LEFT, *OURS, *OTHERS, RIGHT)
 REMOVAL = Removal(budget=0.1, max_rounds=8)
 """Of posttrain's rounds."""
 
@@ -79,6 +81,9 @@ def _variants() -> list[str]:
         AVERAGE: f"the same training, moving average of its weights, decay {DECAY:g} a step.",
         BEST: "the same training, the epoch with the highest accuracy on the noisy validation labels.",
         BOUNDARY: f"posttrain's probes on `{LAST}` and on its input, which its rounds begin with.",
+        LEFT: f"the same probes after the rounds of `{HEAD}`, on what is left.",
+        AUTO: f"as `refine.scope: auto` chooses, by the corrected loss on the noisy validation labels, of `{LAST}`, "
+        f"`{BOUNDARY}`, `{LEFT}`, `{NETWORK}` and `{SCRATCH}`.",
         HEAD: f"rounds from `{LAST}` on with `refine.scope: head`; the boundary that they deliver.",
         NETWORK: "the same with `refine.scope: network`: each round goes on training by the method on what is left.",
         SCRATCH: f"the method on what `{HEAD}` kept, in as many steps as on all.",
