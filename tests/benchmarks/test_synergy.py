@@ -73,12 +73,12 @@ def test_the_report_pairs_the_noisy_cases_of_a_method():
         record({LAST: 0.4, HEAD: 0.54, NETWORK: 0.39}, seed=1),
         # neither of another method nor of clean labels
         record({LAST: 0.9, HEAD: 0.1}, "clean"),
-        record({HEAD: 0.7, NETWORK: 0.6, SCRATCH: 0.6}, method="mixup"),
+        record({AUTO: 0.7, HEAD: 0.7, NETWORK: 0.6, SCRATCH: 0.6}, method="mixup"),
     ]
     text = report(records, "command", "hardware")
     # +10 and +14 points: 12 on average, standard error 2
     assert cells(text, f"Minus `{LAST}`", "gce") == ["+5.0 ± 5.0", "**+12.0 ± 2.0**", "**-1.5 ± 0.5**", "+5.0 ± 5.0"]
-    assert cells(text, f"Minus `{LAST}`", "mixup") == ["+0.0", "+20.0", "+10.0", "+10.0"]
+    assert cells(text, f"Minus `{LAST}`", "mixup") == ["+20.0", "+20.0", "+10.0", "+10.0"]
     assert cells(text, "## Mean over the noisy labels", "gce")[0] == "45.0 ± 5.0"
     assert cells(text, "## clean", "gce")[0] == "90.0"
     removed = [HEAD, "35.0 ± 0.0", "30.0 ± 0.0", "80.0 ± 0.0", "60.0 ± 0.0", "2.0"]
