@@ -32,6 +32,15 @@ def acted_on(history: Sequence[Round]) -> int:
     return sum(done.removed + done.relabelled for done in history)
 
 
+def of_base(history: Sequence[Round]) -> Sequence[Round]:
+    """The rounds on the features that the last of them took: from that on which began with these and removed nothing.
+
+    Only where all rounds take the features of one network until they find nothing more.
+    """
+    first = max((at for at, done in enumerate(history) if at and not done.removed + done.relabelled), default=0)
+    return history[first:]
+
+
 def rounds_that_acted(history: Sequence[Round]) -> int:
     """Rounds that removed or relabelled something; one that only changed the model does not count."""
     return sum(done.removed + done.relabelled > 0 for done in history)

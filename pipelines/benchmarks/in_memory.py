@@ -21,7 +21,7 @@ from posttrain.influence.ensemble import ProbeEnsemble
 from posttrain.influence.in_memory import InMemory
 from posttrain.influence.noise_model import UNKNOWN, Prior, noise_left
 from posttrain.influence.score_round import PreviousRemovals, score_round
-from posttrain.live import Live
+from posttrain.live import Live, Rows
 from posttrain.methods import Method
 from posttrain.rounds import Outcome, State, Steps
 from posttrain.runs.fit import Choice
@@ -81,8 +81,8 @@ class Start:
     """Of the network itself, by split."""
 
 
-def start(case: Case, data: Data, weights: bytes) -> Start:
-    """The case's network before the first round."""
+def start(case: Case, data: Data, weights: bytes, kept: np.ndarray | None = None) -> Start:
+    """The case's network before the first round; its boundaries by the samples in the mask `kept` [n], or by all."""
     model = cases.loaded(case, weights)
     head = models.find_head(model, classes=data.classes)
     names = layers.find(model, head, next(iter(cases.inputs(case, data.validation)))[:2])
@@ -90,9 +90,10 @@ def start(case: Case, data: Data, weights: bytes) -> Start:
         embedded(case, model, names, part, PROBE.max_features) for part in (data.train, data.validation, data.test)
     )
     tried = [(name, l2) for name in names for l2 in PROBE.l2]
-    boundary = ensemble.choose(train, validation, candidates=tried, classes=data.classes)
+    live = train if kept is None else rows(train, kept)
+    boundary = ensemble.choose(live, validation, candidates=tried, classes=data.classes)
     of_head = [candidate for candidate in best_by_layer(boundary) if candidate[0] == head]
-    new = ensemble.refit(train, validation, of_head, classes=data.classes)
+    new = ensemble.refit(live, validation, of_head, classes=data.classes)
     return Start(
         weights, names, Features(train, validation), test, boundary, new, network_accuracies(case, data, weights)
     )
@@ -117,6 +118,8 @@ class CleaningInMemory:
     """By which the whole network is trained on."""
     kept: np.ndarray = field(init=False)
     """bool [n]: the live samples."""
+    history: tuple[Round, ...] = ()
+    """Of the last `clean`, or what it goes on from."""
     steps: list[int] = field(default_factory=list)
     """Gradient steps of each round."""
     estimates: list[Estimate] = field(default_factory=list)
@@ -234,12 +237,23 @@ class CleaningInMemory:
         metrics = dict(self.start.accuracies)
         if self.mode == "head":
             metrics[rounds.REFERENCE] = self.start.boundary.accuracy
-        first = Round(0, len(self.data.train), 0, 0, 0, metrics)
+        history = self.history or (Round(0, len(self.data.train), 0, 0, 0, metrics),)
         model = Model(self.start.weights)
-        live = Live(len(self.data.train))
-        state = State[Model, ProbeEnsemble]((first,), live, model, model, model, len(self.data.validation))
+        live = Live(len(self.data.train), removed=Rows.of(0, np.flatnonzero(~self.kept)))
+        state = State[Model, ProbeEnsemble](history, live, model, model, model, len(self.data.validation))
         steps = Steps(self.embed, self.fit, self.score, self.select, self.refine, self.evaluate, self.commit)
-        return rounds.clean(state, steps, rounds.Limits.of(self.removal))
+        outcome = rounds.clean(state, steps, rounds.Limits.of(self.removal))
+        self.history = outcome.state.history
+        return outcome
+
+    def going_on(self, start: Start) -> CleaningInMemory:
+        """What goes on with the samples that are left and the features of another network, as `runs.bases` does."""
+        following = replace(self, start=start, history=(), steps=[], estimates=[], _prior=UNKNOWN)
+        following.kept = self.kept
+        metrics = boundary_accuracies(start.boundary, start.test)
+        done = Round(self.history[-1].number + 1, int(self.kept.sum()), 0, 0, 0, metrics)
+        following.history = (*self.history, done)
+        return following
 
     def concluded(self, state: State[Model, ProbeEnsemble], mode: Mode) -> State[Model, ProbeEnsemble]:
         """After the last round, where `policy` says so: the boundary as the new head, or the network as it came."""

@@ -15,7 +15,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from pipelines.benchmarks.hardware import hardware
 from pipelines.benchmarks.in_memory import PROBE, CleaningInMemory, Start, boundary_logits, rows, start
 from pipelines.benchmarks.real_report import AGAIN, BOUNDARY, EMA, report
 from pipelines.benchmarks.training import steps_of_epoch
+from posttrain import policy
 from posttrain.config import Removal
 from posttrain.influence import ensemble
 from posttrain.influence.ensemble import ProbeEnsemble
@@ -70,7 +71,9 @@ class Finding:
     wrong: float
     """Share of wrong labels."""
     base: str = ""
-    """Whose features the rounds take: those of the network as it came, or of its initial weights."""
+    """Whose features the rounds take first: those of the network as it came, or of its initial weights."""
+    trained_bases: int = 0
+    """How often they go on with those of the network trained again."""
     rate: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """As posttrain estimates it, with its interval."""
     removed: dict[str, tuple[float, float, float]] = field(default_factory=dict)
@@ -111,12 +114,18 @@ def measured(case: Case, folder: Path) -> Finding:
     base = pretrained if no_worse(initial_loss, own_loss) else own
     run = CleaningInMemory(case, data, "head", base, REMOVAL)
     run.clean()
+    runs = [run]
+    while (following := _going_on(case, data, initial, runs[-1], folder)) is not None:
+        following.clean()
+        runs.append(following)
+    run, last = runs[0], runs[-1]
     seconds = time.perf_counter() - began
     suspicion, flagged = _cleanlab(pretrained)
     estimate = run.estimates[0]
     found = Finding(str(case), float(wrong.mean()), "as it came" if base is own else "initial weights")
     found.rate = estimate.rate, estimate.low, estimate.high
-    for name, gone in (("posttrain", ~run.kept), ("cleanlab", flagged)):
+    found.trained_bases = len(runs) - 1
+    for name, gone in (("posttrain", ~last.kept), ("posttrain, first features", ~run.kept), ("cleanlab", flagged)):
         hit = int((gone & wrong).sum())
         found.removed[name] = float(gone.mean()), hit / max(1, int(gone.sum())), hit / max(1, int(wrong.sum()))
     aum = plain.aum if case.network == "overfitted" else None
@@ -128,13 +137,18 @@ def measured(case: Case, folder: Path) -> Finding:
     if case.network == "overfitted":
         found.rows[f"as it came{EMA}"] = _accuracy(case, data, plain.average, transition)
     kept = {
-        "posttrain": run.kept,
+        "posttrain": last.kept,
         "nothing removed": everything,
-        "random removal": _at_random(case, run.kept),
+        "random removal": _at_random(case, last.kept),
         "cleanlab": ~flagged,
         "right labels alone": ~wrong,
     }
     _boundaries(data, base, kept, transition, found)
+    if last is not run:
+        of_last = last.start
+        train, validation = of_last.features.train, of_last.features.validation
+        drawn = ensemble.refit(rows(train, last.kept), validation, of_last.boundary.members, classes=data.classes)
+        found.rows["boundary, posttrain"] = _of_boundary(drawn, validation, of_last.test, transition)
     found.rows["boundary, posttrain"]["seconds"] = seconds
     for name, left in kept.items():
         network = trained(case, data, initial, left, "gce", folder)
@@ -143,6 +157,17 @@ def measured(case: Case, folder: Path) -> Finding:
         found.rows[row + EMA] = _accuracy(case, data, network.average, transition)
         found.rows[row + BOUNDARY] = _boundary_on(case, data, base, network.weights, left, transition)
     return found
+
+
+def _going_on(case: Case, data: Data, initial: bytes, run: CleaningInMemory, folder: Path) -> CleaningInMemory | None:
+    """The rounds with the network trained again on what is left, as `runs.bases.next_base` decides."""
+    if len(run.history) >= REMOVAL.max_rounds or not policy.acted_on(policy.of_base(run.history)):
+        return None
+    again = start(case, data, trained(case, data, initial, run.kept, "gce", folder).weights, run.kept)
+    train, validation, members = run.start.features.train, run.start.features.validation, run.start.boundary.members
+    left = replace(run.start, boundary=ensemble.refit(rows(train, run.kept), validation, members, classes=data.classes))
+    losses = [_boundary_loss(one, run.validation_transition()).mean for one in (again, left)]
+    return run.going_on(again) if losses[0] < losses[1] else None
 
 
 def trained(case: Case, data: Data, initial: bytes, kept: np.ndarray, method: str, folder: Path) -> Network:

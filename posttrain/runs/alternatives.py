@@ -10,7 +10,7 @@ is there, so that a run that was killed goes on with the next one.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,13 +26,16 @@ from posttrain.rounds import State
 from posttrain.runs.context import Run
 from posttrain.runs.embed import features_of
 from posttrain.runs.evaluate import evaluate, held_out_loss
-from posttrain.runs.fit import Fitted, chosen, refitted
-from posttrain.runs.networks import network_from, network_of, recipe
+from posttrain.runs.fit import Fitted, chosen, chosen_in, refitted
+from posttrain.runs.networks import initial_network, network_from, network_of, recipe
 from posttrain.runs.refine import Train, with_boundary_as_head
 from posttrain.runs.score import first_finding, prior_of
 from posttrain.vision.losses import Noise
 
 LOSS = "validation_corrected_loss"
+BOUNDARY = "the boundary on what is left"
+AGAIN = "the network trained again on what is left"
+ON_AGAIN = "a boundary on the network trained again"
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,10 @@ class _Maker:
     of: str | None = None
 
 
-def alternatives(run: Run, state: State[Network, Fitted], boundary: Fitted, train: Train) -> list[Alternative]:
-    """All that can be delivered after the last round; `boundary` is fitted on what is left.
+def alternatives(
+    run: Run, state: State[Network, Fitted], boundary: Fitted, train: Train, only: Container[str] | None = None
+) -> list[Alternative]:
+    """All that can be delivered after the last round, or `only` these; `boundary` is fitted on what is left.
 
     A network that cannot be trained by its settings, or that cannot take every sample, is left out.
     """
@@ -69,11 +74,11 @@ def alternatives(run: Run, state: State[Network, Fitted], boundary: Fitted, trai
     made: dict[str, Alternative] = {}
     for maker in _makers(run, state, boundary, left, train):
         name, of = maker.name, made.get(maker.of or "")
-        if maker.of is not None and of is None:
+        if (only is not None and name not in only) or (maker.of is not None and of is None):
             continue
         run.progress.say(f"alternative: {name}")
         try:
-            made[name] = _kept(run, name) or _keep(run, state, maker, of, transition)
+            made[name] = _kept(run, state, name) or _keep(run, state, maker, of, transition)
         except RecipeError as error:
             run.progress.say(f"  left out: {error}")
     return list(made.values())
@@ -84,14 +89,17 @@ def _makers(run: Run, state: State[Network, Fitted], boundary: Fitted, left: Noi
     config = run.config
     yield _Maker("the model as it came", lambda _: state.first)
     if policy.acted_on(state.history):
-        whole = run.live_at_start().quarantine(state.live.quarantined)
 
         def on_all(_: Network | None) -> Network:
-            again = refitted(run, boundary.choice, boundary.ensemble.members, whole)
-            return with_boundary_as_head(run, state.base, again)
+            # of round 0, whose features have nothing of what was removed since
+            choice, whole = chosen_in(run, state.history[:1])[0], run.live_at_start().quarantine(state.live.quarantined)
+            bases = (state.base, state.first, initial_network(run, state.first))
+            base = next(one for one in bases if one is not None and one.backbone == choice.backbone)
+            features_of(run, base, whole, ("train", "validation"), may_quarantine=False)
+            return with_boundary_as_head(run, base, refitted(run, choice, choice.members, whole))
 
         yield _Maker("the boundary, nothing removed", on_all)
-    yield _Maker("the boundary on what is left", lambda _: with_boundary_as_head(run, state.base, boundary))
+    yield _Maker(BOUNDARY, lambda _: with_boundary_as_head(run, state.base, boundary))
     initial = run.inputs.initial_weights
     if initial is None:
         run.progress.say(
@@ -114,12 +122,16 @@ def _makers(run: Run, state: State[Network, Fitted], boundary: Fitted, left: Noi
         with run.progress.step("fit"):
             return with_boundary_as_head(run, network, chosen(run, backbone, live, state.number + 1))
 
-    for name, section, start in (
-        ("the network refined", "refine", lambda: state.first),
-        ("the network trained again", "pretrain", lambda: network_of(run, initial)),
-    ):
-        yield _Maker(f"{name} on what is left", lambda _, start=start, section=section: trained(start(), section))
-        yield _Maker(f"a boundary on {name}", with_boundary, of=f"{name} on what is left")
+    def again(_: Network | None) -> Network:
+        if state.number and not policy.acted_on(state.history[-1:]):
+            # the rounds have found nothing more with the features of the network trained on just what is left
+            return state.base
+        return trained(network_of(run, initial), "pretrain")
+
+    yield _Maker("the network refined on what is left", lambda _: trained(state.first, "refine"))
+    yield _Maker("a boundary on the network refined", with_boundary, of="the network refined on what is left")
+    yield _Maker(AGAIN, again)
+    yield _Maker(ON_AGAIN, with_boundary, of=AGAIN)
 
 
 def _noise(run: Run, state: State[Network, Fitted]) -> tuple[Tensor, Noise]:
@@ -149,19 +161,19 @@ def _keep(
     seconds = time.perf_counter() - began
     metrics = evaluate(run, state, model, may_quarantine=False)
     metrics[LOSS] = held_out_loss(run, state, model, transition)
-    run.folder.write_bytes(_path(run, name, "safetensors"), model.weights)
+    run.folder.write_bytes(_path(run, state, name, "safetensors"), model.weights)
     record = {"recipe": recipe(model.spec), "metrics": metrics, "seconds": seconds}
-    run.folder.write_json(_path(run, name, "json"), record)
+    run.folder.write_json(_path(run, state, name, "json"), record)
     return Alternative(name, model, metrics, seconds)
 
 
-def _kept(run: Run, name: str) -> Alternative | None:
-    """What an earlier start wrote down."""
-    path = _path(run, name, "json")
+def _kept(run: Run, state: State[Network, Fitted], name: str) -> Alternative | None:
+    """What an earlier start wrote down, or the rounds when they looked for another base."""
+    path = _path(run, state, name, "json")
     if not run.folder.exists(path):
         return None
     record = run.folder.read_json(path)
-    model = network_from(run, run.folder.read_bytes(_path(run, name, "safetensors")), record["recipe"])
+    model = network_from(run, run.folder.read_bytes(_path(run, state, name, "safetensors")), record["recipe"])
     return Alternative(name, model, record["metrics"], record["seconds"])
 
 
@@ -175,5 +187,6 @@ def forget(run: Run) -> None:
     run.folder.delete_folder(run.folder.path("alternatives"))
 
 
-def _path(run: Run, name: str, ending: str) -> str:
-    return run.folder.path("alternatives", f"{name.replace(' ', '_').replace(',', '')}.{ending}")
+def _path(run: Run, state: State[Network, Fitted], name: str, ending: str) -> str:
+    folder = run.folder.path("alternatives", f"{state.number:04d}")
+    return f"{folder}/{name.replace(' ', '_').replace(',', '')}.{ending}"

@@ -6,17 +6,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from posttrain.cluster.network import Network
-from posttrain.errors import RecipeError
-from posttrain.influence.held_out import no_worse
 from posttrain.influence.score_round import PreviousRemovals
 from posttrain.live import Live
 from posttrain.methods import NEEDS_NOISE
 from posttrain.rounds import REFERENCE, State
+from posttrain.runs.bases import base_after, first_base
 from posttrain.runs.commit import commit_without_removal, tell_round
 from posttrain.runs.context import Run
 from posttrain.runs.embed import features_of
 from posttrain.runs.evaluate import evaluate, of_boundary
-from posttrain.runs.fit import Fitted, chosen, chosen_in, fitted, keep_choice, refitted
+from posttrain.runs.fit import Fitted, fitted, refitted
 from posttrain.runs.networks import network_of, read_checkpoint
 from posttrain.runs.quarantine import quarantined_before, readable_validation_samples
 from posttrain.runs.refine import train
@@ -72,7 +71,7 @@ def begin(run: Run, model: Network) -> State[Network, Fitted]:
     backbone, live = features_of(run, model, run.live_at_start(), splits)
     with run.progress.step("fit"):
         probe = fitted(run, backbone, live, (), 0)
-    base, probe = _better_base(run, model, probe, live, splits)
+    base, probe = first_base(run, model, probe, live, splits)
     state = State((), live, model, model, base, readable_validation_samples(run), probe)
     metrics = evaluate(run, state, model)
     with run.progress.step("fit"):
@@ -81,43 +80,6 @@ def begin(run: Run, model: Network) -> State[Network, Fitted]:
         metrics[REFERENCE] = metrics["boundary_validation_accuracy"]
     done = commit_without_removal(run, 0, live, model, metrics)
     return replace(state, history=(done,))
-
-
-def _better_base(run: Run, model: Network, probe: Fitted, live: Live, splits: Sequence[str]) -> tuple[Network, Fitted]:
-    """The model, or with the scope `auto` the network of its initial weights, unless the boundary on that is worse.
-
-    A network that has memorised wrong labels bends its own features towards them, and those of its initial weights have
-    seen none of them. Worse: its loss on the validation labels is higher by more than one standard error.
-    """
-    initial = _initial_network(run, model)
-    if initial is None:
-        return model, probe
-    try:
-        backbone, _ = features_of(run, initial, live, splits, may_quarantine=False)
-    except RecipeError as error:
-        run.progress.say(f"the rounds take the features of the model as it came; initial weights: {error}")
-        return model, probe
-    with run.progress.step("fit"):
-        other = chosen(run, backbone, live, 0)
-    losses = [one.held_out_loss for one in (other, probe)]
-    taken = no_worse(*losses)
-    source = "initial weights" if taken else "model as it came"
-    run.progress.say(
-        f"the rounds take the features of the {source}; validation loss of a boundary: initial weights "
-        f"{losses[0].mean:.3f}, model as it came {losses[1].mean:.3f}"
-    )
-    if not taken:
-        return model, probe
-    keep_choice(run, 0, other.choice)
-    return initial, other
-
-
-def _initial_network(run: Run, model: Network) -> Network | None:
-    """The network with its initial weights; None where the rounds have no use for it."""
-    if run.config.refine.scope != "auto" or run.inputs.initial_weights is None:
-        return None
-    initial = network_of(run, run.inputs.initial_weights)
-    return None if initial.backbone == model.backbone else initial
 
 
 def _without_removal(run: Run, probe: Fitted, live: Live) -> dict[str, float]:
@@ -139,7 +101,5 @@ def resume(run: Run, committed: Sequence[Round]) -> State[Network, Fitted]:
     for done in committed:
         tell_round(run, done)
     first, last = (read_checkpoint(run, number) for number in (0, committed[-1].number))
-    initial = _initial_network(run, first)
-    is_base = initial is not None and chosen_in(run, committed[:1])[0].backbone == initial.backbone
-    base = initial if initial is not None and is_base else first
+    base = base_after(run, committed, first)
     return State(tuple(committed), live, last, first, base, readable_validation_samples(run))

@@ -56,11 +56,16 @@ def cleaned(
 ) -> rounds.Outcome[Network, Fitted]:
     """All rounds from this state on, and the model that the run leaves behind; `train` in place of `refine.train`."""
     from posttrain.runs import refine
+    from posttrain.runs.bases import next_base
     from posttrain.runs.conclude import conclude
 
-    train = train or refine.train
-    outcome = rounds.clean(state, steps_of(run, train=train), rounds.Limits.of(run.config.removal))
+    train, limits = train or refine.train, rounds.Limits.of(run.config.removal)
+    steps = steps_of(run, train=train)
+    outcome = rounds.clean(state, steps, limits)
     run.progress.say(f"stopped: {outcome.reason}")
+    while (following := next_base(run, outcome, limits.max_rounds, train)) is not None:
+        outcome = rounds.clean(following, steps, limits)
+        run.progress.say(f"stopped: {outcome.reason}")
     return conclude(run, outcome, train=train)
 
 

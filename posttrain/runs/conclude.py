@@ -9,13 +9,13 @@ from dataclasses import replace
 
 from posttrain import policy
 from posttrain.cluster.network import Network
-from posttrain.rounds import FinalScoring, Outcome, State
+from posttrain.rounds import Outcome, State
 from posttrain.runs import alternatives
+from posttrain.runs.bases import with_last_boundary
 from posttrain.runs.commit import commit_without_removal
 from posttrain.runs.context import Run
-from posttrain.runs.embed import features_of
 from posttrain.runs.evaluate import evaluate
-from posttrain.runs.fit import Fitted, fitted
+from posttrain.runs.fit import Fitted
 from posttrain.runs.networks import feature_network, read_checkpoint
 from posttrain.runs.refine import Train, train, with_boundary_as_head
 
@@ -50,20 +50,17 @@ def _best_alternative(run: Run, outcome: Outcome[Network, Fitted], train: Train)
         return outcome
     number = state.number + 1
     run.progress.begin_round(number)
-    backbone, live = features_of(run, state.base, state.live, ("train", "validation"))
-    state, scoring = replace(state, live=live), outcome.final_scoring
-    with run.progress.step("fit"):
-        probe = fitted(run, backbone, live, state.history, number, known=scoring.probe if scoring else state.probe)
+    outcome, probe = with_last_boundary(run, outcome, state.base)
+    state, scoring = outcome.state, outcome.final_scoring
     made = alternatives.alternatives(run, state, probe, train)
     best = alternatives.best(made)
     run.folder.write_json(run.folder.path("alternatives.json"), [one.as_record(one is best) for one in made])
     metrics = {**state.history[-1].metrics, **(scoring.metrics if scoring else {}), **best.metrics}
     said = f"delivered: {best.name}: "
-    done = commit_without_removal(run, number, live, best.model, metrics, ended=outcome.reason, said=said)
+    done = commit_without_removal(run, number, state.live, best.model, metrics, ended=outcome.reason, said=said)
     state = replace(state, history=(*state.history, done), model=best.model)
     _tidy(run, state)
-    final = FinalScoring(probe, scoring.metrics if scoring else {})
-    return replace(outcome, state=state, final_scoring=final)
+    return replace(outcome, state=state)
 
 
 def _tidy(run: Run, state: State[Network, Fitted]) -> None:
@@ -79,12 +76,8 @@ def _boundary_as_head(run: Run, outcome: Outcome[Network, Fitted]) -> Outcome[Ne
         return outcome
     number = state.number + 1
     run.progress.begin_round(number)
-    backbone, live = features_of(run, state.model, state.live, ("train", "validation"))
-    state = replace(state, live=live)
-    scoring = outcome.final_scoring
-    with run.progress.step("fit"):
-        probe = fitted(run, backbone, live, state.history, number, known=scoring.probe if scoring else state.probe)
-    outcome = replace(outcome, state=state, final_scoring=FinalScoring(probe, scoring.metrics if scoring else {}))
+    outcome, probe = with_last_boundary(run, outcome, state.model)
+    state, scoring = outcome.state, outcome.final_scoring
     before, after = last.metrics["validation_accuracy"], probe.ensemble.accuracy
     if not policy.boundary_becomes_head(scope, state.number, before, after, state.validation_samples):
         return outcome
@@ -92,7 +85,7 @@ def _boundary_as_head(run: Run, outcome: Outcome[Network, Fitted]) -> Outcome[Ne
         model = with_boundary_as_head(run, state.model, probe)
     metrics = {**last.metrics, **(scoring.metrics if scoring else {}), **evaluate(run, state, model)}
     said = "the boundary as the new head, nothing removed: "
-    done = commit_without_removal(run, number, live, model, metrics, ended=outcome.reason, said=said)
+    done = commit_without_removal(run, number, state.live, model, metrics, ended=outcome.reason, said=said)
     return replace(outcome, state=replace(state, history=(*state.history, done), model=model))
 
 

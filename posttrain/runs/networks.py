@@ -24,6 +24,14 @@ def network_of(run: Run, weights: bytes, spec: ModelSpec | None = None) -> Netwo
     return Network(spec, weights, weights_digest(model), run.config.ray.precision)
 
 
+def initial_network(run: Run, model: Network) -> Network | None:
+    """The network with its initial weights; None where the rounds have no use for it."""
+    if run.config.refine.scope != "auto" or run.inputs.initial_weights is None:
+        return None
+    initial = network_of(run, run.inputs.initial_weights)
+    return None if initial.backbone == model.backbone else initial
+
+
 def recipe(spec: ModelSpec) -> dict[str, Any]:
     """What builds the model anew: factory, arguments, head."""
     return {"factory": spec.factory, "arguments": spec.arguments, "head": spec.head}

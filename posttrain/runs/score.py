@@ -109,8 +109,11 @@ def prior_of(run: Run, history: Sequence[Round]) -> Prior:
 
 
 def first_finding(run: Run, history: Sequence[Round]) -> tuple[Round, torch.Tensor] | None:
-    """The first of these rounds that found wrong labels, and its `NoiseModel.confident_joint`."""
-    for done in history[1:]:
+    """The first of these rounds that found wrong labels, and its `NoiseModel.confident_joint`.
+
+    Of the rounds on one network's features alone: another one may see more of them.
+    """
+    for done in policy.of_base(history)[1:]:
         joint = run.ledger.confident_joint(done.number)
         if joint is not None:
             return done, torch.tensor(joint)

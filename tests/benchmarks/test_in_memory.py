@@ -37,6 +37,21 @@ def test_the_first_round_takes_the_samples_whose_label_is_most_likely_wrong(
     assert set(np.flatnonzero(~run.kept)) == set(np.argsort(-odds)[:tenth])
 
 
+def test_rounds_go_on_with_what_is_left_and_other_features(begin: tuple[Data, in_memory.Start]):
+    data, start = begin
+    once = in_memory.REMOVAL.model_copy(update={"max_rounds": 1})
+    run = in_memory.CleaningInMemory(NOISY, data, "head", start, removal=once)
+    run.clean()
+    other = in_memory.start(NOISY, data, cases.train(NOISY, data.train, seed=1).weights, run.kept)
+    following = run.going_on(other)
+    following.removal = in_memory.REMOVAL.model_copy(update={"max_rounds": 3})
+    following.clean()
+    assert [done.number for done in following.history] == [0, 1, 2, 3]
+    assert [done.removed > 0 for done in following.history] == [False, True, False, True]
+    assert not (following.kept & ~run.kept).any() and following.kept.sum() == following.history[-1].live
+    assert len(following.estimates) == 1, "what the first features showed is not asked again"
+
+
 def test_the_accuracy_of_a_boundary_is_that_of_the_network_that_ends_in_it(begin: tuple[Data, in_memory.Start]):
     data, start = begin
     boundary = start.boundary

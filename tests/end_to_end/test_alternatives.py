@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load, save
-from small_data import Digits, accuracy, as_built, assert_same_result, interrupted_after, memorise, removed_ids
+from small_data import (
+    Digits,
+    accuracy,
+    as_built,
+    assert_same_result,
+    interrupted_after,
+    memorise,
+    removed_ids,
+    rounds,
+)
 
 from posttrain.cluster import training
 
@@ -147,6 +156,57 @@ def test_the_rounds_take_the_features_of_the_initial_weights_where_these_are_bet
     assert summary["test_accuracy_after"] == next(
         one["test_accuracy"] for one in summary["alternatives"] if one["delivered"]
     )
+
+
+GOING_ON: dict[str, dict[str, Any]] = {
+    **AUTO,
+    "pretrain": {"epochs": 40},
+    "probe": {"layers": "last"},
+    "removal": {"max_rounds": 8, "budget": 0.2},
+}
+
+
+@pytest.fixture(scope="module")
+def going_on(run: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run(tmp_path_factory.mktemp("going-on") / "run", **GOING_ON)
+
+
+def test_the_rounds_go_on_with_the_network_trained_again_while_its_boundary_is_better(
+    going_on: dict[str, Any],
+) -> None:
+    folder = Path(going_on["run"])
+    done = rounds(folder)
+    bases = [one["number"] for one in done[1:] if not one["removed"] and not one["ended"]]
+    assert bases and [int(path.parent.name) for path in sorted(folder.glob("rounds/*/base.safetensors"))] == bases
+    # with the features of each base the rounds are of a choice of its own
+    backbones = [json.loads((folder / f"rounds/{number:04d}/probes.json").read_text())["backbone"] for number in bases]
+    assert len(set(backbones)) == len(bases)
+    assert done[bases[0] + 1]["removed"], "what the first features did not show"
+    accuracies = [one["metrics"]["test_accuracy"] for one in done]
+    assert accuracies[bases[-1]] > accuracies[bases[0] - 1]
+    offered = {one["name"]: one for one in going_on["alternatives"]}
+    # the control is still of the features that the rounds began with
+    assert offered["the boundary, nothing removed"]["test_accuracy"] == going_on["test_accuracy_boundary"]
+    assert not list(folder.glob("alternatives")) and len(list((folder / "features").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("step", "call"),
+    [
+        pytest.param("tell_round", 3, marks=pytest.mark.long),  # the last round before the network is trained again
+        ("tell_round", 4),  # the base
+        pytest.param("tell_round", 5, marks=pytest.mark.long),  # a round on it
+        pytest.param("write_checkpoint", 4, marks=pytest.mark.long),  # while the base is committed
+    ],
+)
+def test_a_run_that_goes_on_with_another_base_ends_the_same_after_a_kill(
+    going_on: dict[str, Any], run: Run, tmp_path: Path, step: str, call: int
+) -> None:
+    with interrupted_after(step, call=call):
+        run(tmp_path / "run", **GOING_ON)
+    summary = run(tmp_path / "run", **GOING_ON)
+    assert_same_result(tmp_path / "run", going_on["run"])
+    assert [one["name"] for one in summary["alternatives"]] == [one["name"] for one in going_on["alternatives"]]
 
 
 def test_no_network_is_trained_where_the_initial_weights_are_not_known(run: Run, tmp_path: Path) -> None:
