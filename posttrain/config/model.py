@@ -145,7 +145,8 @@ class Refine(Training):
     validation labels, corrected for their noise, is delivered: the model as it came, the boundary with nothing removed
     or on what is left, and, where the weights that its training began with are known (model.initial_weights, or
     posttrain trained it), the network refined by this section or trained again by the section pretrain, each with a
-    boundary of its own; gce stands in for method cross_entropy. network: the whole network is trained in every round.
+    boundary of its own; gce stands in for method cross_entropy. While a boundary on the network trained again is
+    better, the rounds go on with its features. network: the whole network is trained in every round.
     both: as network, and at the end the boundary becomes its new head, unless it does worse on validation labels. If
     nothing was removed, head and both change the head only if that is clearly better."""
     augment: Augment | None = None
