@@ -64,14 +64,20 @@ class HeldOutLoss:
         return sum(self.losses) / sum(self.samples)
 
     def above(self, other: HeldOutLoss) -> tuple[float, float]:
-        """By how much L is above that of another model on the same samples, and the standard error of that."""
+        """By how much L is above that of another model on the same samples, and the standard error of that.
+
+        It is that of a ratio of sums over groups (Cochran 1977, section 2.11): its square is
+        G / (G - 1) sum_g r_g^2 / n^2, with G the number of groups with samples, n that of the samples, and r_g the
+        difference of the two models' losses in group g, less its expectation. 0 where there is one group.
+        """
         residuals = [
             (loss - count * self.mean) - (other_loss - other_count * other.mean)
             for count, loss, other_count, other_loss in zip(
                 self.samples, self.losses, other.samples, other.losses, strict=True
             )
         ]
-        variance = sum(own**2 for own in residuals) * GROUPS / (GROUPS - 1)
+        groups = sum(count > 0 for count in self.samples)
+        variance = sum(own**2 for own in residuals) * groups / max(1, groups - 1)
         return self.mean - other.mean, variance**0.5 / sum(self.samples)
 
 
