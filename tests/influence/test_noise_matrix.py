@@ -205,6 +205,27 @@ def test_classes_that_are_clear_are_found_behind_noisy_labels(noise: np.ndarray)
     assert float((found - p).abs().max()) < 0.06
 
 
+@pytest.mark.parametrize("directed", ["no pair", "one pair of each class", "every pair"])
+def test_many_classes_are_corrected_as_by_the_dense_matrix(directed: str):
+    generator = torch.Generator().manual_seed(0)
+    classes, rate = 80, 0.3
+    joint = torch.eye(classes, dtype=torch.float64) * 100
+    if directed == "one pair of each class":
+        joint += torch.roll(torch.eye(classes, dtype=torch.float64), 1, dims=1) * 60
+    elif directed == "every pair":
+        joint += torch.rand(classes, classes, generator=generator, dtype=torch.float64).triu(1) * 60
+    noise = noise_matrix.estimate(joint, rate)
+    off_diagonal = noise[~torch.eye(classes, dtype=torch.bool)]
+    assert (len(off_diagonal.unique()) == 1) == (directed == "no pair")
+    # more samples than are corrected at a time
+    q = (3 * torch.randn(2000, classes, generator=generator, dtype=torch.float64)).softmax(dim=1)
+    p = q
+    for _ in range(noise_matrix._STEPS):
+        p = p * ((q / (p @ noise)) @ noise.T)
+        p = p / p.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(noise_matrix.noise_corrected(q, noise), p, rtol=1e-9, atol=1e-15)
+
+
 def test_each_step_makes_the_labels_likelier(monkeypatch: pytest.MonkeyPatch):
     noise = torch.from_numpy(mixed(6, 0.4))
     q = torch.from_numpy(np.random.default_rng(0).dirichlet(np.full(6, 0.3), size=50)).clamp_min(1e-9)
