@@ -33,12 +33,17 @@ def acted_on(history: Sequence[Round]) -> int:
 
 
 def of_base(history: Sequence[Round]) -> Sequence[Round]:
-    """The rounds on the features that the last of them took: from that on which began with these and removed nothing.
+    """The rounds since the features last changed; the first of them is the one that changed them, or round 0.
 
-    Only where all rounds take the features of one network until they find nothing more.
+    Of a run that does not train its backbone: there a round that removes nothing changes the features.
     """
     first = max((at for at, done in enumerate(history) if at and not done.removed + done.relabelled), default=0)
     return history[first:]
+
+
+def bases_taken(history: Sequence[Round]) -> int:
+    """How often the features changed, in a run that does not train its backbone."""
+    return sum(1 for done in history[1:] if not done.ended and not done.removed + done.relabelled)
 
 
 def rounds_that_acted(history: Sequence[Round]) -> int:

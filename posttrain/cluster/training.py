@@ -126,7 +126,7 @@ def train(
     if found is None:
         raise StepError("training ended without a result; start the same command again to go on")
     if "failed" in found:
-        raise StepError(found["failed"])
+        raise (RecipeError if found["by_its_settings"] else StepError)(found["failed"])
     if workers:
         # Ray Train's own state, of use to nobody: a further attempt begins anew
         folder.delete_folder(folder.path("training"))
@@ -220,7 +220,7 @@ def _train_loop(config: dict[str, Any]) -> dict[str, Any]:
             if alone or world > 1:
                 raise
             # raised, Ray Train would take it for a lost worker, and begin again
-            return {"failed": str(error)}
+            return {"failed": str(error), "by_its_settings": isinstance(error, RecipeError)}
     return {"weights": to_bytes(model.first if isinstance(model, Twins) else model), "gpu": gpu_name(device), **outcome}
 
 

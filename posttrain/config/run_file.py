@@ -80,7 +80,8 @@ class RunFile(Section):
                 try:
                     self.with_values({key: value})
                 except ValidationError as error:
-                    (complaint,) = complaints(error, {name: value}, type(getattr(self, section)))
+                    own = getattr(self, section)
+                    (complaint,) = complaints(error, own.model_dump(mode="json") | {name: value}, type(own))
                     wrong.append(f"{where}: {section}.{complaint}")
                     break
         if wrong:

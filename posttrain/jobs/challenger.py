@@ -62,7 +62,7 @@ def make_challenger(
     with progress.step("check the inputs"):
         base = champions.base_network(config, job, registry, attempt.champion)
         run_config = champions.run_file(config, attempt.folder, base)
-        inputs = champions.prepare_inputs(run_config, inventory.files, base, config.model)
+        inputs = champions.prepare_inputs(run_config, inventory.files, base)
     opening.say_remarks(inputs, progress)
     with _opened(run_config, inputs, job, attempt, progress, assert_held, verbose=verbose) as (run, tracking, digests):
         from posttrain.runs.begin import begin_or_resume
@@ -234,11 +234,21 @@ def _keep(run: Run, outcome: Outcome[Network, Fitted], job: JobFolder, attempt: 
 
     state, previous = outcome.state, run.previous
     base = base_network(run, state)
-    job.keep_base(Base(base.digest, recipe(base.spec), run.inputs.classes, base.weights))
+    job.keep_base(
+        Base(
+            base.digest,
+            recipe(base.spec),
+            run.inputs.classes,
+            base.weights,
+            initial_weights_known=run.inputs.initial_weights is not None,
+        )
+    )
     confidence = pa.concat_tables([previous.self_confidence, run.ledger.self_confidence(state.history)])
     acted_on = matching.describe_acted_on(run.splits["train"], acted_on_so_far(state.live), confidence)
     attempt.folder.write_table(attempt.folder.path(previous_runs.ACTED_ON), acted_on)
-    noise = state.history[-1].metrics.get("validation_noise", previous.validation_noise)
+    # no round removes a validation label: what any round saw of them still holds
+    seen = [done.metrics["validation_noise"] for done in state.history if done.metrics.get("validation_noise")]
+    noise = seen[-1] if seen else previous.validation_noise
     return {"base": base.digest, "acted_on": acted_on.num_rows, "validation_noise": noise}
 
 

@@ -96,10 +96,10 @@ def run_file(config: JobFile, folder: RunFolder, base: Base | None) -> RunFile:
     return config.run_file(**own)
 
 
-def prepare_inputs(config: RunFile, files: Iterable[File], base: Base | None, of_job: Model) -> Inputs:
+def prepare_inputs(config: RunFile, files: Iterable[File], base: Base | None) -> Inputs:
     """The inputs of the run from these files alone, with the weights of the base network.
 
-    `of_job`: the section `model` of the job file. Raises DataError where the champion cannot be compared on these data.
+    Raises DataError where the champion cannot be compared on these data.
     """
     from posttrain.runs.inputs import prepare
     from posttrain.vision import models
@@ -127,7 +127,6 @@ def prepare_inputs(config: RunFile, files: Iterable[File], base: Base | None, of
         path = Path(folder, f"base{base.suffix}")
         path.write_bytes(base.weights)
         load_weights(model, path)
-    # where the job was given weights, those that its factory draws are not the ones that their training began with
-    trained_here = of_job.weights is None and base.classes is not None
-    known = trained_here or of_job.initial_weights is not None
+    # those that the factory draws are the ones that its training began with only where the job trained it
+    known = base.initial_weights_known or config.model.initial_weights is not None
     return replace(inputs, weights=to_bytes(model), initial_weights=inputs.initial_weights if known else None)

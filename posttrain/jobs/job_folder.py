@@ -69,6 +69,8 @@ class Base:
     weights: bytes
     suffix: str = ".safetensors"
     """How the name of a file of the weights ends; what others logged may have been saved by torch.save."""
+    initial_weights_known: bool = False
+    """Whether the initial weights of the job's run files are those that its training began with."""
 
 
 @dataclass(frozen=True)
@@ -141,14 +143,25 @@ class JobFolder:
             return None
         record = self.folder.read_json(described)
         classes = record["classes"]
-        return Base(key, record["recipe"], tuple(classes) if classes else None, self.folder.read_bytes(weights))
+        return Base(
+            key,
+            record["recipe"],
+            tuple(classes) if classes else None,
+            self.folder.read_bytes(weights),
+            initial_weights_known=record.get("initial_weights_known", False),
+        )
 
     def keep_base(self, base: Base) -> None:
         """Write a base network, unless it is there."""
         described, weights = self._base(base.key)
         if not self.folder.exists(described):
             self.folder.write_bytes(weights, base.weights)
-            self.folder.write_json(described, {"recipe": dict(base.recipe), "classes": base.classes})
+            record = {
+                "recipe": dict(base.recipe),
+                "classes": base.classes,
+                "initial_weights_known": base.initial_weights_known,
+            }
+            self.folder.write_json(described, record)
 
     def _base(self, key: str) -> tuple[str, str]:
         name = self._inside(key)

@@ -47,8 +47,9 @@ class StepLog:
 
     def begin_round(self, number: int) -> None:
         """From now on, steps belong to this round."""
+        if number != self._round:
+            self._of_round = {}
         self._round = number
-        self._of_round = {}
 
     def seconds_of_round(self) -> dict[str, float]:
         """Seconds of each step of the current round."""

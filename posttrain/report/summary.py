@@ -89,7 +89,7 @@ def _leakage(summary: Mapping[str, Any]) -> tuple[str | None, str]:
 
 
 _BOUNDARY = "the boundary on what is left"
-"""The alternative that differs from the control in nothing but the removal."""
+"""The alternative that differs from the control in nothing but the removal, as long as the base stays."""
 
 
 def _controls(summary: Mapping[str, Any]) -> list[tuple[str, str | None, str]]:
@@ -100,9 +100,13 @@ def _controls(summary: Mapping[str, Any]) -> list[tuple[str, str | None, str]]:
         return []
     # what is delivered may be a network that was trained: the removal itself shows where all else is the same
     removed = next((one["test_accuracy"] for one in _offered(summary) if one["name"] == _BOUNDARY), after)
-    gain = f"the removal itself: {100 * (removed - boundary):+.1f} points"
+    gain = f"{100 * (removed - boundary):+.1f} points"
+    if summary.get("bases"):
+        gain = f"control: the boundary of round 0, all samples kept; removal and training again together: {gain}"
+    else:
+        gain = f"control: same boundary, all samples kept; the removal itself: {gain}"
     return [
-        ("  nothing removed", _change(before, boundary), f"control: same boundary, all samples kept; {gain}"),
+        ("  nothing removed", _change(before, boundary), gain),
         ("  new head alone", _change(before, head), "control: a new head on the same features, all samples kept"),
     ]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from posttrain import policy
 from posttrain.cluster.network import Network
-from posttrain.errors import RecipeError
+from posttrain.errors import FeaturelessError, RecipeError
 from posttrain.influence import noise_matrix
 from posttrain.influence.noise_model import noise_left
 from posttrain.rounds import State
@@ -29,7 +29,7 @@ from posttrain.runs.evaluate import evaluate, held_out_loss
 from posttrain.runs.fit import Fitted, chosen, chosen_in, refitted
 from posttrain.runs.networks import initial_network, network_from, network_of, recipe
 from posttrain.runs.refine import Train, with_boundary_as_head
-from posttrain.runs.score import first_finding, prior_of
+from posttrain.runs.score import first_finding
 from posttrain.vision.losses import Noise
 
 LOSS = "validation_corrected_loss"
@@ -61,6 +61,8 @@ class _Maker:
     make: Callable[[Network | None], Network]
     """Of the model of the alternative `of`, where there is one."""
     of: str | None = None
+    seconds: float = 0.0
+    """That it took before."""
 
 
 def alternatives(
@@ -79,7 +81,7 @@ def alternatives(
         run.progress.say(f"alternative: {name}")
         try:
             made[name] = _kept(run, state, name) or _keep(run, state, maker, of, transition)
-        except RecipeError as error:
+        except (RecipeError, FeaturelessError) as error:
             run.progress.say(f"  left out: {error}")
     return list(made.values())
 
@@ -120,26 +122,28 @@ def _makers(run: Run, state: State[Network, Fitted], boundary: Fitted, left: Noi
         splits = ("train", "validation")
         backbone, live = features_of(run, network, state.live, splits, may_quarantine=False)
         with run.progress.step("fit"):
-            return with_boundary_as_head(run, network, chosen(run, backbone, live, state.number + 1))
-
-    def again(_: Network | None) -> Network:
-        if state.number and not policy.acted_on(state.history[-1:]):
-            # the rounds have found nothing more with the features of the network trained on just what is left
-            return state.base
-        return trained(network_of(run, initial), "pretrain")
+            return with_boundary_as_head(run, network, chosen(run, backbone, live))
 
     yield _Maker("the network refined on what is left", lambda _: trained(state.first, "refine"))
     yield _Maker("a boundary on the network refined", with_boundary, of="the network refined on what is left")
-    yield _Maker(AGAIN, again)
+    last = state.history[-1]
+    if state.number and not policy.acted_on([last]):
+        # the rounds found nothing more with the network trained on just what is left: its boundary is theirs
+        yield _Maker(AGAIN, lambda _: state.base, seconds=last.seconds.get("pretrain", 0.0))
+        return
+    yield _Maker(AGAIN, lambda _: trained(network_of(run, initial), "pretrain"))
     yield _Maker(ON_AGAIN, with_boundary, of=AGAIN)
 
 
 def _noise(run: Run, state: State[Network, Fitted]) -> tuple[Tensor, Noise]:
     """T of the validation labels, and the noise of the labels that are left."""
     unit = torch.eye(len(run.inputs.classes), dtype=torch.float64)
-    found = first_finding(run, state.history)
-    if found is None:
-        return unit, Noise(0.0, unit)
+    # as the last features saw it that showed any
+    history = state.history
+    while (found := first_finding(run, of := policy.of_base(history))) is None:
+        history = history[: -len(of)]
+        if not history:
+            return unit, Noise(0.0, unit)
     done, joint = found
     # the rate is that of all samples before any was removed, in previous runs of the job, too
     before, previous = run.previous.removal, len(run.previous.removal.removed)
@@ -150,7 +154,7 @@ def _noise(run: Run, state: State[Network, Fitted]) -> tuple[Tensor, Noise]:
         acted_on=policy.acted_on(state.history) + previous + len(before.relabelled),
         left=state.live.count,
     )
-    return noise_matrix.estimate(joint, prior_of(run, state.history).validation_noise_rate), Noise(*left)
+    return noise_matrix.estimate(joint, done.metrics["validation_noise"]), Noise(*left)
 
 
 def _keep(
@@ -158,7 +162,7 @@ def _keep(
 ) -> Alternative:
     name, began = maker.name, time.perf_counter()
     model = maker.make(of.model if of else None)
-    seconds = time.perf_counter() - began
+    seconds = maker.seconds + time.perf_counter() - began
     metrics = evaluate(run, state, model, may_quarantine=False)
     metrics[LOSS] = held_out_loss(run, state, model, transition)
     run.folder.write_bytes(_path(run, state, name, "safetensors"), model.weights)

@@ -1,4 +1,4 @@
-"""Bases: the network whose features the rounds of a run take that leaves the backbone as it is.
+"""The base: the network whose features the rounds use, in a run that does not train its backbone.
 
 With `refine.scope: auto` it is at first the model as it came, or the network with its initial weights. Once the rounds
 find nothing more, the network is trained again on what they left. It has not seen what they removed: where a boundary
@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from posttrain import policy
 from posttrain.cluster.network import Network
-from posttrain.errors import RecipeError
+from posttrain.errors import FeaturelessError, RecipeError
 from posttrain.influence.held_out import no_worse
 from posttrain.live import Live
 from posttrain.rounds import FinalScoring, Outcome, State
@@ -26,6 +26,7 @@ from posttrain.runs.fit import Fitted, chosen, chosen_in, fitted, keep_choice
 from posttrain.runs.networks import initial_network, network_of
 from posttrain.runs.refine import Train
 from posttrain.schema import Round
+from posttrain.store.scores import delete_score_shards
 
 
 def first_base(run: Run, model: Network, probe: Fitted, live: Live, splits: Sequence[str]) -> tuple[Network, Fitted]:
@@ -39,11 +40,11 @@ def first_base(run: Run, model: Network, probe: Fitted, live: Live, splits: Sequ
         return model, probe
     try:
         backbone, _ = features_of(run, initial, live, splits, may_quarantine=False)
-    except RecipeError as error:
+        with run.progress.step("fit"):
+            other = chosen(run, backbone, live)
+    except (RecipeError, FeaturelessError) as error:
         run.progress.say(f"the rounds take the features of the model as it came; initial weights: {error}")
         return model, probe
-    with run.progress.step("fit"):
-        other = chosen(run, backbone, live, 0)
     losses = [one.held_out_loss for one in (other, probe)]
     taken = no_worse(*losses)
     source = "initial weights" if taken else "model as it came"
@@ -104,7 +105,7 @@ def next_base(run: Run, outcome: Outcome[Network, Fitted], limit: int, train: Tr
     network = made[AGAIN].model
     backbone, _ = features_of(run, network, state.live, ("train", "validation"), may_quarantine=False)
     with run.progress.step("fit"):
-        probe = chosen(run, backbone, state.live, number)
+        probe = chosen(run, backbone, state.live)
     run.folder.write_bytes(_path(run, number), network.weights)
     keep_choice(run, number, probe.choice)
     state = replace(state, base=network, model=made[ON_AGAIN].model, probe=probe)
@@ -112,6 +113,8 @@ def next_base(run: Run, outcome: Outcome[Network, Fitted], limit: int, train: Tr
     measured = {k: v for k, v in state.history[-1].metrics.items() if k.startswith(("removal_", "relabel_"))}
     said = "the rounds go on with the features of the network trained again: "
     done = commit_without_removal(run, number, state.live, state.model, measured | made[ON_AGAIN].metrics, said=said)
+    # of the final scoring on the base before
+    delete_score_shards(run.folder, number)
     run.folder.keep_only_features(network.backbone)
     alternatives.forget(run)
     return replace(state, history=(*state.history, done))

@@ -104,25 +104,23 @@ def fitted(
     for choice in choices:
         if choice.backbone == backbone:
             return refitted(run, choice, choice.members, live)
-    found = chosen(run, backbone, live, number, candidates=choices[-1].best_of_layers() if choices else None)
+    try:
+        found = chosen(run, backbone, live, candidates=choices[-1].best_of_layers() if choices else None)
+    except FeaturelessError as error:
+        raise _featureless(run, live, number, error) from error
     keep_choice(run, number, found.choice)
     return found
 
 
-def chosen(
-    run: Run, backbone: str, live: Live, number: int, *, candidates: Sequence[tuple[str, float]] | None = None
-) -> Fitted:
+def chosen(run: Run, backbone: str, live: Live, *, candidates: Sequence[tuple[str, float]] | None = None) -> Fitted:
     """The best ensemble on the live samples, of candidates (layer, l2): without them, of all layers and all L2.
 
-    `number` is that of the round, for messages.
+    Raises FeaturelessError.
     """
     if candidates is None:
         candidates = [(layer, l2) for layer in run.inputs.layers for l2 in run.config.probe.l2]
     samples, validation = stored(run, backbone, "train", live), stored(run, backbone, "validation")
-    try:
-        found = ensemble.choose(samples, validation, candidates=candidates, classes=len(run.inputs.classes))
-    except FeaturelessError as error:
-        raise _featureless(run, live, number, error) from error
+    found = ensemble.choose(samples, validation, candidates=candidates, classes=len(run.inputs.classes))
     tried = tuple((one.layer, one.l2, one.loss, one.accuracy) for one in found.tried)
     return Fitted(found, Choice(backbone, found.members, tried), samples, validation)
 

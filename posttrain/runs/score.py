@@ -99,7 +99,8 @@ def _previous_removals(run: Run, state: State[Network, Fitted]) -> PreviousRemov
 
 def prior_of(run: Run, history: Sequence[Round]) -> Prior:
     """What the first of these rounds that found wrong labels estimated."""
-    found = first_finding(run, history)
+    # of the rounds on these features alone: others may show more
+    found = first_finding(run, policy.of_base(history))
     if found is None:
         return Prior(validation_noise_rate=run.previous.validation_noise)
     done, joint = found
@@ -109,11 +110,8 @@ def prior_of(run: Run, history: Sequence[Round]) -> Prior:
 
 
 def first_finding(run: Run, history: Sequence[Round]) -> tuple[Round, torch.Tensor] | None:
-    """The first of these rounds that found wrong labels, and its `NoiseModel.confident_joint`.
-
-    Of the rounds on one network's features alone: another one may see more of them.
-    """
-    for done in policy.of_base(history)[1:]:
+    """The first of these rounds that found wrong labels, and its `NoiseModel.confident_joint`."""
+    for done in history[1:]:
         joint = run.ledger.confident_joint(done.number)
         if joint is not None:
             return done, torch.tensor(joint)

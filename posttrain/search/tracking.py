@@ -43,7 +43,7 @@ class SearchTracking:
 def round_sentence(number: int, figures: Mapping[str, Any], metric: str) -> str:
     """What is said of a round of a trial while the search runs."""
     parts = [f"trial {number}, round {figures['round']}: live {figures['live']:,}"]
-    if figures["round"]:
+    if figures["candidates"]:
         relabelled = f" and relabelled {figures['relabelled']:,}" if figures["relabelled"] else ""
         parts.append(f"removed {figures['removed']:,}{relabelled} of {figures['candidates']:,} candidates")
     parts.append(f"validation accuracy {100 * figures['validation_accuracy']:.1f} %")

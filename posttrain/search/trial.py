@@ -58,6 +58,8 @@ class Trial:
         """Write down that it has ended."""
         # nobody asks for the features of its fine-tuned networks any more
         self.folder.keep_only_features("")
+        # of a trial that was stopped before it had chosen among them
+        self.folder.delete_folder(self.folder.path("alternatives"))
         self.folder.write_json(self.folder.path("trial.json"), {"how": how, "why": why})
 
 

@@ -91,8 +91,9 @@ def test_a_run_interrupted_between_alternatives_makes_only_those_that_are_missin
     assert not (tmp_path / "run" / "alternatives").exists()
 
 
+@pytest.mark.parametrize("train_workers", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_network_that_cannot_be_trained_or_cannot_take_every_sample_is_left_out(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], train_workers: int
 ) -> None:
     real = training.train
 
@@ -104,7 +105,7 @@ def test_a_network_that_cannot_be_trained_or_cannot_take_every_sample_is_left_ou
 
     monkeypatch.setattr(training, "train", overflowing)
     diverging = AUTO["refine"] | {"method": "cross_entropy", "learning_rate": 1e30}
-    summary = run(tmp_path / "run", **AUTO | {"refine": diverging})
+    summary = run(tmp_path / "run", **AUTO | {"refine": diverging}, ray={"train_workers": train_workers})
     assert [one["name"] for one in summary["alternatives"]] == [
         "the model as it came",
         "the boundary, nothing removed",
@@ -168,7 +169,15 @@ GOING_ON: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def going_on(run: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run(tmp_path_factory.mktemp("going-on") / "run", **GOING_ON)
+    """The summary, with the transition matrices by which losses were corrected."""
+    from posttrain.runs import evaluate
+
+    used: list[torch.Tensor] = []
+    real = evaluate.corrected_loss
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "corrected_loss", lambda *given: used.append(given[2]) or real(*given))
+        summary = run(tmp_path_factory.mktemp("going-on") / "run", **GOING_ON)
+    return summary | {"transitions": used}
 
 
 def test_the_rounds_go_on_with_the_network_trained_again_while_its_boundary_is_better(
@@ -185,6 +194,13 @@ def test_the_rounds_go_on_with_the_network_trained_again_while_its_boundary_is_b
     accuracies = [one["metrics"]["test_accuracy"] for one in done]
     assert accuracies[bases[-1]] > accuracies[bases[0] - 1]
     offered = {one["name"]: one for one in going_on["alternatives"]}
+    # the last network trained again showed nothing more: its boundary is that of the rounds
+    assert bases[-1] == len(done) - 2 and going_on["bases"] == len(bases)
+    assert list(offered)[-2:] == ["a boundary on the network refined", "the network trained again on what is left"]
+    assert offered["the network trained again on what is left"]["seconds"] > 0
+    # and the noise of the validation labels is still known, of the features before
+    assert all(float(transition.diagonal().max()) < 0.95 for transition in going_on["transitions"])
+    assert not list(folder.glob("rounds/*/scoring/*"))
     # the control is still of the features that the rounds began with
     assert offered["the boundary, nothing removed"]["test_accuracy"] == going_on["test_accuracy_boundary"]
     assert not list(folder.glob("alternatives")) and len(list((folder / "features").iterdir())) == 1

@@ -37,7 +37,7 @@ def test_a_champion_that_somebody_saved_by_torch_is_what_the_run_starts_from(tmp
     def inputs(**data: str) -> Inputs:
         config = job_file(tmp_path, **data)
         files = take_inventory(config.data, job.folder).files
-        return prepare_inputs(run_file(config, job.folder.run("a"), base), files, base, config.model)
+        return prepare_inputs(run_file(config, job.folder.run("a"), base), files, base)
 
     digits = inputs_of_digits(tmp_path)
     assert inputs(**digits).weights == to_bytes(model)
@@ -47,7 +47,7 @@ def test_a_champion_that_somebody_saved_by_torch_is_what_the_run_starts_from(tmp
         inputs(**digits)
 
 
-def test_the_initial_weights_of_a_champion_are_known_where_the_job_trained_it_or_names_them(tmp_path: Path) -> None:
+def test_the_initial_weights_of_a_base_are_known_where_the_job_trained_it_or_names_them(tmp_path: Path) -> None:
     job = SmallJob(tmp_path)
     config = job_file(tmp_path, **inputs_of_digits(tmp_path))
     files = take_inventory(config.data, job.folder).files
@@ -55,17 +55,16 @@ def test_the_initial_weights_of_a_champion_are_known_where_the_job_trained_it_or
     (tmp_path / "initial.safetensors").write_bytes(given)
     classes = tuple(str(digit) for digit in range(10))
 
-    def initial(classes: tuple[str, ...] | None, **keys: str | None) -> bytes | None:
-        base = Base("a", {}, classes, to_bytes(models.mlp(10)), ".safetensors")
-        own = config.model_copy(update={"model": config.model.model_copy(update={"weights": None, **keys})})
-        return prepare_inputs(run_file(own, job.folder.run("a"), base), files, base, own.model).initial_weights
+    def initial(key: str, *, known: bool, named: str | None = None) -> bytes | None:
+        job.folder.keep_base(Base(key, {}, classes, to_bytes(models.mlp(10)), initial_weights_known=known))
+        own = config.model_copy(update={"model": config.model.model_copy(update={"initial_weights": named})})
+        base = job.folder.base(key)
+        return prepare_inputs(run_file(own, job.folder.run("a"), base), files, base).initial_weights
 
-    assert initial(classes) is not None
-    named = str(tmp_path / "initial.safetensors")
-    # the job began with weights, or the champion came from elsewhere: nobody knows what their training began with
-    assert initial(classes, weights=named) is None
-    assert initial(None) is None
-    assert initial(classes, weights=named, initial_weights=named) == given
+    assert initial("trained-here", known=True) is not None
+    # the job was given weights, or the champion came from elsewhere: those of the factory are none of them
+    assert initial("given", known=False) is None
+    assert initial("named", known=False, named=str(tmp_path / "initial.safetensors")) == given
 
 
 def inputs_of_digits(folder: Path) -> dict[str, str]:

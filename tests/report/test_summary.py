@@ -75,6 +75,8 @@ def test_the_removal_is_compared_where_all_else_is_the_same() -> None:
     lines = printed({**SUMMARY, "alternatives": [boundary, again]})
     # with 93 % where nothing is removed: what is delivered is better by the training, too
     assert any(line.endswith("the removal itself: +1.0 points") for line in lines)
+    other = printed({**SUMMARY, "alternatives": [boundary, again], "bases": 1})
+    assert any(line.endswith("removal and training again together: +1.0 points") for line in other)
     [other], [delivered] = ([line for line in lines if one["name"] in line] for one in (boundary, again))
     assert other.split("left")[1].split() == ["0.900", "2", "s,", "test", "94.0", "%"]
     assert delivered.split("left")[1].split() == ["0.800", "delivered;", "2", "s,", "test", "95.0", "%"]
