@@ -17,7 +17,7 @@ Record = Mapping[str, Any]
 """The fields of a `synergy.Finding`."""
 
 LAST, AVERAGE, BEST = "all, last epoch", "all, average of weights", "all, best epoch"
-AUTO, HEAD, NETWORK = "posttrain, auto", "posttrain, head", "posttrain, network"
+AUTO, HEAD, NETWORK = "posttrain, chosen", "posttrain, head", "posttrain, network"
 BOUNDARY, LEFT = "boundary, nothing removed", "boundary, what is left"
 RANDOM, SMALL_LOSS, CLEANLAB = "random removal", "small-loss removal", "cleanlab's removal"
 SCRATCH, RIGHT = "from scratch, posttrain kept", "from scratch, right labels"
@@ -82,8 +82,8 @@ def _variants() -> list[str]:
         BEST: "the same training, the epoch with the highest accuracy on the noisy validation labels.",
         BOUNDARY: f"posttrain's probes on `{LAST}` and on its input, which its rounds begin with.",
         LEFT: f"the same probes after the rounds of `{HEAD}`, on what is left.",
-        AUTO: f"as `refine.scope: auto` chooses, by the corrected loss on the noisy validation labels, of `{LAST}`, "
-        f"`{BOUNDARY}`, `{LEFT}`, `{NETWORK}` and `{SCRATCH}`.",
+        AUTO: "the one with the lowest corrected loss on the noisy validation labels of "
+        f"`{LAST}`, `{BOUNDARY}`, `{LEFT}`, `{NETWORK}` and `{SCRATCH}`; `refine.scope: auto` chooses in this way, among models of its own.",
         HEAD: f"rounds from `{LAST}` on with `refine.scope: head`; the boundary that they deliver.",
         NETWORK: "the same with `refine.scope: network`: each round goes on training by the method on what is left.",
         SCRATCH: f"the method on what `{HEAD}` kept, in as many steps as on all.",
