@@ -83,7 +83,8 @@ def _variants() -> list[str]:
         BOUNDARY: f"posttrain's probes on `{LAST}` and on its input, which its rounds begin with.",
         LEFT: f"the same probes after the rounds of `{HEAD}`, on what is left.",
         AUTO: "the one with the lowest corrected loss on the noisy validation labels of "
-        f"`{LAST}`, `{BOUNDARY}`, `{LEFT}`, `{NETWORK}` and `{SCRATCH}`; `refine.scope: auto` chooses in this way, among models of its own.",
+        f"`{LAST}`, `{BOUNDARY}`, `{LEFT}`, `{NETWORK}` and `{SCRATCH}`; "
+        "`refine.scope: auto` chooses in this way, among models of its own.",
         HEAD: f"rounds from `{LAST}` on with `refine.scope: head`; the boundary that they deliver.",
         NETWORK: "the same with `refine.scope: network`: each round goes on training by the method on what is left.",
         SCRATCH: f"the method on what `{HEAD}` kept, in as many steps as on all.",
