@@ -32,18 +32,15 @@ def acted_on(history: Sequence[Round]) -> int:
     return sum(done.removed + done.relabelled for done in history)
 
 
+def changed_features(done: Round) -> bool:
+    """Whether the round changed nothing but the network whose features the rounds take, in a run that keeps it else."""
+    return done.number > 0 and not done.ended and not acted_on([done])
+
+
 def of_base(history: Sequence[Round]) -> Sequence[Round]:
-    """The rounds since the features last changed; the first of them is the one that changed them, or round 0.
-
-    Of a run that does not train its backbone: there a round that removes nothing changes the features.
-    """
-    first = max((at for at, done in enumerate(history) if at and not done.removed + done.relabelled), default=0)
+    """The rounds since the features last changed; the first of them is the one that changed them, or round 0."""
+    first = max((at for at, done in enumerate(history) if changed_features(done)), default=0)
     return history[first:]
-
-
-def bases_taken(history: Sequence[Round]) -> int:
-    """How often the features changed, in a run that does not train its backbone."""
-    return sum(1 for done in history[1:] if not done.ended and not done.removed + done.relabelled)
 
 
 def rounds_that_acted(history: Sequence[Round]) -> int:

@@ -54,8 +54,8 @@ class State(Generic[Model, Probe]):
     first: Model
     """The model as it came."""
     base: Model
-    """The model whose features the rounds take where they change nothing but the head: the first one, or the network
-    with the weights that its training began with."""
+    """The model whose features the rounds take where they change nothing but the head: the first one, the network with
+    the weights that its training began with, or the network trained again on what the rounds before had left."""
     validation_samples: int
     probe: Probe | None = None
     """Fitted on the live samples already, where refining the model did that."""

@@ -37,7 +37,7 @@ _LARGEST_LOG_ODDS_OFFSET = 4.0
 
 @dataclass(frozen=True)
 class Prior:
-    """What the first round that found wrong labels estimated; later rounds start from it.
+    """What the first round that found wrong labels estimated; later rounds on the same network start from it.
 
     How many labels are wrong, and in which directions, is a property of the data and not of the ensemble. A later round
     sees only what remains, through an ensemble that depends on what was removed.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from posttrain.rounds import State
 from posttrain.runs.context import Run
 from posttrain.runs.embed import features_of
 from posttrain.runs.evaluate import evaluate, held_out_loss
-from posttrain.runs.fit import Fitted, chosen, chosen_in, refitted
+from posttrain.runs.fit import Choice, Fitted, chosen, chosen_in, refitted
 from posttrain.runs.networks import initial_network, network_from, network_of, recipe
 from posttrain.runs.refine import Train, with_boundary_as_head
 from posttrain.runs.score import first_finding
@@ -48,6 +48,8 @@ class Alternative:
     """As `evaluate` gives them, and `LOSS`: `influence.held_out` on the validation labels."""
     seconds: float
     """That it took to make it."""
+    choice: Choice | None = None
+    """Of a boundary on a network that was trained: its probes."""
 
     def as_record(self, delivered: bool) -> dict[str, Any]:
         return {"name": self.name, "delivered": delivered, "seconds": round(self.seconds, 1), **self.metrics}
@@ -58,9 +60,9 @@ class _Maker:
     """How an alternative is made."""
 
     name: str
-    make: Callable[[Network | None], Network]
-    """Of the model of the alternative `of`, where there is one."""
+    make: Callable[[], Network] | None = None
     of: str | None = None
+    """Without `make`: the alternative on whose network a boundary is fitted."""
     seconds: float = 0.0
     """That it took before."""
 
@@ -76,12 +78,14 @@ def alternatives(
     made: dict[str, Alternative] = {}
     for maker in _makers(run, state, boundary, left, train):
         name, of = maker.name, made.get(maker.of or "")
-        if (only is not None and name not in only) or (maker.of is not None and of is None):
+        if (only is not None and name not in only) or (maker.make is None and of is None):
             continue
         run.progress.say(f"alternative: {name}")
         try:
             made[name] = _kept(run, state, name) or _keep(run, state, maker, of, transition)
         except (RecipeError, FeaturelessError) as error:
+            # as often as it is tried
+            run.folder.write_json(_path(run, state, name, "json"), {"left_out": str(error)})
             run.progress.say(f"  left out: {error}")
     return list(made.values())
 
@@ -89,10 +93,10 @@ def alternatives(
 def _makers(run: Run, state: State[Network, Fitted], boundary: Fitted, left: Noise, train: Train) -> Iterator[_Maker]:
     """The alternatives, those that change less first."""
     config = run.config
-    yield _Maker("the model as it came", lambda _: state.first)
+    yield _Maker("the model as it came", lambda: state.first)
     if policy.acted_on(state.history):
 
-        def on_all(_: Network | None) -> Network:
+        def on_all() -> Network:
             # of round 0, whose features have nothing of what was removed since
             choice, whole = chosen_in(run, state.history[:1])[0], run.live_at_start().quarantine(state.live.quarantined)
             bases = (state.base, state.first, initial_network(run, state.first))
@@ -101,7 +105,7 @@ def _makers(run: Run, state: State[Network, Fitted], boundary: Fitted, left: Noi
             return with_boundary_as_head(run, base, refitted(run, choice, choice.members, whole))
 
         yield _Maker("the boundary, nothing removed", on_all)
-    yield _Maker(BOUNDARY, lambda _: with_boundary_as_head(run, state.base, boundary))
+    yield _Maker(BOUNDARY, lambda: with_boundary_as_head(run, state.base, boundary))
     initial = run.inputs.initial_weights
     if initial is None:
         run.progress.say(
@@ -117,22 +121,15 @@ def _makers(run: Run, state: State[Network, Fitted], boundary: Fitted, left: Noi
             run.progress.say(f"  {section}.method = gce in place of cross_entropy: wrong labels bend it less")
         return train(run, start, settings, state.live, name=section, seed=seed, noise=left)
 
-    def with_boundary(network: Network | None) -> Network:
-        assert network is not None
-        splits = ("train", "validation")
-        backbone, live = features_of(run, network, state.live, splits, may_quarantine=False)
-        with run.progress.step("fit"):
-            return with_boundary_as_head(run, network, chosen(run, backbone, live))
-
-    yield _Maker("the network refined on what is left", lambda _: trained(state.first, "refine"))
-    yield _Maker("a boundary on the network refined", with_boundary, of="the network refined on what is left")
+    yield _Maker("the network refined on what is left", lambda: trained(state.first, "refine"))
+    yield _Maker("a boundary on the network refined", of="the network refined on what is left")
     last = state.history[-1]
-    if state.number and not policy.acted_on([last]):
+    if policy.changed_features(last):
         # the rounds found nothing more with the network trained on just what is left: its boundary is theirs
-        yield _Maker(AGAIN, lambda _: state.base, seconds=last.seconds.get("pretrain", 0.0))
+        yield _Maker(AGAIN, lambda: state.base, seconds=last.seconds.get("pretrain", 0.0))
         return
-    yield _Maker(AGAIN, lambda _: trained(network_of(run, initial), "pretrain"))
-    yield _Maker(ON_AGAIN, with_boundary, of=AGAIN)
+    yield _Maker(AGAIN, lambda: trained(network_of(run, initial), "pretrain"))
+    yield _Maker(ON_AGAIN, of=AGAIN)
 
 
 def _noise(run: Run, state: State[Network, Fitted]) -> tuple[Tensor, Noise]:
@@ -160,25 +157,36 @@ def _noise(run: Run, state: State[Network, Fitted]) -> tuple[Tensor, Noise]:
 def _keep(
     run: Run, state: State[Network, Fitted], maker: _Maker, of: Alternative | None, transition: Tensor
 ) -> Alternative:
-    name, began = maker.name, time.perf_counter()
-    model = maker.make(of.model if of else None)
+    name, choice, began = maker.name, None, time.perf_counter()
+    if maker.make is not None:
+        model = maker.make()
+    else:
+        assert of is not None, "it is left out where that is"
+        backbone, live = features_of(run, of.model, state.live, ("train", "validation"), may_quarantine=False)
+        with run.progress.step("fit"):
+            boundary = chosen(run, backbone, live)
+            model, choice = with_boundary_as_head(run, of.model, boundary), boundary.choice
     seconds = maker.seconds + time.perf_counter() - began
     metrics = evaluate(run, state, model, may_quarantine=False)
     metrics[LOSS] = held_out_loss(run, state, model, transition)
     run.folder.write_bytes(_path(run, state, name, "safetensors"), model.weights)
     record = {"recipe": recipe(model.spec), "metrics": metrics, "seconds": seconds}
+    record["choice"] = asdict(choice) if choice else None
     run.folder.write_json(_path(run, state, name, "json"), record)
-    return Alternative(name, model, metrics, seconds)
+    return Alternative(name, model, metrics, seconds, choice)
 
 
 def _kept(run: Run, state: State[Network, Fitted], name: str) -> Alternative | None:
-    """What an earlier start wrote down, or the rounds when they looked for another base."""
+    """What an earlier start wrote down, or the rounds when they looked for another base. Raises RecipeError."""
     path = _path(run, state, name, "json")
     if not run.folder.exists(path):
         return None
     record = run.folder.read_json(path)
+    if "left_out" in record:
+        raise RecipeError(record["left_out"])
     model = network_from(run, run.folder.read_bytes(_path(run, state, name, "safetensors")), record["recipe"])
-    return Alternative(name, model, record["metrics"], record["seconds"])
+    choice = Choice.read(record["choice"]) if record["choice"] else None
+    return Alternative(name, model, record["metrics"], record["seconds"], choice)
 
 
 def best(made: Sequence[Alternative]) -> Alternative:

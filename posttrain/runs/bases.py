@@ -22,7 +22,7 @@ from posttrain.runs.alternatives import AGAIN, BOUNDARY, LOSS, ON_AGAIN
 from posttrain.runs.commit import commit_without_removal
 from posttrain.runs.context import Run
 from posttrain.runs.embed import features_of
-from posttrain.runs.fit import Fitted, chosen, chosen_in, fitted, keep_choice
+from posttrain.runs.fit import Fitted, chosen, chosen_in, fitted, keep_choice, refitted
 from posttrain.runs.networks import initial_network, network_of
 from posttrain.runs.refine import Train
 from posttrain.schema import Round
@@ -82,14 +82,14 @@ def with_last_boundary(
     return replace(outcome, state=state, final_scoring=FinalScoring(probe, scoring.metrics if scoring else {})), probe
 
 
-def next_base(run: Run, outcome: Outcome[Network, Fitted], limit: int, train: Train) -> State[Network, Fitted] | None:
+def next_base(run: Run, outcome: Outcome[Network, Fitted], train: Train) -> State[Network, Fitted] | None:
     """The state in which the rounds go on, with the network trained again as their base; None where they do not.
 
-    They do not where the present base has found nothing to remove, or as many as `limit` rounds are done.
+    They do not where the present base has found nothing to remove, or `removal.max_rounds` leaves no round for another.
     """
-    state = outcome.state
+    state, config = outcome.state, run.config
     number = state.number + 1
-    if run.inputs.initial_weights is None or run.config.refine.scope != "auto" or number >= limit:
+    if run.inputs.initial_weights is None or config.refine.scope != "auto" or number >= config.removal.max_rounds:
         return None
     if state.history[-1].ended or not policy.acted_on(policy.of_base(state.history)):
         return None
@@ -102,12 +102,13 @@ def next_base(run: Run, outcome: Outcome[Network, Fitted], limit: int, train: Tr
     }
     if ON_AGAIN not in made or made[ON_AGAIN].metrics[LOSS] >= made[BOUNDARY].metrics[LOSS]:
         return None
-    network = made[AGAIN].model
-    backbone, _ = features_of(run, network, state.live, ("train", "validation"), may_quarantine=False)
+    network, choice = made[AGAIN].model, made[ON_AGAIN].choice
+    assert choice is not None, "a boundary on a network has one"
+    features_of(run, network, state.live, ("train", "validation"), may_quarantine=False)
     with run.progress.step("fit"):
-        probe = chosen(run, backbone, state.live)
+        probe = refitted(run, choice, choice.members, state.live)
     run.folder.write_bytes(_path(run, number), network.weights)
-    keep_choice(run, number, probe.choice)
+    keep_choice(run, number, choice)
     state = replace(state, base=network, model=made[ON_AGAIN].model, probe=probe)
     # what the rounds measured of what is gone stays true
     measured = {k: v for k, v in state.history[-1].metrics.items() if k.startswith(("removal_", "relabel_"))}

@@ -59,11 +59,11 @@ def cleaned(
     from posttrain.runs.bases import next_base
     from posttrain.runs.conclude import conclude
 
-    train, limits = train or refine.train, rounds.Limits.of(run.config.removal)
-    steps = steps_of(run, train=train)
+    train = train or refine.train
+    steps, limits = steps_of(run, train=train), rounds.Limits.of(run.config.removal)
     outcome = rounds.clean(state, steps, limits)
     run.progress.say(f"stopped: {outcome.reason}")
-    while (following := next_base(run, outcome, limits.max_rounds, train)) is not None:
+    while (following := next_base(run, outcome, train)) is not None:
         outcome = rounds.clean(following, steps, limits)
         run.progress.say(f"stopped: {outcome.reason}")
     return conclude(run, outcome, train=train)

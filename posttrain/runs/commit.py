@@ -91,13 +91,19 @@ def tell_round(run: Run, done: Round, histogram: ScoreHistogram | None = None) -
     )
 
 
+def counts_sentence(number: int, figures: Mapping[str, Any]) -> str:
+    """A line on a round's counts and validation accuracy, which are among its `Round.figures`."""
+    parts = [f"round {number}: live {figures['live']:,}"]
+    if figures["candidates"]:
+        relabelled = f" and relabelled {figures['relabelled']:,}" if figures["relabelled"] else ""
+        parts.append(f"removed {figures['removed']:,}{relabelled} of {figures['candidates']:,} candidates")
+    parts.append(f"validation accuracy {100 * figures['validation_accuracy']:.1f} %")
+    return ", ".join(parts)
+
+
 def round_sentence(done: Round) -> str:
     """A line on a round."""
-    parts = [f"round {done.number}: live {done.live:,}"]
-    if done.candidates:
-        relabelled = f" and relabelled {done.relabelled:,}" if done.relabelled else ""
-        parts.append(f"removed {done.removed:,}{relabelled} of {done.candidates:,} candidates")
-    parts.append(f"validation accuracy {100 * done.metrics['validation_accuracy']:.1f} %")
+    parts = [counts_sentence(done.number, done.figures)]
     if "test_accuracy" in done.metrics:
         parts.append(f"test accuracy {100 * done.metrics['test_accuracy']:.1f} %")
     return ", ".join(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,9 +24,7 @@ from posttrain.store.features import read_shard
 def evaluate(run: Run, state: State[Network, Any], model: Network, *, may_quarantine: bool = True) -> dict[str, float]:
     """Accuracy and cross-entropy on the validation and the test set; `may_quarantine` as in `features_of`."""
     splits = [name for name in ("validation", "test") if name in run.splits]
-    network = feature_network(model, state.base)
-    backbone, _ = features_of(run, network, state.live, splits, may_quarantine=may_quarantine)
-    layers = _layers_of_head(model, network)
+    backbone, layers = _features_of_head(run, state, model, splits, may_quarantine=may_quarantine)
     with run.progress.step("evaluate") as tell:
         metrics = _of_linear_head(run, backbone, layers, *linear_head(model))
         total = sum(run.splits[name].rows for name in splits)
@@ -35,17 +34,20 @@ def evaluate(run: Run, state: State[Network, Any], model: Network, *, may_quaran
 
 def held_out_loss(run: Run, state: State[Network, Any], model: Network, transition: torch.Tensor) -> float:
     """`influence.held_out` of the model on the validation labels, whose transition matrix is given."""
-    network = feature_network(model, state.base)
-    backbone, _ = features_of(run, network, state.live, ["validation"], may_quarantine=False)
-    layers = _layers_of_head(model, network)
+    backbone, layers = _features_of_head(run, state, model, ["validation"], may_quarantine=False)
     reduce, weights = _on_raw_features(run, backbone, "validation", layers, *linear_head(model))
     return corrected_loss(reduce, weights, transition).mean
 
 
-def _layers_of_head(model: Network, on: Network) -> tuple[str, ...]:
-    layers = head_layers(model, on)
+def _features_of_head(
+    run: Run, state: State[Network, Any], model: Network, splits: Sequence[str], *, may_quarantine: bool
+) -> tuple[str, tuple[str, ...]]:
+    """The feature store of what the model's head takes, with these splits in it, and the layers."""
+    network = feature_network(model, state.base)
+    backbone, _ = features_of(run, network, state.live, splits, may_quarantine=may_quarantine)
+    layers = head_layers(model, network)
     assert layers is not None, "a network's head takes its own features"
-    return layers
+    return backbone, layers
 
 
 def of_boundary(run: Run, backbone: str, boundary: ProbeEnsemble) -> dict[str, float]:

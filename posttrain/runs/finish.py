@@ -63,7 +63,7 @@ def _summary(run: Run, outcome: Outcome[Network, Fitted]) -> dict[str, Any]:
         "leakage": run.leaks.counts(),
         "noise": noise_summary([*(done.metrics for done in state.history), *([scoring.metrics] if scoring else [])]),
         "boundary": choices[0].as_record() if choices else None,
-        "bases": policy.bases_taken(state.history),
+        "bases": sum(map(policy.changed_features, state.history)),
         "alternatives": _alternatives(run),
         **{
             f"{split}_accuracy_{when}": metrics.get(f"{split}_accuracy")

@@ -42,11 +42,9 @@ class SearchTracking:
 
 def round_sentence(number: int, figures: Mapping[str, Any], metric: str) -> str:
     """What is said of a round of a trial while the search runs."""
-    parts = [f"trial {number}, round {figures['round']}: live {figures['live']:,}"]
-    if figures["candidates"]:
-        relabelled = f" and relabelled {figures['relabelled']:,}" if figures["relabelled"] else ""
-        parts.append(f"removed {figures['removed']:,}{relabelled} of {figures['candidates']:,} candidates")
-    parts.append(f"validation accuracy {100 * figures['validation_accuracy']:.1f} %")
+    from posttrain.runs.commit import counts_sentence
+
+    parts = [f"trial {number}, {counts_sentence(figures['round'], figures)}"]
     if metric == "validation_loss":
         parts.append(f"validation loss {figures['validation_loss']:.4f}")
     return ", ".join(parts)
