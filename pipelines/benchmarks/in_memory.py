@@ -248,11 +248,10 @@ class CleaningInMemory:
 
     def going_on(self, start: Start) -> CleaningInMemory:
         """What goes on with the samples that are left and the features of another network, as `runs.bases` does."""
-        following = replace(self, start=start, history=(), steps=[], estimates=[], _prior=UNKNOWN)
-        following.kept = self.kept
         metrics = boundary_accuracies(start.boundary, start.test)
-        done = Round(self.history[-1].number + 1, int(self.kept.sum()), 0, 0, 0, metrics)
-        following.history = (*self.history, done)
+        history = (*self.history, Round(self.history[-1].number + 1, int(self.kept.sum()), 0, 0, 0, metrics))
+        following = replace(self, start=start, history=history, steps=[], estimates=[], _prior=UNKNOWN)
+        following.kept = self.kept
         return following
 
     def concluded(self, state: State[Model, ProbeEnsemble], mode: Mode) -> State[Model, ProbeEnsemble]:

@@ -143,12 +143,7 @@ def measured(case: Case, folder: Path) -> Finding:
         "cleanlab": ~flagged,
         "right labels alone": ~wrong,
     }
-    _boundaries(data, base, kept, transition, found)
-    if last is not run:
-        of_last = last.start
-        train, validation = of_last.features.train, of_last.features.validation
-        drawn = ensemble.refit(rows(train, last.kept), validation, of_last.boundary.members, classes=data.classes)
-        found.rows["boundary, posttrain"] = _of_boundary(drawn, validation, of_last.test, transition)
+    _boundaries(data, base, last.start, kept, transition, found)
     found.rows["boundary, posttrain"]["seconds"] = seconds
     for name, left in kept.items():
         network = trained(case, data, initial, left, "gce", folder)
@@ -164,8 +159,7 @@ def _going_on(case: Case, data: Data, initial: bytes, run: CleaningInMemory, fol
     if len(run.history) >= REMOVAL.max_rounds or not policy.acted_on(policy.of_base(run.history)):
         return None
     again = start(case, data, trained(case, data, initial, run.kept, "gce", folder).weights, run.kept)
-    train, validation, members = run.start.features.train, run.start.features.validation, run.start.boundary.members
-    left = replace(run.start, boundary=ensemble.refit(rows(train, run.kept), validation, members, classes=data.classes))
+    left = replace(run.start, boundary=_drawn_again(data, run.start, run.kept))
     losses = [_boundary_loss(one, run.validation_transition()).mean for one in (again, left)]
     return run.going_on(again) if losses[0] < losses[1] else None
 
@@ -236,19 +230,27 @@ def _boundary_loss(begin: Start, transition: Tensor) -> HeldOutLoss:
     return corrected_loss(reduce, boundary.weights, transition)
 
 
-def _boundaries(data: Data, base: Start, kept: dict[str, np.ndarray], transition: Tensor, found: Finding) -> None:
-    """The boundaries on the features of the rounds."""
-    train, validation = base.features.train, base.features.validation
-    found.rows["new head"] = _of_boundary(base.head, validation, base.test, transition)
+def _drawn_again(data: Data, begin: Start, kept: np.ndarray) -> ProbeEnsemble:
+    """The boundary of these features, by the kept samples."""
+    train = rows(begin.features.train, kept)
+    return ensemble.refit(train, begin.features.validation, begin.boundary.members, classes=data.classes)
+
+
+def _boundaries(
+    data: Data, base: Start, last: Start, kept: dict[str, np.ndarray], transition: Tensor, found: Finding
+) -> None:
+    """The boundaries on the features that the rounds begin with, and for posttrain on those that they end with."""
+    found.rows["new head"] = _of_boundary(base.head, base.features.validation, base.test, transition)
     for name, left in kept.items():
-        again = ensemble.refit(rows(train, left), validation, base.boundary.members, classes=data.classes)
-        found.rows[f"boundary, {name}"] = _of_boundary(again, validation, base.test, transition)
+        begin = last if name == "posttrain" else base
+        again = _drawn_again(data, begin, left)
+        found.rows[f"boundary, {name}"] = _of_boundary(again, begin.features.validation, begin.test, transition)
     weights, parts = _gce_boundary(base), base.boundary
 
     def robust(part: InMemory) -> Tensor:
         return part.side_by_side(parts.layers, parts.standardizers) @ weights.T
 
-    found.rows["boundary, gce"] = _of_logits(robust, validation, base.test, transition)
+    found.rows["boundary, gce"] = _of_logits(robust, base.features.validation, base.test, transition)
 
 
 def _boundary_on(

@@ -69,16 +69,30 @@ def _of_state(records: Sequence[Record], state: str) -> Iterable[list[str]]:
     groups = _grouped(records)
     noisy = {name: own for name, own in groups.items() if "clean" not in name}
     yield [
-        "Share of wrong labels, and as estimated; what posttrain and cleanlab remove:",
+        "Share of wrong labels, and as estimated; what posttrain and cleanlab remove. *At first*: the recall before",
+        "the rounds go on with the features of the network trained again, which they do so often:",
         "",
         *markdown(
-            ["", "wrong", "estimated", "removed", "precision", "recall", "cleanlab's precision", "recall"],
+            [
+                "",
+                "wrong",
+                "estimated",
+                "removed",
+                "precision",
+                "recall",
+                "at first",
+                "so often",
+                "cleanlab's precision",
+                "recall",
+            ],
             [
                 [
                     name,
                     percent([one["wrong"] for one in own]),
                     percent([one["rate"][0] for one in own]),
                     *(percent([one["removed"]["posttrain"][k] for one in own]) for k in range(3)),
+                    percent([one["removed"]["posttrain, first features"][2] for one in own]),
+                    f"{statistics.mean(one['trained_bases'] for one in own):.1f}",
                     *(percent([one["removed"]["cleanlab"][k] for one in own]) for k in (1, 2)),
                 ]
                 for name, own in groups.items()
